@@ -1,0 +1,187 @@
+"""The data that flows: Batch -> Conditioning -> UNetCall.
+
+Shapes: B batch, H x W pixels, h = H / f and w = W / f latents (f = 8 for SDXL's VAE), S text tokens, D text width
+(2048 for SDXL), P pooled width (1280). Factor and widths come from the loaded base; nothing here is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """What the data_preprocessor hands to the model, on its device.
+
+    Attributes:
+        text: B prompts.
+        time_ids: [B, 6] original height, width, crop top, left, target height, width (pixels).
+        key, epoch, seed: what keyed draws depend on (see rng.py); B strings and int64 [B] twice.
+        img: [B, 3, H, W] in [-1, 1]; or `latents` [B, 4, h, w], already scaled by the VAE's factor.
+        text_embeds, pooled: [B, S, D] and [B, P], when the data set delivers what the encoders would compute.
+        text_2, negative_text, negative_text_2, negative_time_ids: as above, for the second encoder and for
+            the unconditional branch; None means "as the first" and "none given".
+        conditions: adapter.reads -> tensor [B, ...]; a control image is [B, 3, H, W] in [0, 1].
+        drop: name -> bool [B]; rows whose 'text' or adapter input is replaced by its null.
+        weight: [B] factor of each sample's loss; mask: [B, 1, h, w] factor of each latent's loss.
+        num_skipped: unreadable images that the data set passed over to fill this batch.
+    """
+
+    text: list[str]
+    time_ids: Tensor
+    key: list[str]
+    epoch: Tensor
+    seed: Tensor
+    img: Tensor | None = None
+    latents: Tensor | None = None
+    text_embeds: Tensor | None = None
+    pooled: Tensor | None = None
+    text_2: list[str] | None = None
+    negative_text: list[str] | None = None
+    negative_text_2: list[str] | None = None
+    negative_time_ids: Tensor | None = None
+    conditions: dict[str, Tensor] = field(default_factory=dict)
+    drop: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
+    mask: Tensor | None = None
+    num_skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """The names that a sample dict may use for itself; every other tensor in it is a condition."""
+        return {f.name for f in fields(cls)}
+
+
+@dataclass
+class Conditioning:
+    """One guidance branch, or several stacked along the batch: what the denoiser is told.
+
+    Attributes:
+        text: [B, S, D]; pooled: [B, P]; time_ids: [B, 6].
+        adapters: adapter name -> its tensors, each [B, ...].
+        projected: the adapters' own trained part has run already (once before a sampling loop); otherwise
+            `SDXL.predict` runs it.
+    """
+
+    text: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+    adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    projected: bool = False
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Stack along the batch. All parts must hold the same adapters in the same state."""
+        first = parts[0]
+        assert all(p.projected == first.projected and p.adapters.keys() == first.adapters.keys() for p in parts)
+        adapters = {name: {k: torch.cat([p.adapters[name][k] for p in parts]) for k in tensors}
+                    for name, tensors in first.adapters.items()}
+        return replace(first, text=torch.cat([p.text for p in parts]), pooled=torch.cat([p.pooled for p in parts]),
+                       time_ids=torch.cat([p.time_ids for p in parts]), adapters=adapters)
+
+    def rows(self, index: slice | Tensor) -> Conditioning:
+        """The rows that `index` takes along the batch."""
+        adapters = {name: {k: t[index] for k, t in tensors.items()} for name, tensors in self.adapters.items()}
+        return replace(self, text=self.text[index], pooled=self.pooled[index], time_ids=self.time_ids[index],
+                       adapters=adapters)
+
+
+def where(drop: Tensor, other: Tensor, kept: Tensor) -> Tensor:
+    """Rows of `other` where `drop` (bool [B]) is set, rows of `kept` elsewhere; no arithmetic touches either."""
+    return torch.where(drop.view(-1, *[1] * (kept.dim() - 1)), other, kept)
+
+
+@dataclass
+class UNetCall:
+    """One call of the UNet, to which each adapter adds its part.
+
+    Attributes:
+        sample: [B, C, h, w]; timestep: [] or [B].
+        progress: [B, 2] on the CPU, the begin and end of the solver step as parts of the way from noise (0) to
+            image (1); in training 1 - t / T twice.
+        text, pooled, time_ids: as in Conditioning.
+        training: windows and scales multiply and never skip, so the graph is the same every time.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    progress: Tensor
+    text: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+    training: bool = False
+    _residuals: list[Tensor] = field(default_factory=list)
+    _passed: list[Tensor] = field(default_factory=list)
+
+    def gate(self, window: tuple[float, float]) -> Tensor | None:
+        """1 for the rows whose step lies inside `window`, else 0, [B]; None where all do.
+
+        A step is inside when it begins at or after the window's start and ends at or before its end.
+        """
+        if tuple(window) == (0, 1):
+            return None
+        inside = (self.progress[:, 0] >= window[0]) & (self.progress[:, 1] <= window[1])
+        if bool(inside.all()) and not self.training:
+            return None
+        return inside.to(device=self.sample.device, dtype=torch.float32)
+
+    def add_residuals(self, features: Sequence[Tensor]) -> None:
+        """Add feature maps after each down block and the mid block (T2I-Adapter); two writers sum.
+
+        For SDXL: [B, 320, h/2, w/2], [B, 640, h/2, w/2], [B, 1280, h/4, w/4] twice.
+
+        Raises:
+            ValueError: another writer brought other shapes.
+        """
+        features = [f.to(self.sample.dtype) for f in features]
+        self._residuals = _sum(self._residuals, features, 'feature maps')
+
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments of `UNet2DConditionModel.forward`, with fresh lists: the UNet pops from them."""
+        added: dict[str, Any] = {'text_embeds': self.pooled, 'time_ids': self.time_ids}
+        call: dict[str, Any] = {'sample': self.sample, 'timestep': self.timestep,
+                                'encoder_hidden_states': self.text, 'added_cond_kwargs': added}
+        if self._residuals:
+            self._passed = list(self._residuals)
+            call['down_intrablock_additional_residuals'] = self._passed
+        return call
+
+    def check_consumed(self) -> None:
+        """Call after the UNet: stock leaves a feature map that doesn't fit unused and says nothing.
+
+        Raises:
+            ValueError: some feature maps were not used.
+        """
+        if self._residuals and self._passed:
+            shapes = [tuple(f.shape[1:]) for f in self._passed]
+            raise ValueError(
+                f'The UNet used {len(self._residuals) - len(self._passed)} of {len(self._residuals)} feature maps; '
+                f'those of shape {shapes} fit none of its blocks at latents of {tuple(self.sample.shape[2:])}. '
+                'The adapter was made for another base, or the size cannot be divided.')
+
+
+def _sum(present: list[Tensor], new: list[Tensor], what: str) -> list[Tensor]:
+    if not present:
+        return list(new)
+    if [t.shape for t in present] != [t.shape for t in new]:
+        raise ValueError(f'Two adapters add {what} of different shapes: {[tuple(t.shape) for t in present]} and '
+                         f'{[tuple(t.shape) for t in new]}.')
+    return [a + b for a, b in zip(present, new, strict=True)]
+
+
+def to_device(batch: Batch, device: torch.device | str, non_blocking: bool = True) -> Batch:
+    """A copy whose tensors lie on `device`; the keyed numbers (epoch, seed) stay on the CPU."""
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=non_blocking)
+        return {k: move(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+    stay = {'epoch', 'seed'}
+    return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch) if f.name not in stay})

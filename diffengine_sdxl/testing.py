@@ -1,0 +1,147 @@
+"""A tiny SDXL from the real diffusers and transformers classes, and data to go with it; no network.
+
+`write_tiny_sdxl(folder)` leaves a folder that `DiffusionPipeline.from_pretrained` and `SDXL(pretrained=folder)`
+both load: two text encoders, micro-conditioning, VAE, scheduler. Weights are random; widths can be chosen.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from diffengine_sdxl import rng
+
+
+def byte_characters() -> list[str]:
+    """The 256 printable characters that stand for bytes in CLIP's vocabulary, in the order of its ids.
+
+    Source: Radford et al. 2019, GPT-2's byte-level BPE, as CLIP uses it.
+    """
+    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
+
+
+def tiny_tokenizer(pad_token: str = '<|endoftext|>') -> Any:
+    """A CLIPTokenizer of 514 tokens without merges: each byte is a token, so it reads any text."""
+    from transformers import CLIPTokenizer
+    characters = byte_characters()
+    tokens = [*characters, *[c + '</w>' for c in characters], '<|startoftext|>', '<|endoftext|>']
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77,
+                         pad_token=pad_token)
+
+
+def tiny_text_encoders(hidden: int = 32, pooled: int = 32) -> tuple[Any, Any]:
+    """The two text encoders, each of two layers: CLIPTextModel and CLIPTextModelWithProjection."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    common = dict(vocab_size=514, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+                  num_attention_heads=4, max_position_embeddings=77, bos_token_id=512, eos_token_id=513)
+    return (CLIPTextModel(CLIPTextConfig(**common, pad_token_id=513, hidden_act='quick_gelu')),
+            CLIPTextModelWithProjection(CLIPTextConfig(**common, pad_token_id=0, hidden_act='gelu',
+                                                       projection_dim=pooled)))
+
+
+def tiny_unet(channels: tuple[int, ...] = (16, 32, 64), cross_attention_dim: int = 64, pooled: int = 32,
+              num_time_ids: int = 6, **changes: Any) -> Any:
+    """A UNet of SDXL's block layout: no attention in the first block, transformers in the others."""
+    from diffusers import UNet2DConditionModel
+    num = len(channels) - 1
+    config: dict[str, Any] = dict(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
+        norm_num_groups=8, down_block_types=('DownBlock2D', *['CrossAttnDownBlock2D'] * num),
+        up_block_types=(*['CrossAttnUpBlock2D'] * num, 'UpBlock2D'), cross_attention_dim=cross_attention_dim,
+        attention_head_dim=tuple(max(1, c // 16) for c in channels), use_linear_projection=True,
+        transformer_layers_per_block=tuple([1] * num + [2]), addition_embed_type='text_time',
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * num_time_ids + pooled)
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def tiny_vae(num_blocks: int = 4) -> Any:
+    """A VAE whose latents are 2 ** (num_blocks - 1) times smaller than its images."""
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(block_out_channels=(8, 8, 16, 16)[:num_blocks], norm_num_groups=4, latent_channels=4,
+                         down_block_types=('DownEncoderBlock2D',) * num_blocks, layers_per_block=1,
+                         up_block_types=('UpDecoderBlock2D',) * num_blocks, sample_size=64,
+                         scaling_factor=0.13025)
+
+
+def sdxl_scheduler(**changes: Any) -> Any:
+    """The scheduler of SDXL base 1.0."""
+    from diffusers import EulerDiscreteScheduler
+    return EulerDiscreteScheduler(**{**dict(
+        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', num_train_timesteps=1000,
+        prediction_type='epsilon', timestep_spacing='leading', steps_offset=1), **changes})
+
+
+def write_tiny_sdxl(folder: str | Path, seed: int = 0, vae_blocks: int = 4,
+                    scheduler: dict[str, Any] | None = None, **unet: Any) -> Path:
+    """Write a tiny SDXL in diffusers' layout. The same arguments give the same bytes.
+
+    Args:
+        folder: where to; made if missing.
+        seed: of the random weights.
+        vae_blocks: 4 for SDXL's factor of 8, 3 for a factor of 4.
+        scheduler: changes to the scheduler's config, e.g. `dict(prediction_type='v_prediction')`.
+        unet: changes to the UNet, e.g. `channels`.
+    """
+    from diffusers import StableDiffusionXLPipeline
+    with rng.fork(seed, 'tiny sdxl'):
+        text_encoder, text_encoder_2 = tiny_text_encoders()
+        pipeline = StableDiffusionXLPipeline(
+            vae=tiny_vae(vae_blocks), text_encoder=text_encoder, text_encoder_2=text_encoder_2,
+            tokenizer=tiny_tokenizer(), tokenizer_2=tiny_tokenizer('!'), unet=tiny_unet(**unet),
+            scheduler=sdxl_scheduler(**(scheduler or {})), add_watermarker=False)
+    pipeline.save_pretrained(str(folder))
+    return Path(folder)
+
+
+COLOURS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (40, 80, 210), 'cyan': (60, 200, 210),
+           'brown': (130, 80, 40), 'gold': (230, 180, 40), 'pink': (240, 140, 180), 'black': (20, 20, 20)}
+
+
+def draw_circle(index: int, size: int = 64) -> tuple[Image.Image, Image.Image, str]:
+    """Image, conditioning image (its outline, white on black) and caption of sample `index`, as in fusing/fill50k."""
+    draws = np.random.default_rng(rng.key_seed('circle', index))
+    fill, ground = draws.choice(list(COLOURS), size=2, replace=False)
+    radius = float(draws.uniform(0.15, 0.35)) * size
+    x, y = draws.uniform(radius, size - radius, size=2)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    image, condition = Image.new('RGB', (size, size), COLOURS[ground]), Image.new('RGB', (size, size))
+    ImageDraw.Draw(image).ellipse(box, fill=COLOURS[fill])
+    ImageDraw.Draw(condition).ellipse(box, outline=(255, 255, 255), width=max(1, size // 32))
+    return image, condition, f'{fill} circle with {ground} background'
+
+
+def write_circles(folder: str | Path, num_images: int = 16, size: int = 64) -> Path:
+    """Write an imagefolder with `metadata.jsonl` (file_name, conditioning_image_file_name, text)."""
+    folder = Path(folder)
+    for sub in ('images', 'conditioning_images'):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(num_images):
+        image, condition, text = draw_circle(index, size)
+        names = f'images/{index:05d}.png', f'conditioning_images/{index:05d}.png'
+        for picture, name in zip((image, condition), names, strict=True):
+            picture.save(folder / name)
+        rows.append({'file_name': names[0], 'conditioning_image_file_name': names[1], 'text': text})
+    (folder / 'metadata.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return folder
+
+
+def main() -> None:
+    """`python -m diffengine_sdxl.testing FOLDER`: write FOLDER/base and FOLDER/data to try things on."""
+    import argparse
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--num-images', type=int, default=64)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    base, data = write_tiny_sdxl(args.folder / 'base'), write_circles(args.folder / 'data', args.num_images)
+    print(f'wrote {base} and {data}')
+
+
+if __name__ == '__main__':
+    main()

@@ -29,6 +29,7 @@ class Batch:
         conditions: adapter.reads -> tensor [B, ...]; a control image is [B, 3, H, W] in [0, 1].
         drop: name -> bool [B]; rows whose 'text' or adapter input is replaced by its null.
         weight: [B] factor of each sample's loss; mask: [B, 1, h, w] factor of each latent's loss.
+        size: height and width of the pictures to make, in pixels; None: that of the images or conditions.
         num_skipped: unreadable images that the data set passed over to fill this batch.
     """
 
@@ -49,6 +50,7 @@ class Batch:
     drop: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
     mask: Tensor | None = None
+    size: tuple[int, int] | None = None
     num_skipped: int = 0
 
     def __len__(self) -> int:

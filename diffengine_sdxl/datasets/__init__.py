@@ -1,0 +1,14 @@
+"""Data sets, one file per source, with their samplers and the collate function.
+
+`transforms/` holds what is done to a sample, one file per concern.
+"""
+
+from diffengine_sdxl.datasets.collate import collate, pack
+from diffengine_sdxl.datasets.folder import CaptionFolder
+from diffengine_sdxl.datasets.huggingface import HFDataset
+from diffengine_sdxl.datasets.images import BadImage
+from diffengine_sdxl.datasets.sampler import Draw, FiniteSampler, KeyedSampler
+from diffengine_sdxl.datasets.streaming import HFStream
+
+__all__ = ['BadImage', 'CaptionFolder', 'Draw', 'FiniteSampler', 'HFDataset', 'HFStream', 'KeyedSampler', 'collate',
+           'pack']

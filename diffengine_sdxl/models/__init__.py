@@ -1,0 +1,3 @@
+"""The model: SDXL, its text encoders, its attention, and how its parts are loaded."""
+
+from . import sdxl  # noqa: F401  (fills the registry)

@@ -1,0 +1,20 @@
+"""Logs, checkpoints, pictures on the way."""
+default_scope = 'diffengine_sdxl'
+runner_type = 'ExperimentRunner'
+default_hooks = dict(
+    runtime_info=dict(type='RuntimeInfoHook'),
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=10),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    samples=dict(type='SampleHook', interval=500, num_from_dataset=2, num_images=2, size='$resolution'),
+    checkpoint=dict(type='CheckpointHook', interval=500, max_keep_ckpts=None),
+    curves=dict(type='CurvesHook'),
+    progress=dict(type='ProgressHook'))
+custom_hooks = []
+visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')])
+log_processor = dict(type='LogProcessor', by_epoch=False)
+log_level = 'INFO'
+randomness = dict(seed=None)
+env_cfg = dict(cudnn_benchmark=False, allow_tf32=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
+load_from = None
+resume = False

@@ -1,0 +1,107 @@
+"""What an adapter is: one object that knows how it attaches, what it trains, what it reads and what it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffengine_sdxl.structures import Batch, UNetCall
+
+Tensors = dict[str, Tensor]
+
+
+class Adapter(nn.Module):
+    """One adapter of a base. Every method has a default; a kind overrides what it needs.
+
+    The model calls, in this order: `attach` for every adapter, `ready` for every adapter, then for each batch
+    `encode`, `project` and `contribute`. No adapter knows of another.
+
+    Args:
+        reads: name of the batch's condition that it takes; None if it takes none.
+        weights: folder, hub id or file to start from; None for fresh weights.
+        trainable: whether its parameters train.
+        scale: how strongly it acts; 0 is the base alone.
+        window: part of the way from noise (0) to image (1) in which it acts.
+    """
+
+    #: Sides of its images must be divisible by this.
+    size_divisor = 1
+
+    def __init__(self, reads: str | None = None, weights: str | None = None, trainable: bool = True,
+                 scale: float = 1.0, window: Sequence[float] = (0.0, 1.0)) -> None:
+        super().__init__()
+        start, end = window
+        if not 0 <= start < end <= 1:
+            raise ValueError(f'window={tuple(window)} must be (start, end) with 0 <= start < end <= 1.')
+        self.name = ''
+        self.reads, self.weights, self.trainable = reads, weights, trainable
+        self.scale, self.window = float(scale), (float(start), float(end))
+
+    def attach(self, model: Any) -> None:
+        """Make the parts whose widths depend on `model` (an SDXL) and hook them in. Called with keyed randomness."""
+
+    def ready(self, model: Any) -> None:
+        """Called once all adapters are attached."""
+
+    def detach(self, model: Any) -> None:
+        """Undo `attach`: the base's outputs are bitwise what they were."""
+
+    def trainables(self) -> list[nn.Parameter]:
+        """The parameters that train, wherever they live; empty if the adapter is frozen."""
+        return list(self.parameters()) if self.trainable else []
+
+    def encode(self, batch: Batch) -> Tensors:
+        """The frozen part: what no step of training changes, so it may be cached.
+
+        Raises:
+            ValueError: the batch lacks the condition that this adapter reads.
+        """
+        return {'condition': self._condition(batch)} if self.reads else {}
+
+    def null(self, tensors: Tensors) -> Tensors:
+        """What stands in for a dropped input; the same shapes as `tensors`."""
+        return {k: torch.zeros_like(v) for k, v in tensors.items()}
+
+    def uncond(self, tensors: Tensors) -> Tensors:
+        """Its rows in the unconditional branch of guidance."""
+        return self.null(tensors)
+
+    def project(self, tensors: Tensors) -> Tensors:
+        """The trained part that doesn't depend on the denoiser's input: once per training step or sampling loop."""
+        return tensors
+
+    def expand(self, tensors: Tensors, branches: Sequence[str]) -> Tensors:
+        """`project` for several guidance branches in one call, stacked along the batch in their order."""
+        rows = [self.uncond(tensors) if branch == 'uncond' else tensors for branch in branches]
+        return self.project({k: torch.cat([r[k] for r in rows]) for k in tensors})
+
+    def contribute(self, call: UNetCall, tensors: Tensors) -> None:
+        """Add this adapter's part, with its scale and window, to a call of the UNet."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the weights in the format of the adapter's ecosystem."""
+        raise NotImplementedError(f'{type(self).__name__} does not say how it is saved')
+
+    def load(self, source: str | Path) -> None:
+        """Read what `save` wrote, in place.
+
+        Raises:
+            ValueError: keys or widths don't fit; which ones.
+        """
+        raise NotImplementedError(f'{type(self).__name__} does not say how it is loaded')
+
+    def _condition(self, batch: Batch) -> Tensor:
+        if self.reads not in batch.conditions:
+            raise ValueError(f"Adapter '{self.name}' reads '{self.reads}', but the samples hold "
+                             f'{sorted(batch.conditions) or "no conditions"}. Name the column in the data set '
+                             '(conditioning_image_column, extra_columns) or compute it with a transform.')
+        return batch.conditions[self.reads]
+
+    def _fixed_scale(self, call: UNetCall, rows: int) -> Tensor | float:
+        """Scale times window: a float, or [rows, 1, 1, 1] where the window tells rows apart."""
+        gate = call.gate(self.window)
+        return self.scale if gate is None else (self.scale * gate).view(rows, 1, 1, 1)

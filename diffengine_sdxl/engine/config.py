@@ -1,0 +1,200 @@
+"""Config files: found by path or base name, overridden, freed of consumed pieces, checked, resolved."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+
+from diffengine_sdxl.registry import nearest
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+#: What the runner itself reads.
+RUNNER_KEYS = (
+    'runner_type', 'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'val_cfg',
+    'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
+    'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_processor', 'log_level',
+    'visualizer', 'default_scope', 'randomness', 'experiment_name', 'custom_imports', 'find_unused_parameters')
+REFERENCE = re.compile(r'\$([A-Za-z_]\w*(?:\.\w+)*)')
+
+
+def installed_configs() -> list[Path]:
+    """All config files that came with the package, those of a checkout or those of a wheel."""
+    for folder in (PACKAGE / '.mim' / 'configs', PACKAGE.parent / 'configs'):
+        if folder.is_dir():
+            return sorted(p for p in folder.rglob('*.py') if '_base_' not in p.parts)
+    return []
+
+
+def find(name: str | Path) -> Path:
+    """The config file at path `name`, or the installed one of that base name (with or without '.py').
+
+    Raises:
+        ValueError: there is none; the nearest names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = {p.name: p for p in installed_configs()}
+    wanted = path.name if path.suffix == '.py' else f'{path.name}.py'
+    if wanted in known and path.name == str(name):
+        return known[wanted]
+    raise ValueError(f"There is no config file '{name}' and no installed config of that name."
+                     f'{nearest(wanted, list(known))}')
+
+
+def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Read a config, apply overrides, drop the pieces that it consumed, and check every key and name in it.
+
+    Args:
+        name: path or base name.
+        overrides: as on the command line ('model.adapters.style.scale=0.5'), or a dict of dotted keys.
+
+    Raises:
+        ValueError: the file cannot be read, or a key, a name or an override is unknown; with the nearest known one.
+    """
+    path = find(name)
+    try:
+        config = Config.fromfile(str(path))
+    except (SyntaxError, KeyError, AttributeError, NameError, TypeError, ValueError, OSError, ImportError) as error:
+        raise ValueError(f"The config '{path}' cannot be read: {type(error).__name__}: {error}") from error
+    read = _names_read(path)
+    options = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    known = _known_keys(config)
+    for key in options:
+        _check_override(config, key, known, read)
+    config.merge_from_dict(options)
+    for key in [k for k in config if k not in known]:
+        if key not in read:
+            raise ValueError(f"'{path.name}' sets '{key}', which nothing reads.{nearest(key, sorted(known))}")
+        config.pop(key)
+    from diffengine_sdxl.engine.config_check import check
+    check(config)
+    return config
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """['a.b=1', 'c=[x,y]'] as {'a.b': 1, 'c': ['x', 'y']}; numbers, booleans, None, lists and tuples are read as such.
+
+    Raises:
+        ValueError: an item has no '='.
+    """
+    options: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition('=')
+        if not equals or not key:
+            raise ValueError(f"--cfg-options takes KEY=VALUE; '{item}' is not of that form.")
+        options[key] = DictAction._parse_iterable(value)
+    return options
+
+
+def resolve(config: Config) -> Config:
+    """A copy in which every '$key' (or '$key.sub') is the value of that top-level key.
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    plain = config.to_dict()
+
+    def value_of(reference: str, trail: tuple[str, ...] = ()) -> Any:
+        if reference in trail:
+            raise ValueError(f"'${reference}' refers to itself.")
+        node: Any = plain
+        for part in reference.split('.'):
+            if not isinstance(node, Mapping) or part not in node:
+                raise ValueError(f"The config refers to '${reference}', but has no such key."
+                                 f'{nearest(reference, [str(k) for k in plain])}')
+            node = node[part]
+        return walk(node, (*trail, reference))
+
+    def walk(node: Any, trail: tuple[str, ...] = ()) -> Any:
+        if isinstance(node, str) and (match := REFERENCE.fullmatch(node)):
+            return value_of(match[1], trail)
+        if isinstance(node, Mapping):
+            return {k: walk(v, trail) for k, v in node.items()}
+        return type(node)(walk(v, trail) for v in node) if isinstance(node, list | tuple) else node
+
+    return Config(walk(plain), filename=config.filename)
+
+
+def references(node: Any) -> Iterator[str]:
+    """The top-level keys that '$key' strings in `node` refer to."""
+    if isinstance(node, str) and (match := REFERENCE.fullmatch(node)):
+        yield match[1].split('.')[0]
+    children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
+    for child in children:
+        yield from references(child)
+
+
+def _known_keys(config: Config) -> set[str]:
+    return set(RUNNER_KEYS) | set(references(config.to_dict()))
+
+
+def _check_override(config: Config, key: str, known: set[str], read: set[str]) -> None:
+    """Refuse an override whose path leads nowhere; whether a class knows a new last key is checked afterwards."""
+    parts = key.split('.')
+    top = re.split(r'\[', parts[0])[0]
+    if top not in known:
+        if top in config and top in read:
+            raise ValueError(f"'{key}': '{top}' is a piece that the config has put into place already; override it "
+                             f'where it went{_where(config, top)}.')
+        raise ValueError(f"--cfg-options '{key}': the config has no key '{top}'.{nearest(top, sorted(known))}")
+    node: Any = config
+    for depth, part in enumerate(parts[:-1]):
+        here = '.'.join(parts[:depth]) or 'the config'
+        if isinstance(node, list | tuple):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ValueError(f"--cfg-options '{key}': {here} is a list of {len(node)}; '{part}' is no place in it.")
+            node = node[int(part)]
+        elif isinstance(node, Mapping) and part in node and node[part] is not None:
+            node = node[part]
+        elif depth == 0:
+            return  # a section that the config leaves out; its keys are checked with the rest
+        else:
+            names = [str(k) for k in node] if isinstance(node, Mapping) else []
+            raise ValueError(f"--cfg-options '{key}': {here} has no '{part}'.{nearest(part, names)}")
+
+
+def _where(config: Config, piece: str) -> str:
+    value = config[piece]
+    found = [f'model.adapters.{n}' for n, v in ((config.get('model') or {}).get('adapters') or {}).items()
+             if v == value]
+    found += [f'model.{n}' for n, v in (config.get('model') or {}).items() if v == value]
+    return f' ({", ".join(found)})' if found else ''
+
+
+def _names_read(path: Path, seen: set[Path] | None = None) -> set[str]:
+    """Names that a config file or its bases read: variables, and `_base_.name`."""
+    seen = set() if seen is None else seen
+    path = path.resolve()
+    if path in seen or path.suffix != '.py':
+        return set()
+    seen.add(path)
+    tree = ast.parse(path.read_text(encoding='utf-8'), str(path))
+    read: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            read.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == '_base_':
+            read.add(node.attr)
+        elif isinstance(node, ast.Assign) and any(getattr(t, 'id', None) == '_base_' for t in node.targets):
+            bases = ast.literal_eval(node.value)
+            for base in [bases] if isinstance(bases, str) else bases:
+                read |= _names_read(path.parent / base, seen)
+    return read
+
+
+def to_plain(node: Any) -> Any:
+    """ConfigDicts and tuples as dicts and lists, for JSON."""
+    if isinstance(node, Config):
+        node = node.to_dict()
+    if isinstance(node, ConfigDict | Mapping):
+        return {str(k): to_plain(v) for k, v in node.items()}
+    if isinstance(node, list | tuple):
+        return [to_plain(v) for v in node]
+    return node if isinstance(node, str | int | float | bool | None) else str(node)

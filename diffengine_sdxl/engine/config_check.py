@@ -1,0 +1,130 @@
+"""Every key of a config against what reads it: registries know the names, signatures the keys."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mmengine.config import Config
+
+from diffengine_sdxl import registry as r
+from diffengine_sdxl.registry import NamedRegistry, nearest
+
+#: Where in a config which registry's names stand; '*' is one part of the path.
+PLACES: list[tuple[str, NamedRegistry]] = [
+    ('model', r.MODELS), ('model.adapters.*', r.ADAPTERS), ('model.objective', r.OBJECTIVES),
+    ('model.objective.noise', r.NOISES), ('model.objective.noise.base', r.NOISES),
+    ('model.objective.timesteps', r.TIMESTEPS),
+    ('model.objective.weighting', r.WEIGHTINGS), ('model.objective.loss', r.LOSSES), ('model.sampler', r.SAMPLERS),
+    ('model.sampler.guidances.*', r.GUIDANCES), ('*_dataloader.dataset', r.DATASETS),
+    ('*_dataloader.sampler', r.DATA_SAMPLERS), ('*_dataloader.dataset.transforms.*', r.TRANSFORMS),
+    ('*_evaluator', r.EVALUATOR), ('*_evaluator.metrics.*', r.METRICS), ('default_hooks.*', r.HOOKS),
+    ('custom_hooks.*', r.HOOKS), ('train_cfg', r.LOOPS), ('val_cfg', r.LOOPS), ('test_cfg', r.LOOPS),
+    ('optim_wrapper', r.OPTIM_WRAPPERS), ('optim_wrapper.optimizer', r.OPTIMIZERS),
+    ('param_scheduler', r.PARAM_SCHEDULERS), ('param_scheduler.*', r.PARAM_SCHEDULERS),
+    ('visualizer', r.VISUALIZERS), ('visualizer.vis_backends.*', r.VISBACKENDS), ('log_processor', r.LOG_PROCESSORS),
+]
+#: Keys of sections that no class reads as a whole.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    'train_dataloader': (), 'val_dataloader': (), 'test_dataloader': (),  # filled from torch's DataLoader
+    'randomness': ('seed', 'deterministic', 'diff_rank_seed'),
+    'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit', 'allow_tf32'),
+    'auto_scale_lr': ('enable', 'base_batch_size'),
+}
+#: Sections that are lists or dicts of parts, each of which needs a type.
+COLLECTIONS = ('default_hooks', 'custom_hooks', 'model.adapters')
+#: Read by mmengine's registries or constructors before a class sees the rest.
+EXTRA = {'default_hooks.*': {'priority'}, 'custom_hooks.*': {'priority'},
+         'optim_wrapper': {'constructor', 'paramwise_cfg'}}
+
+
+def check(config: Config) -> None:
+    """Walk through `config`.
+
+    Raises:
+        ValueError: a type is not registered, or a key is not known to what would read it; with the nearest names.
+    """
+    _walk(config.to_dict(), '')
+
+
+def _walk(node: Any, path: str) -> None:
+    if isinstance(node, list | tuple):
+        for i, child in enumerate(node):
+            _walk(child, f'{path}.{i}')
+        return
+    if not isinstance(node, Mapping):
+        return
+    registry = next((reg for place, reg in PLACES if _at(path, place)), None)
+    if registry is not None and 'type' not in node and any(_at(path, f'{c}.*') for c in COLLECTIONS):
+        parent, _, name = path.rpartition('.')
+        raise ValueError(f"{parent} has no '{name}' (a new one needs a `type` of: {', '.join(registry.names()[:12])}).")
+    if registry is not None and isinstance(node.get('type'), str):
+        _check_keys(node, path, registry)
+    elif path in SECTIONS:
+        known = list(SECTIONS[path]) or _dataloader_keys()
+        for key in node:
+            if key not in known:
+                raise ValueError(f"{path} has no key '{key}'.{nearest(str(key), known)}")
+    for key, child in node.items():
+        _walk(child, f'{path}.{key}' if path else str(key))
+
+
+def _check_keys(node: Mapping[str, Any], path: str, registry: NamedRegistry) -> None:
+    try:
+        cls = registry.get(node['type'])
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    known = accepted(cls)
+    if known is None:
+        return
+    extra = next((keys for place, keys in EXTRA.items() if _at(path, place)), set())
+    for key in node:
+        if key not in known and key not in extra and key not in ('type', '_scope_'):
+            raise ValueError(f"{path} ({node['type']}) has no key '{key}'.{nearest(str(key), sorted(known | extra))}")
+
+
+def accepted(cls: Any) -> set[str] | None:
+    """The keyword arguments that building `cls` takes, through all classes that pass on **kwargs; None if any."""
+    if not inspect.isclass(cls):
+        return _parameters(cls)[0]
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        if base is object:
+            return names
+        try:
+            own, open_ended = _parameters(base.__init__)
+        except (ValueError, TypeError):
+            return None
+        if own is None:
+            return None
+        names |= own
+        if not open_ended:
+            return names - {'self'}
+    return names - {'self'}
+
+
+def _parameters(function: Any) -> tuple[set[str] | None, bool]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return None, False
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if open_ended and not hasattr(function, '__qualname__'):
+        return None, True
+    return named, open_ended
+
+
+def _dataloader_keys() -> list[str]:
+    from torch.utils.data import DataLoader
+    return [k for k in inspect.signature(DataLoader.__init__).parameters if k != 'self']
+
+
+def _at(path: str, place: str) -> bool:
+    """Whether `path` is at `place`, part by part."""
+    parts, places = path.split('.'), place.split('.')
+    return len(parts) == len(places) and all(fnmatchcase(a, b) for a, b in zip(parts, places, strict=True))

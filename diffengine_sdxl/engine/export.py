@@ -1,0 +1,105 @@
+"""Export: every adapter in its ecosystem's format, a fine-tuned base as a diffusers folder, and a manifest."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import broadcast_object_list, is_main_process
+
+from diffengine_sdxl import __version__
+from diffengine_sdxl.engine import checkpoint
+from diffengine_sdxl.engine.config import to_plain
+from diffengine_sdxl.models import loading
+from diffengine_sdxl.models.pipeline import save_pipeline
+
+#: Name of the folder of a fine-tuned base, beside those of the adapters.
+PIPELINE = 'pipeline'
+
+
+def export(runner: Any, folder: Path, step: int) -> None:
+    """Write what trains to `folder`, whole or not at all; reloaded and compared before it counts.
+
+    Raises:
+        ValueError: it could not be written.
+    """
+    failed: list[str | None] = [None]
+    if is_main_process():
+        try:
+            _export(runner, folder, step)
+        except ValueError as error:
+            failed[0] = str(error)
+    broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise ValueError(failed[0])
+
+
+def _export(runner: Any, folder: Path, step: int) -> None:
+    model = runner.bare_model
+    adapters = {name: a for name, a in model.adapters.items() if a.trainables()}
+    with checkpoint.replacing(folder) as temporary:
+        temporary.mkdir()
+        for name, adapter in adapters.items():
+            adapter.save(temporary / name)
+            _check_reload(adapter, temporary / name)
+        if model.trainable_parts:
+            save_pipeline(model, temporary / PIPELINE)
+            _check_pipeline(model, temporary / PIPELINE)
+        text = json.dumps(manifest(runner, step, [*adapters, *([PIPELINE] if model.trainable_parts else [])]), indent=1)
+        (temporary / 'manifest.json').write_text(text + '\n')
+
+
+def _check_reload(adapter: Any, folder: Path) -> None:
+    """What was written, read into a copy, must be what we have, bitwise."""
+    twin = copy.deepcopy(adapter)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load(folder)
+    own = adapter.state_dict()
+    for key, value in twin.state_dict().items():
+        assert torch.equal(value.cpu(), own[key].cpu()), f"'{folder}': {key} changed on its way to the disk"
+
+
+def _check_pipeline(model: Any, folder: Path) -> None:
+    dtypes = {part: getattr(model, part).dtype for part in loading.MODULES if getattr(model, part) is not None}
+    parts = loading.load_components(str(folder), None, None, dtypes, 0)
+    for part in dtypes:
+        own = getattr(model, part).state_dict()
+        for key, value in parts[part].state_dict().items():
+            assert torch.equal(value, own[key].cpu()), f"'{folder}/{part}': {key} changed on its way to the disk"
+
+
+def manifest(runner: Any, step: int, contents: list[str]) -> dict[str, Any]:
+    """Where an export comes from: base, data, resolved config, versions, seed, git commit, step."""
+    config = to_plain(runner.resolved)
+    model = config.get('model') or {}
+    return {'step': step, 'contents': contents, 'ema': runner.ema is not None, 'seed': runner.seed,
+            'base': {key: model.get(key) for key in ('pretrained', 'vae', 'revision', 'variant')},
+            'dataset': (config.get('train_dataloader') or {}).get('dataset'),
+            'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'git_commit': git_commit(),
+            'versions': versions(), 'config': config}
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those that determine its numbers."""
+    names = ('torch', 'diffusers', 'transformers', 'peft', 'mmengine', 'datasets')
+    return {'diffengine_sdxl': __version__, **{n: importlib.metadata.version(n) for n in names}}
+
+
+def git_commit() -> str | None:
+    """The commit of the folder that the command was run in, with '-dirty' if it has changes; None outside git."""
+    try:
+        commit = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=5)
+        if commit.returncode != 0:
+            return None
+        changes = subprocess.run(['git', 'status', '--porcelain', '-uno'], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ('-dirty' if changes.stdout.strip() else '')

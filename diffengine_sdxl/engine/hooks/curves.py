@@ -1,0 +1,77 @@
+"""Loss and learning rate as a picture at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+
+from diffengine_sdxl.pictures import save_curves
+from diffengine_sdxl.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CurvesHook(Hook):
+    """Writes every step's loss and learning rate to `curves.jsonl`, and `curves.png` at the end.
+
+    A resumed run goes on in the same file, from the step that it was resumed at.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @master_only
+    def before_train(self, runner: Any) -> None:
+        """Drop what an interrupted run logged after its last checkpoint."""
+        self.path = Path(runner.work_dir) / 'curves.jsonl'
+        kept = [line for line in read_lines(self.path) if line['step'] <= runner.iter]
+        self.path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+
+    @master_only
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                         outputs: dict[str, float] | None = None) -> None:
+        """Log one step."""
+        groups = runner.optim_wrapper.param_groups
+        rates = {f'lr {g.get("name", i)}' if len(groups) > 1 else 'lr': g['lr'] for i, g in enumerate(groups)}
+        self.lines.append(json.dumps({'step': runner.iter + 1, **(outputs or {}), **rates}) + '\n')
+        if len(self.lines) >= 50 or runner.iter + 1 == runner.max_iters:
+            self._flush()
+
+    @master_only
+    def after_train(self, runner: Any) -> None:
+        """Draw."""
+        self._flush()
+        rows = read_lines(self.path)
+        if not rows:
+            return
+        curves: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        for row in rows:
+            for name, value in row.items():
+                if name != 'step':
+                    curves[name][0].append(row['step'])
+                    curves[name][1].append(value)
+        path = Path(runner.work_dir) / 'curves.png'
+        save_curves(path, curves, f'{Path(runner.work_dir).name}, {rows[-1]["step"]} steps')
+        runner.logger.info(f"Curves: '{path}'")
+
+    def _flush(self) -> None:
+        with open(self.path, 'a') as file:
+            file.writelines(self.lines)
+        self.lines = []
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file; a last line that a killed process cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

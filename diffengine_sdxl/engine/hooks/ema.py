@@ -1,0 +1,74 @@
+"""Exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+
+from diffengine_sdxl.registry import HOOKS
+
+
+@HOOKS.register_module()
+class EMAHook(Hook):
+    """average <- average + (1 - d) (weight - average) after every optimizer step, for the weights that train.
+
+    d = min(decay, (1 + step) / (10 + step)) with `warmup`, else `decay` (diffusers' EMAModel without its power
+    schedule; Polyak & Juditsky 1992). Exports and sample images take the averages.
+
+    Args:
+        decay: share of the average that a step keeps.
+        warmup: let the first steps count more.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f'EMAHook: decay={decay} must lie in [0, 1).')
+        self.decay, self.warmup = decay, warmup
+        self.step = 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def before_run(self, runner: Any) -> None:
+        """Begin with the weights as they are."""
+        runner.ema = self
+        self.weights = {n: p.detach().clone() for n, p in self._parameters(runner).items()}
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """One step of averaging."""
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step)) if self.warmup else self.decay
+        current = self._parameters(runner)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.weights.values()), [current[n].detach() for n in self.weights], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, runner: Any) -> None:
+        """Exchange averages and weights, in place and without arithmetic; twice is nothing."""
+        for name, parameter in self._parameters(runner).items():
+            held = parameter.detach().clone()
+            parameter.copy_(self.weights[name])
+            self.weights[name].copy_(held)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Add the averages."""
+        checkpoint['ema'] = {'step': self.step, 'weights': self.weights}
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Take the averages back.
+
+        Raises:
+            ValueError: the checkpoint was saved without an EMA.
+        """
+        if 'ema' not in checkpoint:
+            raise ValueError('The checkpoint holds no EMA, but the config has an EMAHook; take the hook out, or start '
+                             'a new run from these weights (load_from).')
+        self.step = checkpoint['ema']['step']
+        for name, stored in checkpoint['ema']['weights'].items():
+            self.weights[name].copy_(stored)
+
+    @staticmethod
+    def _parameters(runner: Any) -> dict[str, torch.nn.Parameter]:
+        return {n: p for owned in runner.bare_model.trainables().values() for n, p in owned}

@@ -1,0 +1,63 @@
+"""A progress bar with loss, speed and time left, where there is a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+
+from diffengine_sdxl.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """A bar at the terminal's foot, log lines above it. Without a terminal the log lines alone tell the progress."""
+
+    priority = 'BELOW_NORMAL'
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.streams: list[tuple[logging.StreamHandler, Any]] = []
+
+    @master_only
+    def before_train(self, runner: Any) -> None:
+        """Draw the bar."""
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        self.bar = Progress(TextColumn('training'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[told]}'),
+                            TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4)
+        self.task = self.bar.add_task('training', total=runner.max_iters, completed=runner.iter, told='')
+        self.bar.start()
+        # rich swaps sys.stdout for a writer above the bar; handlers that hold the old one would write through it.
+        for handler in runner.logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                self.streams.append((handler, handler.stream))
+                handler.setStream(sys.stdout)
+
+    @master_only
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                         outputs: dict[str, float] | None = None) -> None:
+        """Advance."""
+        if self.bar is None:
+            return
+        hub = runner.message_hub.log_scalars
+        seconds = hub['train/time'].mean(20) if 'train/time' in hub else 0.0
+        speed = f'{1 / seconds:.2f} steps/s' if seconds else ''
+        self.bar.update(self.task, advance=1, told=f'loss {(outputs or {}).get("loss", float("nan")):.4f}  {speed}')
+
+    def after_train(self, runner: Any) -> None:
+        """Take the bar away."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also called when training fails."""
+        if self.bar is not None:
+            self.bar.stop()
+            for handler, stream in self.streams:
+                handler.setStream(stream)
+            self.bar, self.streams = None, []

@@ -1,0 +1,109 @@
+"""What makes a run the same run: model, objective, data and seed. Lengths, intervals and workers may change."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, is_main_process
+
+from diffengine_sdxl.engine import checkpoint
+from diffengine_sdxl.engine.config import to_plain
+
+FILE = 'run.json'
+#: Parts of the model's config that change no number of a run, or only pictures made on the way.
+FREE = ('gradient_checkpointing', 'attention', 'cache_dir', 'sampler', 'seed')
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a resolved config that a resumed run must share."""
+    data = config.get('train_dataloader') or {}
+    free = {'cache_dir'}
+    return to_plain({
+        'model': {k: v for k, v in (config.get('model') or {}).items() if k not in FREE},
+        'train_dataloader': {'dataset': {k: v for k, v in (data.get('dataset') or {}).items() if k not in free},
+                             'sampler': data.get('sampler'), 'batch_size': data.get('batch_size')},
+        'optim_wrapper': config.get('optim_wrapper')})
+
+
+def differences(old: Any, new: Any, path: str = '') -> list[str]:
+    """Sentences for each place where two identities differ: 'model.vae was None, is now "x"'."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [line for key in {**old, **new}
+                for line in differences(old.get(key), new.get(key), f'{path}.{key}' if path else str(key))]
+    return [] if old == new else [f'{path} was {old!r}, is now {new!r}']
+
+
+def refuse_other(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    """Raise if two identities differ.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    lines = differences(old, new)
+    if lines:
+        raise ValueError(f'{where} belongs to another run: {"; ".join(lines[:5])}'
+                         f'{f"; and {len(lines) - 5} more" if len(lines) > 5 else ""}. Choose another --work-dir, or '
+                         'set the config back.')
+
+
+def claim(config: Config) -> int:
+    """Take or continue `config.work_dir`, and settle the seed: given, or that of the run, or drawn once and kept.
+
+    All processes get the same seed. Only the main process reads and writes.
+
+    Raises:
+        ValueError: the folder belongs to another run, or to this one and it shall not be resumed.
+    """
+    answer: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = _claim(config)
+        except ValueError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return int(answer[0])
+
+
+def _claim(config: Config) -> int:
+    work_dir, mine = Path(config.work_dir), identity(config)
+    given = (config.get('randomness') or {}).get('seed')
+    path = work_dir / FILE
+    if config.get('train_cfg') is None:
+        return int(given or 0)
+    held = read(work_dir)
+    saved = checkpoint.found(work_dir)
+    if held is not None and saved:
+        if not config.get('resume'):
+            raise ValueError(f"'{work_dir}' already holds a run, saved at step {checkpoint.NAME.fullmatch(saved[-1].name)[1]}"
+                             '. Add --resume to go on with it, or choose another --work-dir.')
+        refuse_other(held['identity'], mine, f"'{work_dir}'")
+        if given is not None and given != held['seed']:
+            raise ValueError(f"'{work_dir}' belongs to another run: randomness.seed was {held['seed']}, is now {given}. "
+                             'Choose another --work-dir, or set the config back.')
+        given = held['seed']
+    elif held is not None and config.get('resume') and given is None:
+        given = held['seed']
+    seed = secrets.randbelow(2**31) if given is None else int(given)
+    with checkpoint.replacing(path) as temporary:
+        temporary.write_text(json.dumps({'identity': mine, 'seed': seed}, indent=1) + '\n')
+    checkpoint.clean(work_dir)
+    return seed
+
+
+def read(work_dir: str | Path) -> dict[str, Any] | None:
+    """What the run in `work_dir` said of itself, or None."""
+    path = Path(work_dir) / FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is damaged ({error}); remove it only if you know which run this folder holds."
+                         ) from error

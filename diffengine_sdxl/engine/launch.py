@@ -1,0 +1,124 @@
+"""From the command line to a runner, on one process or many."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+def start_processes(launcher: str) -> None:
+    """Join the process group that `launcher` made. On a machine without a GPU this takes gloo by itself.
+
+    Raises:
+        ValueError: there are more processes than GPUs, or the launcher left no word of the group.
+    """
+    import torch
+    import torch.distributed as dist
+    if launcher == 'none' or dist.is_initialized():
+        return
+    rank, world, local = _ranks(launcher)
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f'Process {local} of this machine has no GPU: there are {count}. Start at most {count} '
+                             'processes here (--gpus).')
+        torch.cuda.set_device(local)
+    else:
+        cores = os.cpu_count() or 1
+        if int(os.environ.get('LOCAL_WORLD_SIZE', world)) > cores:
+            raise ValueError(f'{world} processes were started, but this machine has no GPU and {cores} cores. Start '
+                             f'at most {cores} (--gpus).')
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
+    os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+    os.environ.setdefault('MASTER_PORT', '29500')
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=rank, world_size=world)
+    from mmengine.dist.utils import init_local_group
+    if not torch.cuda.is_available():
+        init_local_group(0, int(os.environ.get('LOCAL_WORLD_SIZE', world)))
+
+
+def _ranks(launcher: str) -> tuple[int, int, int]:
+    """Rank, number of processes, rank on this machine."""
+    names = {'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+             'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+             'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')}[launcher]
+    try:
+        rank, world, local = (int(os.environ[name]) for name in names)
+    except KeyError as error:
+        hint = {'pytorch': 'torchrun, or mim train --launcher pytorch', 'slurm': 'srun', 'mpi': 'mpirun'}[launcher]
+        raise ValueError(f"--launcher {launcher}: {error} is not set. Start the processes with {hint}.") from error
+    if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_host(os.environ['SLURM_NODELIST'])
+    return rank, world, local
+
+
+def _first_host(nodes: str) -> str:
+    """'node[03-05,9],other' -> 'node03'."""
+    head, bracket, rest = nodes.partition('[')
+    if not bracket or ',' in head:
+        return nodes.split(',')[0]
+    return head + rest.split(']')[0].split(',')[0].split('-')[0]
+
+
+def prepare(args: Any) -> Any:
+    """The config that the command line asks for.
+
+    Args:
+        args: config, work_dir, resume, launcher, cfg_options; as tools/train.py parses them.
+
+    Raises:
+        ValueError: see engine.config.load.
+    """
+    from diffengine_sdxl.engine import config
+    cfg = config.load(args.config, args.cfg_options or ())
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    return cfg
+
+
+def train(args: Any) -> int:
+    """Train as `args` say; the exit code. A user's mistake is a sentence, not a traceback."""
+    runner = None
+    try:
+        cfg = prepare(args)
+        start_processes(args.launcher)
+        from diffengine_sdxl.registry import RUNNERS
+        runner = RUNNERS.build(cfg)
+        runner.train()
+    except ValueError as error:
+        _close(runner)
+        print(f'error: {sentence(error)}', file=sys.stderr, flush=True)
+        # The other processes wait for this one; leaving hard lets the launcher end them.
+        if args.launcher != 'none':
+            os._exit(1)
+        return 1
+    except KeyboardInterrupt:
+        _close(runner)
+        print('Stopped. Add --resume to go on from the last checkpoint.', file=sys.stderr)
+        return 130
+    return 0
+
+
+def _close(runner: Any) -> None:
+    for hook in getattr(runner, 'hooks', ()):
+        if hasattr(hook, 'close'):
+            hook.close()
+
+
+def sentence(error: BaseException) -> str:
+    """The words of `error`; of one that a data loader's worker wrapped into a traceback, the last line's."""
+    text = str(error).strip()
+    if text.startswith('Caught '):
+        last = text.splitlines()[-1]
+        return last.partition(': ')[2] or last
+    return text

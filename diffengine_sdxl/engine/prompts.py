@@ -1,0 +1,56 @@
+"""A Batch from prompts and condition images, as a person gives them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffengine_sdxl.datasets.images import ImageReader, is_url
+from diffengine_sdxl.registry import nearest
+from diffengine_sdxl.structures import Batch, to_device
+
+
+def image_tensor(source: str | Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """A control image, [3, H, W] in [0, 1], resized straight to `size` (H, W) with Lanczos as diffusers' pipelines do."""
+    if isinstance(source, str) and not is_url(source):
+        source = os.path.abspath(source)
+    # The person who runs the command names the file, so any folder will do.
+    image = ImageReader('/')(source, 'the condition')
+    image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Sequence[Any]], size: tuple[int, int],
+                 seeds: Sequence[int], negative_prompts: Sequence[str] | None = None) -> Batch:
+    """One picture for each prompt.
+
+    Args:
+        model: an SDXL; says which adapter reads what, and the device.
+        prompts: B texts.
+        conditions: adapter name -> B images (paths, URLs, PIL).
+        size: height and width in pixels, which are also original and target size.
+        seeds: B seeds of the starting noise.
+        negative_prompts: B texts; None for the null text.
+
+    Raises:
+        ValueError: no adapter of that name, other counts, or an image that cannot be read.
+    """
+    tensors = {}
+    for name, images in conditions.items():
+        if name not in model.adapters:
+            raise ValueError(f"There is no adapter '{name}' to give images to.{nearest(name, list(model.adapters))}")
+        if len(images) != len(prompts):
+            raise ValueError(f"Adapter '{name}' got {len(images)} images for {len(prompts)} prompts.")
+        tensors[model.adapters[name].reads] = torch.stack([image_tensor(i, size) for i in images])
+    height, width = size
+    batch = Batch(text=list(prompts), time_ids=torch.tensor([[height, width, 0, 0, height, width]] * len(prompts),
+                                                            dtype=torch.float32),
+                  key=[f'prompt {i}' for i in range(len(prompts))], epoch=torch.zeros(len(prompts), dtype=torch.int64),
+                  seed=torch.tensor(list(seeds), dtype=torch.int64), conditions=tensors, size=size,
+                  negative_text=list(negative_prompts) if negative_prompts is not None else None)
+    return to_device(batch, model.unet.device)

@@ -1,0 +1,141 @@
+"""SDXL's components from a diffusers folder, a hub id, a single file, or (random weights) from configs alone."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.models.single_file import SDXL_FILES, load_single_file
+from diffengine_sdxl.weights import load_pretrained, said
+
+MODULES = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
+TOKENIZERS = ('tokenizer', 'tokenizer_2')
+SINGLE_FILES = ('.safetensors', '.ckpt', '.pt', '.bin')
+
+
+def module_class(name: str) -> Any:
+    """The class of component `name`."""
+    import diffusers
+    import transformers
+    return {'unet': diffusers.UNet2DConditionModel, 'vae': diffusers.AutoencoderKL,
+            'text_encoder': transformers.CLIPTextModel, 'text_encoder_2': transformers.CLIPTextModelWithProjection,
+            'tokenizer': transformers.CLIPTokenizer, 'tokenizer_2': transformers.CLIPTokenizer}[name]
+
+
+def load_components(pretrained: str | None, vae: str | None, config: str | None, dtypes: Mapping[str, torch.dtype],
+                    seed: int, **hub: Any) -> dict[str, Any]:
+    """All parts of a base: unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers, scheduler config.
+
+    Args:
+        pretrained: folder, hub id or single file; None makes random weights, keyed by `seed`.
+        vae: folder, hub id or single file of another VAE; None takes the base's own.
+        config: folder of component configs for a single file or for random weights; None means SDXL base 1.0's.
+        dtypes: component name -> dtype of its weights.
+        hub: `revision`, `variant`, `cache_dir`.
+
+    Raises:
+        ValueError: something is missing, is not SDXL, or cannot be had without a network.
+    """
+    if pretrained is None:
+        parts = _random_components(Path(config or SDXL_FILES), seed)
+    elif str(pretrained).endswith(SINGLE_FILES):
+        parts = load_single_file(pretrained, config=config)
+        parts['scheduler'] = dict(parts['scheduler'].config)
+    else:
+        parts = _folder_components(str(pretrained), dtypes, skip={'vae'} if vae else set(), **hub)
+    check_sdxl(parts['unet'], str(pretrained or config or 'SDXL'))
+    if vae:
+        parts['vae'] = _load_vae(str(vae), dtypes['vae'], **hub)
+    for name in MODULES:
+        if parts.get(name) is not None and parts[name].dtype != dtypes[name]:
+            parts[name].to(dtypes[name])
+    return parts
+
+
+def check_sdxl(unet: nn.Module, source: str) -> None:
+    """Refuse a UNet that is not SDXL's kind.
+
+    Raises:
+        ValueError: it has no size and crop conditioning, so it is another architecture, e.g. SD 1.5.
+    """
+    kind = unet.config.addition_embed_type  # type: ignore[union-attr]
+    if kind != 'text_time':
+        width = unet.config.cross_attention_dim  # type: ignore[union-attr]
+        raise ValueError(f"'{source}' is not an SDXL: its UNet has addition_embed_type={kind!r} (SDXL: 'text_time') "
+                         f'and cross_attention_dim={width}. Stable Diffusion 1.x and 2.x cannot be used as a base.')
+
+
+def _random_components(folder: Path, seed: int) -> dict[str, Any]:
+    import diffusers
+    index = _index(folder)
+    parts: dict[str, Any] = {}
+    for name in (n for n in MODULES if index.get(n, [None])[0]):
+        cls = module_class(name)
+        with rng.fork(seed, 'base', name):
+            if issubclass(cls, diffusers.ModelMixin):
+                parts[name] = cls.from_config(cls.load_config(folder, subfolder=name))
+            else:
+                parts[name] = cls(cls.config_class.from_pretrained(folder, subfolder=name))
+    for name in (n for n in TOKENIZERS if index.get(n, [None])[0]):
+        parts[name] = module_class(name).from_pretrained(folder, subfolder=name)
+    parts['scheduler'] = _scheduler_config(str(folder))
+    return parts
+
+
+def _folder_components(source: str, dtypes: Mapping[str, torch.dtype], skip: set[str], **hub: Any) -> dict[str, Any]:
+    where = {k: v for k, v in hub.items() if k != 'variant'}
+    local = Path(source).is_dir()
+    if local:
+        index = _index(Path(source))
+    else:
+        from diffusers import DiffusionPipeline
+        index = said(source, DiffusionPipeline.load_config, source, **where)
+    parts: dict[str, Any] = {}
+    for name in (n for n in (*MODULES, *TOKENIZERS) if n not in skip and index.get(n, [None])[0]):
+        if local and not (Path(source) / name).is_dir():
+            raise ValueError(f"'{source}' has no folder '{name}', but its model_index.json names one.")
+        if name in MODULES:
+            parts[name] = _from_pretrained(name, source, dtypes[name], subfolder=name, **hub)
+        else:
+            parts[name] = said(source, module_class(name).from_pretrained, source, subfolder=name, **where)
+    for name in ('unet', 'text_encoder_2', 'tokenizer_2'):
+        if name not in parts:
+            raise ValueError(f"'{source}' has no '{name}', so it is no SDXL base "
+                             f'(it holds {", ".join(sorted(k for k in index if not k.startswith("_")))}).')
+    parts['scheduler'] = said(source, _scheduler_config, source, **where)
+    return parts
+
+
+def _from_pretrained(name: str, source: str, dtype: torch.dtype, **kwargs: Any) -> Any:
+    # diffusers and transformers name this argument differently.
+    return load_pretrained(module_class(name), source, **{'dtype' if 'text' in name else 'torch_dtype': dtype},
+                           **kwargs)
+
+
+def _load_vae(source: str, dtype: torch.dtype, **hub: Any) -> Any:
+    from diffusers import AutoencoderKL
+    if source.endswith(SINGLE_FILES):
+        return said(source, AutoencoderKL.from_single_file, source, config=str(SDXL_FILES), subfolder='vae',
+                    torch_dtype=dtype)
+    folder = Path(source)
+    subfolder = 'vae' if not (folder / 'config.json').is_file() and (folder / 'vae').is_dir() else None
+    # `revision` and `variant` are the base's; another repository has its own.
+    return _from_pretrained('vae', source, dtype, subfolder=subfolder, cache_dir=hub.get('cache_dir'))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / 'model_index.json'
+    if not path.is_file():
+        raise ValueError(f"'{folder}' holds no model_index.json, so it is not a diffusers folder.")
+    return json.loads(path.read_text())
+
+
+def _scheduler_config(source: str, **hub: Any) -> dict[str, Any]:
+    from diffusers import EulerDiscreteScheduler
+    config = EulerDiscreteScheduler.load_config(source, subfolder='scheduler', **hub)
+    return {k: v for k, v in dict(config).items() if not k.startswith('_')}
+

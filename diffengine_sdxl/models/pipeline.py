@@ -1,0 +1,33 @@
+"""An SDXL as a stock diffusers pipeline, on the disk."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+
+def save_pipeline(model: Any, folder: Path) -> None:
+    """Write the base in diffusers' layout; adapters stay out of it.
+
+    Args:
+        model: an SDXL. folder: made if missing.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    pipeline = StableDiffusionXLPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, text_encoder_2=model.text_encoder_2,
+        tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, unet=model.unet, add_watermarker=False,
+        scheduler=EulerDiscreteScheduler.from_config(model.scheduler_settings), force_zeros_for_empty_prompt=model.null_text == 'zeros')
+    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    for encoder in ('text_encoder', 'text_encoder_2'):
+        _restore_prefix(folder / encoder / 'model.safetensors')
+
+
+def _restore_prefix(path: Path) -> None:
+    """Give CLIP's keys the prefix `text_model.` back: transformers 5 leaves it out, other tools look for it."""
+    if not path.is_file():
+        return
+    state = load_file(path)
+    if any(k.startswith('text_model.') for k in state):
+        return
+    save_file({k if k.startswith('text_projection') else f'text_model.{k}': v for k, v in state.items()}, path,
+              metadata={'format': 'pt'})

@@ -1,0 +1,317 @@
+"""The one model: SDXL with any set of adapters. Training, evaluation and sampling reach the UNet through it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.models import loading
+from diffengine_sdxl.models.attention import set_backend
+from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
+from diffengine_sdxl.models.text import encode_prompts
+from diffengine_sdxl.registry import ADAPTERS, MODELS, OBJECTIVES, SAMPLERS
+from diffengine_sdxl.schedule import NoiseSchedule
+from diffengine_sdxl.structures import Batch, Conditioning, UNetCall, where
+
+PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+@MODELS.register_module()
+class SDXL(BaseModel):
+    """SDXL: UNet, VAE, two text encoders, and a dict of adapters by name.
+
+    Args:
+        pretrained: diffusers folder, hub id, or a single .safetensors or .ckpt file (path or hub link); None for
+            random weights keyed by `seed`.
+        vae: another VAE, likewise; None for the base's.
+        revision, variant, cache_dir: of the hub, as in diffusers.
+        config: folder of component configs for random weights or a single file; None for SDXL base 1.0's.
+        adapters: name -> config of an adapter; a value of None takes one out.
+        objective, sampler: configs of the training objective and of the sampler.
+        trainable: parts of the base that train, of unet, vae, text_encoder, text_encoder_2; all else is frozen.
+        mixed_precision: 'no', 'fp16' or 'bf16': what the frozen parts are stored in and trained parts compute in.
+        dtype: dtype of the weights, one for all or by part ('float32', 'bfloat16', 'float16', 'float64'); None
+            stores what trains in fp32 and the rest as `mixed_precision` says.
+        attention: 'sdpa' or 'xformers'.
+        gradient_checkpointing: recompute activations in the backward pass.
+        prediction_type: 'epsilon' or 'v_prediction'; None for the base's own.
+        zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2023).
+        null_text: what stands for no text: 'zeros' (stock's missing negative prompt) or 'empty' (the caption '').
+        seed: of fresh weights; the runner fills in its own.
+
+    Raises:
+        ValueError: a part cannot be loaded, a name is unknown or not allowed, parts don't fit.
+    """
+
+    def __init__(self, pretrained: str | None = None, vae: str | None = None, revision: str | None = None,
+                 variant: str | None = None, cache_dir: str | None = None, config: str | None = None,
+                 adapters: Mapping[str, Any] | None = None, objective: Any = None, sampler: Any = None,
+                 trainable: Sequence[str] = (), mixed_precision: str = 'no',
+                 dtype: str | Mapping[str, str] | None = None, attention: str = 'sdpa',
+                 gradient_checkpointing: bool = False, prediction_type: str | None = None,
+                 zero_terminal_snr: bool = False, null_text: str = 'zeros', seed: int | None = None) -> None:
+        super().__init__(data_preprocessor=BatchPreprocessor())
+        _choose('mixed_precision', mixed_precision, PRECISIONS)
+        _choose('null_text', null_text, ('zeros', 'empty'))
+        for part in trainable:
+            _choose('trainable', part, loading.MODULES)
+        self.pretrained, self.null_text, self.seed = pretrained, null_text, int(seed or 0)
+        self.trainable_parts = tuple(trainable)
+        self.compute_dtype = PRECISIONS[mixed_precision]
+        parts = loading.load_components(pretrained, vae, config, self._dtypes(dtype), self.seed, revision=revision,
+                                        variant=variant, cache_dir=cache_dir)
+        self.unet, self.vae = parts['unet'], parts['vae']
+        self.text_encoder, self.text_encoder_2 = parts.get('text_encoder'), parts['text_encoder_2']
+        self.tokenizer, self.tokenizer_2 = parts.get('tokenizer'), parts['tokenizer_2']
+        self.scheduler_config = parts['scheduler']
+        self.schedule = NoiseSchedule.from_config(self.scheduler_config, prediction_type, zero_terminal_snr)
+        self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        set_backend(self.unet, attention)
+        self._attach(adapters or {})
+        if gradient_checkpointing:
+            for part in (self.unet, *(m for m in (self.text_encoder, self.text_encoder_2) if m is not None)):
+                part.enable_gradient_checkpointing() if part is self.unet else part.gradient_checkpointing_enable()
+        self.objective = OBJECTIVES.build(objective) if objective else None
+        self.sampler = SAMPLERS.build(sampler) if sampler else None
+
+    def _dtypes(self, dtype: str | Mapping[str, str] | None) -> dict[str, torch.dtype]:
+        dtypes = {}
+        for part in loading.MODULES:
+            name = dtype if isinstance(dtype, str) else (dtype or {}).get(part)
+            if name is not None:
+                dtypes[part] = getattr(torch, name, None)
+                if not isinstance(dtypes[part], torch.dtype):
+                    raise ValueError(f"dtype='{name}' is not known; choose float32, bfloat16, float16 or float64.")
+            elif part in self.trainable_parts or self.compute_dtype is None or part == 'vae':
+                # SDXL's own VAE overflows in fp16; a fixed one can be given dtype=dict(vae='float16').
+                dtypes[part] = torch.float32
+            else:
+                dtypes[part] = self.compute_dtype
+        if isinstance(dtype, Mapping):
+            for part in dtype:
+                _choose('dtype', part, loading.MODULES)
+        return dtypes
+
+    def _attach(self, configs: Mapping[str, Any]) -> None:
+        """Freeze all, attach all, make all ready, and only then say what trains."""
+        self.adapters = nn.ModuleDict()
+        self.eval()
+        for name, config in configs.items():
+            if config is None:
+                continue
+            _check_name(name)
+            adapter = ADAPTERS.build(dict(config))
+            adapter.name = name
+            with rng.fork(self.seed, 'adapter', name):
+                adapter.attach(self)
+            self.adapters[name] = adapter
+        for adapter in self.adapters.values():
+            adapter.ready(self)
+        self.requires_grad_(False)
+        for _, parameters in self.trainables().items():
+            for _, parameter in parameters:
+                parameter.requires_grad_(True)
+        # Weights that train are fp32 beside a half-precision UNet only if they live in it (LoRA, full fine-tune).
+        self._unet_mixed = any(p.dtype != self.unet.dtype for p in self.unet.parameters()) or (
+            'unet' in self.trainable_parts)
+        self.register_state_dict_post_hook(_keep_trained)
+
+    def trainables(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """What trains: part or adapter name -> its parameters with their full names, in a fixed order."""
+        names = {id(p): n for n, p in self.named_parameters()}
+        owners: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for part in self.trainable_parts:
+            module = getattr(self, part)
+            # The penultimate layer is read, so the first encoder's last layer and norm never get a gradient.
+            owners[part] = [(names[id(p)], p) for n, p in module.named_parameters() if not self._unread(part, n)]
+        for name, adapter in self.adapters.items():
+            parameters = [(names[id(p)], p) for p in adapter.trainables()]
+            if parameters:
+                owners[name] = parameters
+        return owners
+
+    def _unread(self, part: str, name: str) -> bool:
+        if part != 'text_encoder':
+            return False
+        last = self.text_encoder.config.num_hidden_layers - 1
+        return f'layers.{last}.' in name or 'final_layer_norm' in name
+
+    @property
+    def scheduler_settings(self) -> dict[str, Any]:
+        """The config of a diffusers scheduler that samples what this model was trained on."""
+        own: dict[str, Any] = {'prediction_type': self.schedule.prediction_type}
+        if self.schedule.zero_terminal_snr:
+            own['rescale_betas_zero_snr'] = True
+        return {**self.scheduler_config, **own}
+
+    @property
+    def size_divisor(self) -> int:
+        """Sides of images must be divisible by this, in pixels."""
+        return max([self.vae_factor, *(a.size_divisor for a in self.adapters.values())])
+
+    def train(self, mode: bool = True) -> SDXL:
+        """Training mode for what trains; frozen parts stay in evaluation mode."""
+        self.training = mode
+        for part in loading.MODULES:
+            if getattr(self, part) is not None:
+                getattr(self, part).train(mode and part in self.trainable_parts)
+        for adapter in self.adapters.values():
+            adapter.train(mode and bool(adapter.trainables()))
+        return self
+
+    def latents(self, batch: Batch) -> Tensor:
+        """The images' latents, scaled, [B, 4, h, w] in the VAE's dtype; the VAE's sample is a keyed draw.
+
+        Raises:
+            ValueError: there is neither image nor latents, or a side cannot be divided.
+        """
+        if batch.latents is not None:
+            return batch.latents
+        if batch.img is None:
+            raise ValueError("The samples hold neither 'img' nor 'latents'; name the column (image_column).")
+        height, width = batch.img.shape[-2:]
+        if height % self.vae_factor or width % self.vae_factor:
+            raise ValueError(f"'img' is {height} x {width}; the VAE needs sides that {self.vae_factor} divides. "
+                             'Change `resolution`.')
+        with torch.set_grad_enabled(torch.is_grad_enabled() and 'vae' in self.trainable_parts):
+            dist = self.vae.encode(batch.img.to(self.vae.dtype)).latent_dist
+            noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
+            return (dist.mean + dist.std * noise.to(dist.mean)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], fp32; as stock, bitwise."""
+        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+    def encode(self, batch: Batch, branches: Sequence[str] = ('cond',), project: bool = False) -> Conditioning:
+        """All that a guidance branch tells the denoiser; several branches are stacked along the batch, in order.
+
+        Each text encoder is called once a branch, each adapter once for all of them.
+
+        Args:
+            batch: B samples.
+            branches: of 'cond' and 'uncond'.
+            project: also run the adapters' trained part, for a sampling loop; training leaves it to `predict`.
+        """
+        assert project or len(branches) == 1, 'several branches are for sampling'
+        rows = [self._encode_text(batch, branch) for branch in branches]
+        text, pooled, time_ids = (torch.cat([row[i] for row in rows]) for i in range(3))
+        adapters = {}
+        for name, adapter in self.adapters.items():
+            tensors = adapter.encode(batch)
+            if name in batch.drop:
+                null = adapter.null(tensors)
+                tensors = {k: where(batch.drop[name], null[k], tensors[k]) for k in tensors}
+            if project:
+                with self._autocast(True):
+                    tensors = adapter.expand(tensors, branches)
+            adapters[name] = tensors
+        return Conditioning(text, pooled, time_ids, adapters, projected=project)
+
+    def _encode_text(self, batch: Batch, branch: str) -> tuple[Tensor, Tensor, Tensor]:
+        time_ids = batch.time_ids
+        first, second = batch.text, batch.text_2 or batch.text
+        dropped = batch.drop.get('text')
+        if branch == 'uncond':
+            if batch.negative_time_ids is not None:
+                time_ids = batch.negative_time_ids
+            if batch.negative_text is None and self.null_text == 'zeros':
+                text, pooled = self._shape_of_text(batch)
+                return torch.zeros_like(text), torch.zeros_like(pooled), time_ids
+            first = batch.negative_text or [''] * len(batch)
+            second, dropped = batch.negative_text_2 or first, None
+        elif dropped is not None and self.null_text == 'empty':
+            first, second = ([('' if d else t) for d, t in zip(dropped.tolist(), texts, strict=True)]
+                             for texts in (first, second))
+            dropped = None
+        if branch == 'cond' and batch.text_embeds is not None and batch.pooled is not None:
+            text, pooled = batch.text_embeds, batch.pooled
+        else:
+            text, pooled = self._prompts(first, second)
+        if dropped is not None:
+            text, pooled = (where(dropped, torch.zeros_like(x), x) for x in (text, pooled))
+        return text, pooled, time_ids
+
+    def _shape_of_text(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tensors of the text's shapes, for zeros."""
+        width = sum(e.config.hidden_size for e in (self.text_encoder, self.text_encoder_2) if e is not None)
+        kwargs = {'device': self.unet.device, 'dtype': self.text_encoder_2.dtype}
+        return (torch.empty(len(batch), self.tokenizer_2.model_max_length, width, **kwargs),
+                torch.empty(len(batch), self.text_encoder_2.config.projection_dim, **kwargs))
+
+    def _prompts(self, first: Sequence[str], second: Sequence[str]) -> tuple[Tensor, Tensor]:
+        trains = any(part in self.trainable_parts for part in ('text_encoder', 'text_encoder_2'))
+        both = self.text_encoder is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self._autocast(trains):
+            return encode_prompts([first, second] if both else [second],
+                                  [self.tokenizer, self.tokenizer_2] if both else [self.tokenizer_2],
+                                  [self.text_encoder, self.text_encoder_2] if both else [self.text_encoder_2])
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, progress: Tensor) -> Tensor:
+        """The UNet's raw output, of its `prediction_type`, with every adapter's part: the only way to the UNet.
+
+        Args:
+            x: [B, 4, h, w], any dtype; t: [] or [B]; conditioning: B rows.
+            progress: [B, 2] on the CPU, see UNetCall.
+
+        Returns:
+            [B, 4, h, w] in the UNet's dtype (the autocast dtype where it trains).
+
+        Raises:
+            ValueError: what an adapter adds does not fit.
+        """
+        dtype = self.unet.dtype
+        call = UNetCall(sample=x.to(dtype), timestep=t, progress=progress, text=conditioning.text.to(dtype),
+                        pooled=conditioning.pooled.to(dtype), time_ids=conditioning.time_ids,
+                        training=torch.is_grad_enabled())
+        for name, tensors in conditioning.adapters.items():
+            adapter = self.adapters[name]
+            with self._autocast(True):
+                adapter.contribute(call, tensors if conditioning.projected else adapter.project(tensors))
+        with self._autocast(self._unet_mixed):
+            out = self.unet(**call.kwargs(), return_dict=False)[0]
+        call.check_consumed()
+        return out
+
+    def forward(self, inputs: Batch, data_samples: Any = None, mode: str = 'loss') -> Any:
+        """'loss': dict of losses; 'predict': a dict a sample (key, seed, prompt, images); mmengine's entry."""
+        if mode == 'loss':
+            assert self.objective is not None, 'the runner checks that a model that trains has an objective'
+            return self.objective(self, inputs)
+        if mode == 'predict':
+            assert self.sampler is not None, 'the runner checks that a model that samples has a sampler'
+            images = self.decode(self.sampler(self, inputs))
+            return [{'key': inputs.key[i], 'seed': int(inputs.seed[i]), 'prompt': inputs.text[i],
+                     'images': {'adapted': images[i]}} for i in range(len(inputs))]
+        raise ValueError(f"mode='{mode}' is not known; choose 'loss' or 'predict'.")
+
+    def _autocast(self, wanted: bool) -> AbstractContextManager[Any]:
+        return torch.autocast(self.unet.device.type, self.compute_dtype or torch.bfloat16,
+                              enabled=wanted and self.compute_dtype is not None)
+
+
+def _keep_trained(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Prune a state dict, in place (it carries `_metadata`), to what trains."""
+    kept = {prefix + name for parameters in model.trainables().values() for name, _ in parameters}
+    for name in [n for n in state if n.startswith(prefix) and n not in kept]:
+        del state[name]
+
+
+def _choose(key: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f'{key}={value!r} is not known; choose of {", ".join(map(repr, known))}.')
+
+
+def _check_name(name: str) -> None:
+    """Refuse adapter names that nn.ModuleDict or our folders cannot take."""
+    taken = {*loading.MODULES, 'text'}
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in taken:
+        raise ValueError(f"'{name}' cannot name an adapter: take letters, digits and _, and none of torch's own names "
+                         f"(type, train, to, ...) or of {', '.join(sorted(taken))}.")

@@ -1,0 +1,47 @@
+"""Denoising: predict what was added to an image. The objective of every adapter and of a full fine-tune."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.registry import LOSSES, NOISES, OBJECTIVES, TIMESTEPS, WEIGHTINGS
+from diffengine_sdxl.structures import Batch
+
+
+@OBJECTIVES.register_module()
+class Denoise:
+    """mean over the batch of w(t) * loss(model(x_t, t), target), Ho et al. 2020.
+
+    Noise and timestep of a sample depend on (seed, sample key, epoch) alone.
+
+    Args:
+        noise, timesteps, weighting, loss: configs of its parts.
+    """
+
+    def __init__(self, noise: Any = None, timesteps: Any = None, weighting: Any = None, loss: Any = None) -> None:
+        self.noise = NOISES.build(noise or {'type': 'PlainNoise'})
+        self.timesteps = TIMESTEPS.build(timesteps or {'type': 'UniformTimesteps'})
+        self.weighting = WEIGHTINGS.build(weighting or {'type': 'NoWeighting'})
+        self.loss = LOSSES.build(loss or {'type': 'L2Loss'})
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """{'loss': []}: fp32, or fp64 if the model is."""
+        schedule, draws = model.schedule, rng.Draws(batch.seed, batch.key, batch.epoch)
+        latents = model.latents(batch)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        noise, noise_in = self.noise(draws, tuple(latents.shape[1:]), latents.dtype, latents.device)
+        t = self.timesteps(draws, schedule)
+        # 1 - t / T twice: a training step has no length. On the CPU, as windows are decided there.
+        progress = (1 - t / schedule.num_train_timesteps).unsqueeze(1).expand(-1, 2)
+        t = t.to(latents.device)
+        prediction = model.predict(schedule.add_noise(latents, noise_in, t), t, model.encode(batch), progress)
+        target = schedule.target(latents, noise, t)
+        loss = self.loss(prediction.to(latents.dtype), target, t, schedule)
+        if batch.mask is not None:
+            loss = loss * batch.mask
+        loss = loss.mean(dim=(1, 2, 3)) * self.weighting(t, schedule)
+        if batch.weight is not None:
+            loss = loss * batch.weight
+        return {'loss': loss.mean()}

@@ -1,0 +1,98 @@
+"""Pictures for people: labelled grids of images, and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (200, 200, 200)
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """[3, H, W] floats in [0, 1] to an RGB image."""
+    return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], columns: Sequence[str], title: str = '',
+                  cell: int = 0) -> Image.Image:
+    """A contact sheet: a row of images under each row's label, each column under its own.
+
+    Args:
+        rows: (label, images); None leaves a cell empty.
+        columns: labels of the columns.
+        title: a line at the top.
+        cell: side of a cell in pixels; 0 takes the largest image's, between 128 and 512.
+    """
+    images = [i for _, row in rows for i in row if i is not None]
+    if not cell:
+        cell = min(512, max([128, *(max(i.size) for i in images)]))
+    font = ImageFont.load_default(max(12, cell // 18))
+    line, gap = font.size + 6, 6
+    width = gap + len(columns) * (cell + gap)
+    wrapped = [wrap(label, font, width - 2 * gap) for label, _ in rows]
+    heights = [len(lines) * line + cell + 2 * gap for lines in wrapped]
+    title_lines = wrap(title, font, width - 2 * gap) if title else []
+    top = gap + line * (len(title_lines) + 1)
+    sheet = Image.new('RGB', (width, top + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, text in enumerate(title_lines):
+        draw.text((gap, gap + i * line), text, INK, font)
+    for x, label in enumerate(columns):
+        draw.text((gap + x * (cell + gap), top - line), label, INK, font)
+    y = top
+    for (_, row), lines, height in zip(rows, wrapped, heights, strict=True):
+        for i, text in enumerate(lines):
+            draw.text((gap, y + i * line), text, INK, font)
+        for x, image in enumerate(row):
+            corner = (gap + x * (cell + gap), y + len(lines) * line)
+            if image is None:
+                draw.rectangle((*corner, corner[0] + cell - 1, corner[1] + cell - 1), outline=FAINT)
+                continue
+            # Small pictures are enlarged in whole pixels, so that what is seen is what was made.
+            grow = image.width < cell
+            shown = image.convert('RGB')
+            scale = cell / max(shown.size)
+            shown = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))),
+                                 Image.Resampling.NEAREST if grow else Image.Resampling.LANCZOS)
+            sheet.paste(shown, corner)
+        y += height
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """`text` in lines of at most `width` pixels, three at most; a cut is shown."""
+    lines, current = [], ''
+    for word in text.split():
+        trial = f'{current} {word}'.strip()
+        if current and font.getlength(trial) > width:
+            lines.append(current)
+            current = word
+        else:
+            current = trial
+    lines.append(current)
+    return lines if len(lines) <= 3 else [*lines[:2], lines[2] + ' ...']
+
+
+def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> None:
+    """Write a picture with one panel a curve: name -> (steps, values). A loss also gets its running mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 2.6 * len(curves)), layout='constrained')
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        axes = figure.add_subplot(len(curves), 1, i + 1)
+        smooth = 'loss' in name and len(values) >= 20
+        axes.plot(steps, values, linewidth=0.8, alpha=0.4 if smooth else 1.0, color='tab:blue')
+        if smooth:
+            window = max(5, len(values) // 20)
+            mean = np.convolve(values, np.ones(window) / window, mode='valid')
+            axes.plot(steps[window - 1:], mean, linewidth=1.6, color='tab:orange', label=f'mean of {window}')
+            axes.legend(fontsize=8, frameon=False)
+        axes.set_ylabel(name)
+        axes.set_xlabel('optimizer step')
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,57 @@
+"""Strict loading: every weight of a file is used and every weight of a model is given, or it is refused by name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def load_pretrained(cls: Any, source: str, **kwargs: Any) -> Any:
+    """`cls.from_pretrained(source)` for a model class of diffusers or transformers, strict.
+
+    Args:
+        cls: the class.
+        source: folder or hub id.
+        kwargs: subfolder, revision, variant, dtype and the like; None values are left out.
+
+    Raises:
+        ValueError: not found, not of this class, or some keys don't match; which.
+    """
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    shown = f'{source}/{kwargs["subfolder"]}' if kwargs.get('subfolder') else source
+    model, info = said(shown, cls.from_pretrained, source, output_loading_info=True, **kwargs)
+    refuse_unmatched(shown, info)
+    return model
+
+
+def refuse_unmatched(source: str, info: Mapping[str, Any]) -> None:
+    """Raise if what `output_loading_info` tells holds keys that did not match.
+
+    Raises:
+        ValueError: names the first keys of each kind.
+    """
+    faults = []
+    for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'):
+        # position_ids: buffers that old transformers saved and new ones compute; no weight is lost with them.
+        keys = sorted(str(k) for k in info.get(kind) or () if 'position_ids' not in str(k))
+        if keys:
+            faults.append(f'{len(keys)} {kind.replace("_", " ")} ({", ".join(keys[:10])}'
+                          f'{", ..." if len(keys) > 10 else ""})')
+    if faults:
+        raise ValueError(f"The weights in '{source}' don't fit: {'; '.join(faults)}.")
+
+
+def said(source: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call `function`; its errors about files, the hub and shapes become one sentence about `source`.
+
+    Raises:
+        ValueError: what could not be loaded, and what to do.
+    """
+    try:
+        return function(*args, **kwargs)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        path = Path(source)
+        if path.exists() or path.parent.is_dir() and str(path.parent) != '.':
+            raise ValueError(f"'{source}' could not be loaded: {first}") from error
+        raise ValueError(f"'{source}' is no file or folder here, and it could not be had from the hub: {first} "
+                         'Check the name, the network and HF_HUB_OFFLINE, or give the path of a folder.') from error

@@ -122,7 +122,7 @@ class StepLoop(BaseLoop):
             try:
                 logs.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper))
             except FloatingPointError as error:
-                raise self._not_finite(self._mean(logs), str(error)) from error
+                raise self._not_finite(self._mean([*logs, runner.bare_model.last_losses]), str(error)) from error
         outputs = self._mean(logs)
         if not all(math.isfinite(v) for v in outputs.values()):
             raise self._not_finite(outputs, 'the loss is not finite')

@@ -170,7 +170,8 @@ class ExperimentRunner(Runner):
         if not auto_scale_lr or not auto_scale_lr.get('enable'):
             return
         ratio = self.train_loop.samples_per_iter / auto_scale_lr.get('base_batch_size', 1)
-        for group in optim_wrapper.optimizer.param_groups:
+        # The defaults too: a polynomial schedule reads them.
+        for group in [optim_wrapper.optimizer.defaults, *optim_wrapper.optimizer.param_groups]:
             group['lr'] *= ratio
         self.logger.info(f'Learning rates are scaled by {ratio:g}.')
 

@@ -292,6 +292,11 @@ class SDXL(BaseModel):
                      'images': {'adapted': images[i]}} for i in range(len(inputs))]
         raise ValueError(f"mode='{mode}' is not known; choose 'loss' or 'predict'.")
 
+    def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """mmengine's sum of losses; keeps the parts, so that a step that fails can name them."""
+        total, self.last_losses = super().parse_losses(losses)
+        return total, self.last_losses
+
     def _autocast(self, wanted: bool) -> AbstractContextManager[Any]:
         return torch.autocast(self.unet.device.type, self.compute_dtype or torch.bfloat16,
                               enabled=wanted and self.compute_dtype is not None)

@@ -6,9 +6,9 @@
 from diffengine_sdxl.datasets.collate import collate, pack
 from diffengine_sdxl.datasets.folder import CaptionFolder
 from diffengine_sdxl.datasets.huggingface import HFDataset
-from diffengine_sdxl.datasets.images import BadImage
+from diffengine_sdxl.datasets.images import BadImageError
 from diffengine_sdxl.datasets.sampler import Draw, FiniteSampler, KeyedSampler
 from diffengine_sdxl.datasets.streaming import HFStream
 
-__all__ = ['BadImage', 'CaptionFolder', 'Draw', 'FiniteSampler', 'HFDataset', 'HFStream', 'KeyedSampler', 'collate',
-           'pack']
+__all__ = ['BadImageError', 'CaptionFolder', 'Draw', 'FiniteSampler', 'HFDataset', 'HFStream', 'KeyedSampler',
+           'collate', 'pack']

@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.datasets.images import BadImage
+from diffengine_sdxl.datasets.images import BadImageError
 from diffengine_sdxl.datasets.sampler import Draw
 from diffengine_sdxl.registry import TRANSFORMS
 
@@ -37,7 +37,7 @@ class SampleMaker:
         self.on_bad_image = on_bad_image
         self._warned: set[str] = set()
 
-    def bad(self, key: str, error: BadImage) -> None:
+    def bad(self, key: str, error: BadImageError) -> None:
         """Raise `error`, or warn of it at the first time, as `on_bad_image` says."""
         if self.on_bad_image == 'raise':
             raise error
@@ -78,7 +78,7 @@ class MapDataset(SampleMaker, Dataset[Sample]):
         """Pictures and text of row `index`.
 
         Raises:
-            BadImage: a picture is unreadable.
+            BadImageError: a picture is unreadable.
         """
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class MapDataset(SampleMaker, Dataset[Sample]):
         """The sample of a draw; of a plain number, its row in epoch 0 with seed 0.
 
         Raises:
-            BadImage: an image is unreadable and `on_bad_image` is 'raise'.
+            BadImageError: an image is unreadable and `on_bad_image` is 'raise'.
             ValueError: no row is readable, or a transform refuses the sample.
         """
         draw = item if isinstance(item, Draw) else Draw(int(item), 0, 0)
@@ -96,7 +96,7 @@ class MapDataset(SampleMaker, Dataset[Sample]):
             index = (draw.index + num_skipped) % len(self)
             try:
                 sample = self.load(index, draw)
-            except BadImage as error:
+            except BadImageError as error:
                 self.bad(self.key(index), error)
                 continue
             return self.finish(sample, self.key(index), draw, num_skipped)

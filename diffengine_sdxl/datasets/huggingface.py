@@ -87,7 +87,7 @@ class HFRows(SampleMaker):
         """Pictures, text and extra entries of a row.
 
         Raises:
-            BadImage: a picture is unreadable.
+            BadImageError: a picture is unreadable.
             ValueError: a cell holds something of another kind.
         """
         def place(column: str) -> str:

@@ -13,7 +13,7 @@ TIMEOUT = (5.0, 30.0)
 """Seconds to connect to a server and between two of its answers."""
 
 
-class BadImage(ValueError):
+class BadImageError(ValueError):
     """A picture that is missing, unreadable or cut off: what `on_bad_image='skip'` passes over."""
 
 
@@ -38,7 +38,7 @@ def decode(data: bytes, what: str) -> Image.Image:
         what: words that name it in the error.
 
     Raises:
-        BadImage: the bytes are no image, or end too early.
+        BadImageError: the bytes are no image, or end too early.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that switches it on would feed us half-gray pictures
     try:
@@ -46,7 +46,7 @@ def decode(data: bytes, what: str) -> Image.Image:
             image.load()
             return to_rgb(image)
     except Exception as error:  # PIL's decoders raise nearly anything on damaged files
-        raise BadImage(f'{what} is not a readable image, or is cut off ({len(data)} bytes): {error}') from error
+        raise BadImageError(f'{what} is not a readable image, or is cut off ({len(data)} bytes): {error}') from error
 
 
 def is_url(value: str) -> bool:
@@ -58,7 +58,7 @@ def fetch(url: str, what: str) -> bytes:
     """The bytes behind an http(s) address, in three attempts.
 
     Raises:
-        BadImage: no answer, or another status than 200.
+        BadImageError: no answer, or another status than 200.
     """
     import requests
     from requests.adapters import HTTPAdapter
@@ -73,7 +73,7 @@ def fetch(url: str, what: str) -> bytes:
             answer.raise_for_status()
             return answer.content
     except requests.RequestException as error:
-        raise BadImage(f'{what} could not be fetched from {url}: {error}') from error
+        raise BadImageError(f'{what} could not be fetched from {url}: {error}') from error
 
 
 class ImageReader:
@@ -98,7 +98,7 @@ class ImageReader:
             what: words that name the place in errors, as "column 'image' of row 3 of data.parquet".
 
         Raises:
-            BadImage: it is missing, unreadable or cut off.
+            BadImageError: it is missing, unreadable or cut off.
             ValueError: the path leads outside, or the value is nothing that can hold a picture.
         """
         if isinstance(value, Image.Image):
@@ -106,7 +106,7 @@ class ImageReader:
                 value.load()
                 return to_rgb(value)
             except Exception as error:  # as in `decode`
-                raise BadImage(f'{what} is not a readable image, or is cut off: {error}') from error
+                raise BadImageError(f'{what} is not a readable image, or is cut off: {error}') from error
         if isinstance(value, bytes | bytearray):
             return decode(bytes(value), what)
         if isinstance(value, dict) and {'bytes', 'path'} & value.keys():
@@ -118,7 +118,7 @@ class ImageReader:
         if isinstance(value, str | os.PathLike) and str(value):
             return decode(self._read(str(value), what, []), f"{what} ('{value}')")
         if value is None or value == '':
-            raise BadImage(f'{what} is empty.')
+            raise BadImageError(f'{what} is empty.')
         raise ValueError(f'{what} holds a {type(value).__name__}; an image, its bytes, a path or a URL is expected.')
 
     def _read(self, path: str, what: str, caches: list[Path]) -> bytes:
@@ -136,7 +136,7 @@ class ImageReader:
         try:
             return inside.read_bytes()
         except OSError as error:
-            raise BadImage(f"{what} names '{path}', and {inside} cannot be read: {error.strerror}") from error
+            raise BadImageError(f"{what} names '{path}', and {inside} cannot be read: {error.strerror}") from error
 
     def _inside(self, path: str, what: str, caches: list[Path]) -> Path:
         folders = [*([] if self.root is None else [self.root]), *caches]
@@ -155,7 +155,7 @@ class ImageReader:
             with fsspec.open(path, 'rb') as file:
                 return file.read()  # type: ignore[no-any-return]
         except Exception as error:  # one per file system
-            raise BadImage(f'{what} could not be read from {path}: {error}') from error
+            raise BadImageError(f'{what} could not be read from {path}: {error}') from error
 
 
 def _absolute(path: str | Path) -> Path:

@@ -42,7 +42,7 @@ class KeyedSampler(Sampler[Draw]):
     """
 
     def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, start: int = 0) -> None:
-        self.num_rows = len(dataset)
+        self.num_rows: int = len(dataset)
         if self.num_rows == 0:
             raise ValueError('The data set is empty: there is nothing to sample.')
         self.shuffle = shuffle
@@ -68,7 +68,7 @@ class KeyedSampler(Sampler[Draw]):
 
     def __len__(self) -> int:
         """Samples that one process reads while the data is passed once (rounded up); the stream has no end."""
-        return (self.num_rows + self.world - 1) // self.world
+        return int((self.num_rows + self.world - 1) // self.world)
 
 
 @DATA_SAMPLERS.register_module()

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from diffengine_sdxl import rng
 from diffengine_sdxl.datasets.base import Sample
 from diffengine_sdxl.datasets.huggingface import HFRows
-from diffengine_sdxl.datasets.images import BadImage
+from diffengine_sdxl.datasets.images import BadImageError
 from diffengine_sdxl.datasets.sampler import Draw, check_start
 from diffengine_sdxl.registry import DATASETS
 
@@ -88,7 +88,7 @@ class HFStream(HFRows, IterableDataset[Sample]):
             draw = Draw(number, epoch, self.seed)
             try:
                 sample = self.read(row, str(number), draw)
-            except BadImage as error:
+            except BadImageError as error:
                 self.bad(str(number), error)
                 continue
             return self.finish(sample, str(number), draw, num_skipped)

@@ -69,7 +69,7 @@ def _check_reload(adapter: Any, folder: Path) -> None:
 
 def _check_pipeline(model: Any, folder: Path) -> None:
     dtypes = {part: getattr(model, part).dtype for part in loading.MODULES if getattr(model, part) is not None}
-    parts = loading.load_components(str(folder), None, None, dtypes, 0)
+    parts = loading.load_components(str(folder), None, None, None, dtypes, 0)
     for part in dtypes:
         own = getattr(model, part).state_dict()
         for key, value in parts[part].state_dict().items():

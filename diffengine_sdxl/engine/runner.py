@@ -143,7 +143,7 @@ class ExperimentRunner(Runner):
         dataloader['dataset'] = dataset
         dataloader.setdefault('collate_fn', {'type': f'{SCOPE}.collate'})
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset.seed = seed or 0
+            dataset.seed, dataset.batch_size = seed or 0, dataloader['batch_size']
             dataloader['sampler'] = None
         elif dataloader.get('sampler') is None:
             dataloader['sampler'] = KeyedSampler(dataset, seed=seed)

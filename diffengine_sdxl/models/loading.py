@@ -1,7 +1,8 @@
 """SDXL's components from a diffusers folder, a hub id, a single file, or (random weights) from configs alone."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ def module_class(name: str) -> Any:
             'tokenizer': transformers.CLIPTokenizer, 'tokenizer_2': transformers.CLIPTokenizer}[name]
 
 
-def load_components(pretrained: str | None, vae: str | None, config: str | None, dtypes: Mapping[str, torch.dtype],
-                    seed: int, **hub: Any) -> dict[str, Any]:
+def load_components(pretrained: str | None, vae: str | None, config: str | None, tokenizer: str | None,
+                    dtypes: Mapping[str, torch.dtype], seed: int, **hub: Any) -> dict[str, Any]:
     """All parts of a base: unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers, scheduler config.
 
     Args:
         pretrained: folder, hub id or single file; None makes random weights, keyed by `seed`.
         vae: folder, hub id or single file of another VAE; None takes the base's own.
         config: folder of component configs for a single file or for random weights; None means SDXL base 1.0's.
+        tokenizer: folder or hub id of other tokenizers; None takes the base's own.
         dtypes: component name -> dtype of its weights.
         hub: `revision`, `variant`, `cache_dir`.
 
@@ -41,7 +43,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         ValueError: something is missing, is not SDXL, or cannot be had without a network.
     """
     if pretrained is None:
-        parts = _random_components(Path(config or SDXL_FILES), seed)
+        parts = _random_components(Path(config or SDXL_FILES), dtypes, seed)
     elif str(pretrained).endswith(SINGLE_FILES):
         parts = load_single_file(pretrained, config=config)
         parts['scheduler'] = dict(parts['scheduler'].config)
@@ -50,6 +52,10 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     check_sdxl(parts['unet'], str(pretrained or config or 'SDXL'))
     if vae:
         parts['vae'] = _load_vae(str(vae), dtypes['vae'], **hub)
+    if tokenizer:
+        for name in TOKENIZERS:
+            parts[name] = said(tokenizer, module_class(name).from_pretrained, tokenizer, subfolder=name,
+                               cache_dir=hub.get('cache_dir'))
     for name in MODULES:
         if parts.get(name) is not None and parts[name].dtype != dtypes[name]:
             parts[name].to(dtypes[name])
@@ -69,13 +75,25 @@ def check_sdxl(unet: nn.Module, source: str) -> None:
                          f'and cross_attention_dim={width}. Stable Diffusion 1.x and 2.x cannot be used as a base.')
 
 
-def _random_components(folder: Path, seed: int) -> dict[str, Any]:
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new floating-point tensors are of `dtype`."""
+    held = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(held)
+
+
+def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: int) -> dict[str, Any]:
     import diffusers
     index = _index(folder)
     parts: dict[str, Any] = {}
     for name in (n for n in MODULES if index.get(n, [None])[0]):
         cls = module_class(name)
-        with rng.fork(seed, 'base', name):
+        # Made in their own dtype: the full UNet would take 10 GB on its way through fp32.
+        with rng.fork(seed, 'base', name), default_dtype(dtypes[name]):
             if issubclass(cls, diffusers.ModelMixin):
                 parts[name] = cls.from_config(cls.load_config(folder, subfolder=name))
             else:

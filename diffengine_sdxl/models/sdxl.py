@@ -31,6 +31,7 @@ class SDXL(BaseModel):
             random weights keyed by `seed`.
         vae: another VAE, likewise; None for the base's.
         revision, variant, cache_dir: of the hub, as in diffusers.
+        tokenizer: folder or hub id with folders 'tokenizer' and 'tokenizer_2'; None for the base's.
         config: folder of component configs for random weights or a single file; None for SDXL base 1.0's.
         adapters: name -> config of an adapter; a value of None takes one out.
         objective, sampler: configs of the training objective and of the sampler.
@@ -51,6 +52,7 @@ class SDXL(BaseModel):
 
     def __init__(self, pretrained: str | None = None, vae: str | None = None, revision: str | None = None,
                  variant: str | None = None, cache_dir: str | None = None, config: str | None = None,
+                 tokenizer: str | None = None,
                  adapters: Mapping[str, Any] | None = None, objective: Any = None, sampler: Any = None,
                  trainable: Sequence[str] = (), mixed_precision: str = 'no',
                  dtype: str | Mapping[str, str] | None = None, attention: str = 'sdpa',
@@ -64,8 +66,8 @@ class SDXL(BaseModel):
         self.pretrained, self.null_text, self.seed = pretrained, null_text, int(seed or 0)
         self.trainable_parts = tuple(trainable)
         self.compute_dtype = PRECISIONS[mixed_precision]
-        parts = loading.load_components(pretrained, vae, config, self._dtypes(dtype), self.seed, revision=revision,
-                                        variant=variant, cache_dir=cache_dir)
+        parts = loading.load_components(pretrained, vae, config, tokenizer, self._dtypes(dtype), self.seed,
+                                        revision=revision, variant=variant, cache_dir=cache_dir)
         self.unet, self.vae = parts['unet'], parts['vae']
         self.text_encoder, self.text_encoder_2 = parts.get('text_encoder'), parts['text_encoder_2']
         self.tokenizer, self.tokenizer_2 = parts.get('tokenizer'), parts['tokenizer_2']
@@ -75,8 +77,10 @@ class SDXL(BaseModel):
         set_backend(self.unet, attention)
         self._attach(adapters or {})
         if gradient_checkpointing:
-            for part in (self.unet, *(m for m in (self.text_encoder, self.text_encoder_2) if m is not None)):
-                part.enable_gradient_checkpointing() if part is self.unet else part.gradient_checkpointing_enable()
+            self.unet.enable_gradient_checkpointing()
+            for part in ('text_encoder', 'text_encoder_2'):
+                if part in self.trainable_parts:
+                    getattr(self, part).gradient_checkpointing_enable()
         self.objective = OBJECTIVES.build(objective) if objective else None
         self.sampler = SAMPLERS.build(sampler) if sampler else None
 

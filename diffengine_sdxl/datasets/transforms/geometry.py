@@ -136,7 +136,7 @@ class Crop:
             raise ValueError(f"Sample '{sample.get('key')}' is {image.height} x {image.width} (height x width), "
                              f'smaller than the crop of {height} x {width}: put Resize before Crop.')
         if self.mode == 'center':
-            top, left = (int(round(s / 2)) for s in spare)
+            top, left = (round(s / 2) for s in spare)
         else:
             generator = draws(sample, 'crop')
             top, left = (int(torch.randint(s + 1, (), generator=generator)) for s in spare)

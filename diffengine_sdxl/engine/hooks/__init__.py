@@ -1,3 +1,3 @@
 """Hooks, one file a concern."""
 
-from . import checkpoint, curves, ema, progress, samples  # noqa: F401  (fill the registry)
+from . import checkpoint, curves, ema, hub, progress, samples  # noqa: F401  (fill the registry)

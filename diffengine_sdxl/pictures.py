@@ -29,8 +29,8 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
     images = [i for _, row in rows for i in row if i is not None]
     if not cell:
         cell = min(512, max([128, *(max(i.size) for i in images)]))
-    font = ImageFont.load_default(max(12, cell // 18))
-    line, gap = font.size + 6, 6
+    points = max(12, cell // 18)
+    font, line, gap = ImageFont.load_default(points), points + 6, 6
     width = gap + len(columns) * (cell + gap)
     wrapped = [wrap(label, font, width - 2 * gap) for label, _ in rows]
     heights = [len(lines) * line + cell + 2 * gap for lines in wrapped]

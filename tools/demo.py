@@ -9,7 +9,7 @@ from pathlib import Path
 def main() -> int:
     """Write base and data, train, name the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', default='work_dirs/demo', help='folder of the run; made anew (default: %(default)s)')
+    parser.add_argument('--work-dir', default='work_dirs/demo', help='folder, made anew (default: %(default)s)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override keys of the config')
     args = parser.parse_args()
     from diffengine_sdxl import testing

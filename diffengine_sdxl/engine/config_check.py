@@ -96,7 +96,7 @@ def accepted(cls: Any) -> set[str] | None:
         if base is object:
             return names
         try:
-            own, open_ended = _parameters(base.__init__)
+            own, open_ended = _parameters(vars(base)['__init__'])
         except (ValueError, TypeError):
             return None
         if own is None:

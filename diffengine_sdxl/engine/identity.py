@@ -81,12 +81,12 @@ def _claim(config: Config) -> int:
     saved = checkpoint.found(work_dir)
     if held is not None and saved:
         if not config.get('resume'):
-            raise ValueError(f"'{work_dir}' already holds a run, saved at step {checkpoint.NAME.fullmatch(saved[-1].name)[1]}"
-                             '. Add --resume to go on with it, or choose another --work-dir.')
+            raise ValueError(f"'{work_dir}' already holds a run ('{saved[-1].name}'). Add --resume to go on with "
+                             'it, or choose another --work-dir.')
         refuse_other(held['identity'], mine, f"'{work_dir}'")
         if given is not None and given != held['seed']:
-            raise ValueError(f"'{work_dir}' belongs to another run: randomness.seed was {held['seed']}, is now {given}. "
-                             'Choose another --work-dir, or set the config back.')
+            raise ValueError(f"'{work_dir}' belongs to another run: randomness.seed was {held['seed']}, is now "
+                             f'{given}. Choose another --work-dir, or set the config back.')
         given = held['seed']
     elif held is not None and config.get('resume') and given is None:
         given = held['seed']

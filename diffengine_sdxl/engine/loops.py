@@ -96,7 +96,7 @@ class StepLoop(BaseLoop):
         runner.call_hook('before_train_epoch')
         # On a change of mode only: mmengine walks all modules before every iteration.
         runner.model.train()
-        iterator = iter(self.dataloader) if self._iter < self._max_iters else None
+        iterator: Any = iter(self.dataloader) if self._iter < self._max_iters else None
         try:
             while self._iter < self._max_iters:
                 self.run_iter(iterator)

@@ -42,7 +42,7 @@ def _third_party(module: str, name: str, package: str) -> Callable[..., Optimize
 
 
 @OPTIMIZERS.register_module()
-def AdamW8bit(params: Any, **kwargs: Any) -> Optimizer:
+def AdamW8bit(params: Any, **kwargs: Any) -> Optimizer:  # noqa: N802
     """AdamW with 8-bit states (Dettmers et al. 2022, arXiv 2110.02861), of bitsandbytes; `--use_8bit_adam`.
 
     Raises:
@@ -52,7 +52,7 @@ def AdamW8bit(params: Any, **kwargs: Any) -> Optimizer:
 
 
 @OPTIMIZERS.register_module()
-def Prodigy(params: Any, **kwargs: Any) -> Optimizer:
+def Prodigy(params: Any, **kwargs: Any) -> Optimizer:  # noqa: N802
     """AdamW that finds its own learning rate (Mishchenko & Defazio 2023, arXiv 2306.06101), of prodigyopt; keep lr=1.
 
     All parameter groups must share one lr, or have 0.
@@ -64,7 +64,7 @@ def Prodigy(params: Any, **kwargs: Any) -> Optimizer:
 
 
 @OPTIMIZERS.register_module()
-def Adafactor(params: Any, lr: float | None = None, **kwargs: Any) -> Optimizer:
+def Adafactor(params: Any, lr: float | None = None, **kwargs: Any) -> Optimizer:  # noqa: N802
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) of transformers.
 
     With lr=None its steps are relative to the weights and no schedule applies; with an lr, here or in a parameter

@@ -16,7 +16,7 @@ from diffengine_sdxl.structures import Batch, to_device
 
 
 def image_tensor(source: str | Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """A control image, [3, H, W] in [0, 1], resized straight to `size` (H, W) with Lanczos as diffusers' pipelines do."""
+    """A control image, [3, H, W] in [0, 1], resized straight to `size` (H, W) with Lanczos, as diffusers' pipelines."""
     if isinstance(source, str) and not is_url(source):
         source = os.path.abspath(source)
     # The person who runs the command names the file, so any folder will do.

@@ -59,6 +59,8 @@ class ExperimentRunner(Runner):
         runner.resolved = resolved
         return runner
 
+    optim_wrapper: Any
+    _has_loaded: bool
     #: The config with every reference resolved; what manifests record.
     resolved: Config
     #: Set by the EMA hook.
@@ -137,13 +139,14 @@ class ExperimentRunner(Runner):
         if not isinstance(dataloader, dict):
             return dataloader
         dataloader = copy.deepcopy(dataloader)
-        dataset = dataloader['dataset']
+        dataset: Any = dataloader['dataset']
         if isinstance(dataset, dict):
             dataset = DATASETS.build(dataset)
         dataloader['dataset'] = dataset
         dataloader.setdefault('collate_fn', {'type': f'{SCOPE}.collate'})
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            dataset.seed, dataset.batch_size = seed or 0, dataloader['batch_size']
+            stream: Any = dataset
+            stream.seed, stream.batch_size = seed or 0, dataloader['batch_size']
             dataloader['sampler'] = None
         elif dataloader.get('sampler') is None:
             dataloader['sampler'] = KeyedSampler(dataset, seed=seed)

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.models.single_file import SDXL_FILES, load_single_file
+from diffengine_sdxl.models.single_file import SDXL_FILES, is_single_file, load_single_file, load_single_vae
 from diffengine_sdxl.weights import load_pretrained, said
 
 MODULES = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
 TOKENIZERS = ('tokenizer', 'tokenizer_2')
-SINGLE_FILES = ('.safetensors', '.ckpt', '.pt', '.bin')
 
 
 def module_class(name: str) -> Any:
@@ -44,14 +43,15 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     """
     if pretrained is None:
         parts = _random_components(Path(config or SDXL_FILES), dtypes, seed)
-    elif str(pretrained).endswith(SINGLE_FILES):
-        parts = load_single_file(pretrained, config=config)
+    elif is_single_file(pretrained):
+        parts = load_single_file(pretrained, config=config, dtypes=dtypes, skip=('vae',) if vae else (),
+                                 revision=hub.get('revision'), cache_dir=hub.get('cache_dir'))
         parts['scheduler'] = dict(parts['scheduler'].config)
     else:
         parts = _folder_components(str(pretrained), dtypes, skip={'vae'} if vae else set(), **hub)
     check_sdxl(parts['unet'], str(pretrained or config or 'SDXL'))
     if vae:
-        parts['vae'] = _load_vae(str(vae), dtypes['vae'], **hub)
+        parts['vae'] = _load_vae(str(vae), config, dtypes['vae'], **hub)
     if tokenizer:
         for name in TOKENIZERS:
             parts[name] = said(tokenizer, module_class(name).from_pretrained, tokenizer, subfolder=name,
@@ -134,11 +134,9 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype, **kwargs: Any) 
                            **kwargs)
 
 
-def _load_vae(source: str, dtype: torch.dtype, **hub: Any) -> Any:
-    from diffusers import AutoencoderKL
-    if source.endswith(SINGLE_FILES):
-        return said(source, AutoencoderKL.from_single_file, source, config=str(SDXL_FILES), subfolder='vae',
-                    torch_dtype=dtype)
+def _load_vae(source: str, config: str | None, dtype: torch.dtype, **hub: Any) -> Any:
+    if is_single_file(source):
+        return load_single_vae(source, config=config, dtype=dtype, cache_dir=hub.get('cache_dir'))
     folder = Path(source)
     subfolder = 'vae' if not (folder / 'config.json').is_file() and (folder / 'vae').is_dir() else None
     # `revision` and `variant` are the base's; another repository has its own.

@@ -16,7 +16,8 @@ def save_pipeline(model: Any, folder: Path) -> None:
     pipeline = StableDiffusionXLPipeline(
         vae=model.vae, text_encoder=model.text_encoder, text_encoder_2=model.text_encoder_2,
         tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, unet=model.unet, add_watermarker=False,
-        scheduler=EulerDiscreteScheduler.from_config(model.scheduler_settings), force_zeros_for_empty_prompt=model.null_text == 'zeros')
+        scheduler=EulerDiscreteScheduler.from_config(model.scheduler_settings),
+        force_zeros_for_empty_prompt=model.null_text == 'zeros')
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     for encoder in ('text_encoder', 'text_encoder_2'):
         _restore_prefix(folder / encoder / 'model.safetensors')

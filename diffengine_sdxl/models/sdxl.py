@@ -50,6 +50,12 @@ class SDXL(BaseModel):
         ValueError: a part cannot be loaded, a name is unknown or not allowed, parts don't fit.
     """
 
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    adapters: Any
+
     def __init__(self, pretrained: str | None = None, vae: str | None = None, revision: str | None = None,
                  variant: str | None = None, cache_dir: str | None = None, config: str | None = None,
                  tokenizer: str | None = None,
@@ -85,13 +91,12 @@ class SDXL(BaseModel):
         self.sampler = SAMPLERS.build(sampler) if sampler else None
 
     def _dtypes(self, dtype: str | Mapping[str, str] | None) -> dict[str, torch.dtype]:
-        dtypes = {}
+        dtypes: dict[str, torch.dtype] = {}
         for part in loading.MODULES:
             name = dtype if isinstance(dtype, str) else (dtype or {}).get(part)
             if name is not None:
-                dtypes[part] = getattr(torch, name, None)
-                if not isinstance(dtypes[part], torch.dtype):
-                    raise ValueError(f"dtype='{name}' is not known; choose float32, bfloat16, float16 or float64.")
+                _choose('dtype', name, ('float32', 'bfloat16', 'float16', 'float64'))
+                dtypes[part] = getattr(torch, name)
             elif part in self.trainable_parts or self.compute_dtype is None or part == 'vae':
                 # SDXL's own VAE overflows in fp16; a fixed one can be given dtype=dict(vae='float16').
                 dtypes[part] = torch.float32

@@ -15,16 +15,17 @@ from diffengine_sdxl.registry import HOOKS
 class PushToHubHook(Hook):
     """Uploads `step<N>/` of the last step when training has ended.
 
+    The token is that of `hf auth login` or of the variable HF_TOKEN: one in a config would end up in files.
+
     Args:
         repo_id: 'owner/name'; None makes it the work_dir's name, under the account of the token.
-        token: of the hub; None takes the one that `hf auth login` stored. A token in a config ends up in files: better None.
         private: make the repository private, if it is new.
     """
 
     priority = 'VERY_LOW'
 
-    def __init__(self, repo_id: str | None = None, token: str | None = None, private: bool = False) -> None:
-        self.repo_id, self.token, self.private = repo_id, token, private
+    def __init__(self, repo_id: str | None = None, private: bool = False) -> None:
+        self.repo_id, self.private = repo_id, private
 
     @master_only
     def after_run(self, runner: Any) -> None:
@@ -36,9 +37,9 @@ class PushToHubHook(Hook):
         from huggingface_hub import create_repo, upload_folder
         folder = Path(runner.work_dir) / f'step{runner.max_iters}'
         try:
-            repo_id = create_repo(self.repo_id or Path(runner.work_dir).name, token=self.token, private=self.private,
+            repo_id = create_repo(self.repo_id or Path(runner.work_dir).name, private=self.private,
                                   exist_ok=True).repo_id
-            upload_folder(repo_id=repo_id, folder_path=str(folder), token=self.token,
+            upload_folder(repo_id=repo_id, folder_path=str(folder),
                           commit_message=f'step {runner.max_iters}')
         except (OSError, ValueError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]

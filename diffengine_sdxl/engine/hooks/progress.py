@@ -29,8 +29,8 @@ class ProgressHook(Hook):
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        self.bar = Progress(TextColumn('training'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[told]}'),
-                            TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4)
+        self.bar = Progress(TextColumn('training'), BarColumn(), MofNCompleteColumn(),
+                            TextColumn('{task.fields[told]}'), TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4)
         self.task = self.bar.add_task('training', total=runner.max_iters, completed=runner.iter, told='')
         self.bar.start()
         # rich swaps sys.stdout for a writer above the bar; handlers that hold the old one would write through it.

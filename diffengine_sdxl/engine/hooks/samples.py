@@ -109,7 +109,7 @@ class SampleHook(Hook):
 
     def _from_dataset(self, runner: Any) -> Any:
         dataset = runner.train_dataloader.dataset
-        if not hasattr(dataset, '__getitem__'):
+        if isinstance(dataset, torch.utils.data.IterableDataset):
             raise ValueError('SampleHook: num_from_dataset needs a data set that is no stream; give prompts instead.')
         count = min(self.num_from_dataset, len(dataset))
         data = collate([dataset[Draw(i, 0, runner.seed)] for i in range(count)])

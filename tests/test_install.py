@@ -1,0 +1,182 @@
+"""Whichever way the package is installed, `mim` finds its configs and tools, and nothing of it is missing.
+
+All is built from a copy of the checkout, offline, with the setuptools of the running environment. That environment
+may hold this very package: a virtual environment of the test's own comes before it on the path.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = 'diffengine_sdxl'
+PROBE = 'probe_of_the_install.py'
+TOOLS = sorted((ROOT / 'tools').glob('*.py'))
+HEAVY = ('torch', 'mmengine.runner', 'diffusers', 'transformers', 'datasets', 'matplotlib')
+# What mim runs in place of the real train.py: it answers at once and says what it was called with.
+TRAIN = "import sys\nprint('usage' if '-h' in sys.argv else f'PROBE {__file__} {sys.argv[1:]}')\n"
+
+
+def run(command: Sequence[str | Path], cwd: Path, **env: str) -> str:
+    """Its output; fails with it. Neither the caller's PYTHONPATH nor the folder of the tests leaks in."""
+    kept = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True,
+                          env={**kept, 'PYTHONNOUSERSITE': '1', 'PIP_NO_INPUT': '1', **env})
+    assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git would hold, with a config and a train.py of the test's own."""
+    folder = tmp_path_factory.mktemp('checkout') / 'project'
+    folder.mkdir()
+    for name in (NAME, 'configs', 'tools'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '.mim', '*.egg-info'))
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'CHANGELOG.md',
+                 'model-index.yml', 'constraints.txt'):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    (folder / 'configs' / 'probes').mkdir()
+    (folder / 'configs' / 'probes' / PROBE).write_text('a = 1\n')
+    (folder / 'tools' / 'train.py').write_text(TRAIN)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def wheel(checkout: Path) -> Path:
+    """The second wheel of the checkout; the first left its build folder behind, with a config that is gone now."""
+    stale = checkout / 'configs' / 'probes' / 'stale.py'
+    stale.write_text('')
+    build('wheel', checkout)
+    stale.unlink()
+    return build('wheel', checkout)
+
+
+def build(kind: str, project: Path) -> Path:
+    """A wheel or an sdist of `project`, by the running environment's setuptools."""
+    out = project.parent / f'{kind} of {project.name}'
+    code = f'import sys; from setuptools import build_meta; print("MADE", build_meta.build_{kind}(sys.argv[1]))'
+    out.mkdir(exist_ok=True)
+    return out / run([sys.executable, '-c', code, out], project).split('MADE ')[-1].strip()
+
+
+def names_in_wheel(path: Path) -> set[str]:
+    with zipfile.ZipFile(path) as archive:
+        return {n for n in archive.namelist() if '.dist-info/' not in n}
+
+
+def expected(checkout: Path) -> set[str]:
+    """Every file of the package, and below `.mim` every config and tool."""
+    def files(folder: str) -> list[Path]:
+        return [p.relative_to(checkout) for p in (checkout / folder).rglob('*')
+                if p.is_file() and '__pycache__' not in p.parts and '.mim' not in p.parts]
+
+    shipped = [*files('configs'), *files('tools'), Path('model-index.yml')]
+    return {*map(str, files(NAME)), *(f'{NAME}/.mim/{p}' for p in shipped)}
+
+
+def test_the_wheel_holds_all(checkout: Path, wheel: Path) -> None:
+    names = names_in_wheel(wheel)
+    assert names == expected(checkout)
+    assert {f'{NAME}/models/sdxl_files/tokenizer_2/merges.txt', f'{NAME}/models/sdxl_files/unet/config.json',
+            f'{NAME}/.mim/configs/probes/{PROBE}', f'{NAME}/.mim/model-index.yml'} <= names
+
+
+def test_the_sdist_holds_all_once(checkout: Path, tmp_path: Path) -> None:
+    # As in a checkout that was installed editable: its `.mim` has links to what is in the sdist anyway.
+    links = checkout / NAME / '.mim'
+    links.mkdir(exist_ok=True)
+    if not (links / 'configs').exists():
+        (links / 'configs').symlink_to(checkout / 'configs')
+    with tarfile.open(build('sdist', checkout)) as archive:
+        names = archive.getnames()
+        archive.extractall(tmp_path, filter='data')
+    assert not [n for n in names if '.mim' in n.split('/')]
+    assert sum(n.endswith(PROBE) for n in names) == 1
+    assert names_in_wheel(build('wheel', tmp_path / names[0].split('/')[0])) == expected(checkout)
+
+
+@pytest.fixture(scope='module')
+def pythons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp('pythons')
+
+
+def environment(folder: Path) -> Path:
+    """The python of an environment that sees the running one's packages, but not what their .pth files add."""
+    venv.create(folder, with_pip=False)
+    python = folder / 'bin' / 'python'
+    site = run([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], folder).strip()
+    Path(site, 'running.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    return python
+
+
+KINDS = {'wheel': [], 'editable': ['-e'], 'strict': ['--config-settings', 'editable_mode=strict', '-e'],
+         'compat': ['--config-settings', 'editable_mode=compat', '-e']}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_mim_finds_configs_and_tools(checkout: Path, wheel: Path, pythons: Path, tmp_path: Path, kind: str) -> None:
+    python = environment(pythons / kind)
+    run([python, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', '--no-index', '--ignore-installed', '-q',
+         *KINDS[kind], wheel if kind == 'wheel' else checkout], tmp_path)
+    output = run([python, '-m', 'mim', 'train', NAME, PROBE, '--work-dir', 'W'], tmp_path)
+    found = re.search(r"PROBE (\S+) \['(\S+?)', (.*)\]", output)
+    assert found, output
+    home = pythons / kind if kind == 'wheel' else checkout
+    assert Path(found[1]).resolve().is_relative_to(home) and found[1].endswith('.mim/tools/train.py')
+    assert Path(found[2]).is_relative_to(home) and Path(found[2]).name == PROBE
+    assert found[3] == "'--launcher', 'none', '--work-dir', 'W'"
+    code = (f'import {NAME}, pathlib; from mim.commands.search import load_metadata_from_local as load; '
+            f'print([m.name for m in load({NAME!r}).models]); here = pathlib.Path({NAME}.__file__).parent; '
+            'print(here.resolve(), (here / "models/sdxl_files/tokenizer/vocab.json").stat().st_size)')
+    models, place = run([python, '-c', code], tmp_path).splitlines()[-2:]
+    assert 'stable_diffusion_xl_t2i_adapter_fill50k' in models
+    assert Path(place.split()[0]).is_relative_to(home) and int(place.split()[1]) > 800_000
+
+
+def requirements() -> dict[str, Requirement]:
+    """The direct dependencies by name, from the text: Python 3.10 has no reader of TOML."""
+    text = (ROOT / 'pyproject.toml').read_text()
+    listed = re.search(r'^dependencies = \[(.*?)^\]', text, re.DOTALL | re.MULTILINE)
+    assert listed
+    found = [Requirement(r) for r in re.findall(r"^\s+'(.+)',$", listed[1], re.MULTILINE)]
+    return {r.name: r for r in found}
+
+
+def test_what_was_tested_fits_what_is_required() -> None:
+    lines = (ROOT / 'constraints.txt').read_text().splitlines()
+    pins = {name.lower().replace('-', '_'): version for name, _, version in
+            (line.partition('==') for line in lines if not line.startswith('#'))}
+    required = requirements()
+    assert len(required) >= 15
+    for name, requirement in required.items():
+        assert requirement.specifier.contains(pins[name.lower().replace('-', '_')]), requirement
+        # An exact pin would shut out every other Python; one dependency of mim's needs it.
+        assert name == 'openxlab' or '==' not in str(requirement.specifier)
+    for name, version in {'torch': '2.11', 'transformers': '5.17'}.items():
+        assert required[name].specifier.contains(version)
+    assert 'torchvision' not in {*required, *pins}
+
+
+@pytest.mark.parametrize('tool', TOOLS, ids=lambda p: p.name)
+def test_help_comes_before_heavy_imports(tool: Path, tmp_path: Path) -> None:
+    code = ('import runpy, sys; tool = sys.argv[1]; sys.argv = [tool, "-h"]; sys.path.insert(0, sys.argv[0] + "/..")\n'
+            'try:\n    runpy.run_path(tool, run_name="__main__")\n'
+            'except SystemExit as end:\n    assert not end.code\n'
+            f'print("LOADED", [m for m in {HEAVY} if m in sys.modules])')
+    output = run([sys.executable, '-c', code, tool], tmp_path, PYTHONPATH=str(ROOT))
+    assert 'usage' in output.lower() and output.strip().endswith('LOADED []')
+    # mim passes `--gpus N` to a script whose help has that word.
+    assert '--gpus' not in output

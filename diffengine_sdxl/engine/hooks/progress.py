@@ -1,4 +1,4 @@
-"""A progress bar with loss, speed and time left, where there is a terminal."""
+"""Log lines, and a progress bar with loss, speed and time left where there is a terminal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import logging
 import sys
 from typing import Any
 
+from mmengine import hooks
 from mmengine.dist import master_only
-from mmengine.hooks import Hook
 
 from diffengine_sdxl.registry import HOOKS
 
 
 @HOOKS.register_module()
-class ProgressHook(Hook):
+class LoggerHook(hooks.LoggerHook):
+    """mmengine's, every `interval` optimizer steps; without its extra line where a data loader's length divides."""
+
+    def end_of_epoch(self, dataloader: Any, batch_idx: int) -> bool:
+        """Never: data is endless, and a stream has no length to ask for."""
+        return False
+
+
+@HOOKS.register_module()
+class ProgressHook(hooks.Hook):
     """A bar at the terminal's foot, log lines above it. Without a terminal the log lines alone tell the progress."""
 
     priority = 'BELOW_NORMAL'
@@ -30,7 +39,8 @@ class ProgressHook(Hook):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         self.bar = Progress(TextColumn('training'), BarColumn(), MofNCompleteColumn(),
-                            TextColumn('{task.fields[told]}'), TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=4)
+                            TextColumn('{task.fields[told]}'), TimeRemainingColumn(), console=Console(stderr=True),
+                            refresh_per_second=4)
         self.task = self.bar.add_task('training', total=runner.max_iters, completed=runner.iter, told='')
         self.bar.start()
         # rich swaps sys.stdout for a writer above the bar; handlers that hold the old one would write through it.

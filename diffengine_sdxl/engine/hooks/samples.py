@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,10 @@ class SampleHook(Hook):
     def _from_dataset(self, runner: Any) -> Any:
         dataset = runner.train_dataloader.dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            raise ValueError('SampleHook: num_from_dataset needs a data set that is no stream; give prompts instead.')
-        count = min(self.num_from_dataset, len(dataset))
-        data = collate([dataset[Draw(i, 0, runner.seed)] for i in range(count)])
-        batch = runner.bare_model.data_preprocessor(data)['inputs']
+            samples = list(itertools.islice(iter(dataset), self.num_from_dataset))
+        else:
+            count = min(self.num_from_dataset, len(dataset))
+            samples = [dataset[Draw(i, 0, runner.seed)] for i in range(count)]
+        batch = runner.bare_model.data_preprocessor(collate(samples))['inputs']
         batch.size = self.size
         return batch

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (200, 200, 200)
+PAPER, INK, SOFT, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120), (200, 200, 200)
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -35,13 +35,13 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
     wrapped = [wrap(label, font, width - 2 * gap) for label, _ in rows]
     heights = [len(lines) * line + cell + 2 * gap for lines in wrapped]
     title_lines = wrap(title, font, width - 2 * gap) if title else []
-    top = gap + line * (len(title_lines) + 1)
+    top = 2 * gap + line * (len(title_lines) + 1)
     sheet = Image.new('RGB', (width, top + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(title_lines):
         draw.text((gap, gap + i * line), text, INK, font)
     for x, label in enumerate(columns):
-        draw.text((gap + x * (cell + gap), top - line), label, INK, font)
+        draw.text((gap + x * (cell + gap), top - line - gap), label, SOFT, font)
     y = top
     for (_, row), lines, height in zip(rows, wrapped, heights, strict=True):
         for i, text in enumerate(lines):

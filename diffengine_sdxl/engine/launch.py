@@ -64,6 +64,14 @@ def _first_host(nodes: str) -> str:
     return head + rest.split(']')[0].split(',')[0].split('-')[0]
 
 
+def _quiet() -> None:
+    """Loading takes a moment at these sizes; a bar for each part of the base would bury what matters."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
 def prepare(args: Any) -> Any:
     """The config that the command line asks for.
 
@@ -92,6 +100,7 @@ def train(args: Any) -> int:
     try:
         cfg = prepare(args)
         start_processes(args.launcher)
+        _quiet()
         from diffengine_sdxl.registry import RUNNERS
         runner = RUNNERS.build(cfg)
         runner.train()

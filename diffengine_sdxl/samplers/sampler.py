@@ -36,6 +36,7 @@ class Sampler:
         settings = dict(scheduler or {'type': 'EulerDiscreteScheduler'})
         self.scheduler_class = _scheduler_class(settings.pop('type', 'EulerDiscreteScheduler'))
         known = list(inspect.signature(self.scheduler_class.__init__).parameters)
+        self.knows_zero_snr = 'rescale_betas_zero_snr' in known
         for key in settings:
             if key not in known:
                 raise ValueError(f"{self.scheduler_class.__name__} has no setting '{key}'.{nearest(key, known)}")
@@ -58,6 +59,9 @@ class Sampler:
         scheduler = self.build_scheduler(model)
         device = batch.time_ids.device
         scheduler.set_timesteps(self.num_inference_steps, device=device)
+        if hasattr(scheduler, 'set_begin_index'):
+            # Else a scheduler looks its place up by the timestep, and skips a step where two round to the same.
+            scheduler.set_begin_index(0)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
         x = self._noise(model, picture_size(batch, model.size_divisor), generators).to(device)
         x = x * scheduler.init_noise_sigma
@@ -84,7 +88,14 @@ class Sampler:
         return x
 
     def build_scheduler(self, model: Any) -> Any:
-        """A fresh scheduler with the base's noise schedule, prediction type and spacing, and our settings."""
+        """A fresh scheduler with the base's noise schedule, prediction type and spacing, and our settings.
+
+        Raises:
+            ValueError: the model has zero terminal SNR, of which the scheduler knows nothing.
+        """
+        if model.schedule.zero_terminal_snr and not self.knows_zero_snr:
+            raise ValueError(f'{self.scheduler_class.__name__} cannot sample a model with zero terminal SNR; take '
+                             'EulerDiscreteScheduler, DDIMScheduler or DPMSolverMultistepScheduler.')
         return self.scheduler_class.from_config(model.scheduler_settings, **self.settings)
 
     def _noise(self, model: Any, size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:

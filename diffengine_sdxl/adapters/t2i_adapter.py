@@ -56,7 +56,9 @@ class T2IAdapter(Adapter):
             raise ValueError(f"T2IAdapter '{self.name}' serves bases of SDXL's block layout {SDXL_LAYOUT}; this one "
                              f'has {layout}' + (' (the refiner).' if len(layout) == 4 else '.'))
         widths = tuple(config.block_out_channels)
-        self.base = {'channels': (*widths, widths[-1]), 'downscale_factor': 2 * model.vae_factor}
+        # Some distilled models have no mid block; stock would leave a map for it unused and say nothing.
+        channels = widths if model.unet.mid_block is None else (*widths, widths[-1])
+        self.base = {'channels': channels, 'downscale_factor': 2 * model.vae_factor}
         if self.weights is not None:
             self.net = load_pretrained(Network, self.weights, **self.source)
         else:
@@ -129,20 +131,22 @@ class T2IAdapter(Adapter):
         """
         from diffusers import T2IAdapter as Network
         loaded = load_pretrained(Network, str(source))
-        theirs, ours = _widths(loaded), _widths(self.net)
+        theirs, ours = _shape(loaded), _shape(self.net)
         if theirs != ours:
-            raise ValueError(f"'{source}' has {theirs}; this adapter has {ours}. It was made for another base.")
+            faults = [f'{k}={theirs[k]} instead of {v}' for k, v in ours.items() if theirs[k] != v]
+            raise ValueError(f"'{source}' does not fit the T2I-Adapter '{self.name}': it has {', '.join(faults)}.")
         self.net.load_state_dict(loaded.state_dict())
 
     def _check_base(self, source: str) -> None:
         config = self.net.config
         if config.adapter_type != 'full_adapter_xl':
             raise ValueError(f"'{source}' is a T2I-Adapter of type {config.adapter_type}; SDXL needs full_adapter_xl.")
-        found = _widths(self.net)
+        found = {k: v for k, v in _shape(self.net).items() if k in self.base}
         if found != self.base:
             raise ValueError(f"'{source}' gives the T2I-Adapter '{self.name}' {found}; the base asks for {self.base}. "
                              'It was made for another base.')
 
 
-def _widths(net: Any) -> dict[str, Any]:
-    return {'channels': tuple(net.config.channels), 'downscale_factor': net.config.downscale_factor}
+def _shape(net: Any) -> dict[str, Any]:
+    names = ('adapter_type', 'in_channels', 'channels', 'num_res_blocks', 'downscale_factor')
+    return {**{k: net.config[k] for k in names}, 'channels': tuple(net.config.channels)}

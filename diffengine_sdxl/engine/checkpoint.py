@@ -57,8 +57,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         torch.save(plain(dict(state)), file)
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, with `weights_only=True`.
+def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, with `weights_only=True`; with `mmap` tensors are read when they are used.
 
     Raises:
         ValueError: there is none, it is cut off, or it is not one of ours.
@@ -67,7 +67,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no checkpoint '{path}'.")
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"The checkpoint '{path}' cannot be read ({_first_line(error)}). It is cut off, damaged or "
                          'not plain data; take an older one (--resume PATH).') from error

@@ -73,28 +73,31 @@ def claim(config: Config) -> int:
 
 def _claim(config: Config) -> int:
     work_dir, mine = Path(config.work_dir), identity(config)
-    given = (config.get('randomness') or {}).get('seed')
-    path = work_dir / FILE
     if config.get('train_cfg') is None:
-        return int(given or 0)
-    held = read(work_dir)
-    saved = checkpoint.found(work_dir)
+        return int((config.get('randomness') or {}).get('seed') or 0)
+    held, saved = read(work_dir), checkpoint.found(work_dir)
+    if saved and not config.get('resume'):
+        raise ValueError(f"'{work_dir}' already holds a run ('{saved[-1].name}'). Add --resume to go on with "
+                         'it, or choose another --work-dir.')
+    seed = _known_seed(config, held, saved)
     if held is not None and saved:
-        if not config.get('resume'):
-            raise ValueError(f"'{work_dir}' already holds a run ('{saved[-1].name}'). Add --resume to go on with "
-                             'it, or choose another --work-dir.')
-        refuse_other(held['identity'], mine, f"'{work_dir}'")
-        if given is not None and given != held['seed']:
-            raise ValueError(f"'{work_dir}' belongs to another run: randomness.seed was {held['seed']}, is now "
-                             f'{given}. Choose another --work-dir, or set the config back.')
-        given = held['seed']
-    elif held is not None and config.get('resume') and given is None:
-        given = held['seed']
-    seed = secrets.randbelow(2**31) if given is None else int(given)
-    with checkpoint.replacing(path) as temporary:
+        refuse_other({**held['identity'], 'seed': held['seed']}, {**mine, 'seed': seed}, f"'{work_dir}'")
+    seed = secrets.randbelow(2**31) if seed is None else int(seed)
+    with checkpoint.replacing(work_dir / FILE) as temporary:
         temporary.write_text(json.dumps({'identity': mine, 'seed': seed}, indent=1) + '\n')
     checkpoint.clean(work_dir)
     return seed
+
+
+def _known_seed(config: Config, held: Mapping[str, Any] | None, saved: list[Path]) -> int | None:
+    """The seed that is given, or that of the run that goes on; None at the beginning of one."""
+    given, resume = (config.get('randomness') or {}).get('seed'), config.get('resume')
+    if given is not None or not resume:
+        return given
+    if held is not None and not isinstance(resume, str):
+        return held['seed']
+    source = resume if isinstance(resume, str) else next(reversed(saved), None)
+    return None if source is None else checkpoint.load(source, mmap=True)['meta']['seed']
 
 
 def read(work_dir: str | Path) -> dict[str, Any] | None:

@@ -89,8 +89,7 @@ def prepare(args: Any) -> Any:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
     if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.resume = True if args.resume == 'auto' else args.resume
     return cfg
 
 

@@ -208,17 +208,17 @@ class ExperimentRunner(Runner):
             raise ValueError(failed[0])
 
     def load_or_resume(self) -> None:
-        """Continue from `load_from` or the work_dir's latest checkpoint, or take weights from `load_from`."""
+        """Go on from the checkpoint that `resume` names or the work_dir's latest; else begin, with `load_from`."""
         if self._has_loaded:
             return
         self._has_loaded = True
         if self._resume:
-            path = self._load_from or checkpoint.latest(self.work_dir)
-            if path is None:
-                self.logger.info(f'{self.work_dir} holds no checkpoint; the run starts at its beginning.')
-            else:
+            path = self._resume if isinstance(self._resume, str) else checkpoint.latest(self.work_dir)
+            if path is not None:
                 self.resume(str(path))
-        elif self._load_from is not None:
+                return
+            self.logger.info(f'{self.work_dir} holds no checkpoint; the run starts at its beginning.')
+        if self._load_from is not None:
             self.load_checkpoint(self._load_from)
 
     def resume(self, filename: str, **_: Any) -> None:  # type: ignore[override]
@@ -229,7 +229,8 @@ class ExperimentRunner(Runner):
         """
         state = checkpoint.load(filename)
         meta = state['meta']
-        identity.refuse_other(meta['identity'], identity.identity(self.resolved), f"'{filename}'")
+        identity.refuse_other({**meta['identity'], 'seed': meta['seed']},
+                              {**identity.identity(self.resolved), 'seed': self.seed}, f"'{filename}'")
         checkpoint.load_strict(self.bare_model, state['state_dict'], filename)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self.optim_wrapper.load_state_dict(state['optimizer'])

@@ -119,7 +119,8 @@ class SDXL(BaseModel):
             adapter.name = name
             with rng.fork(self.seed, 'adapter', name):
                 adapter.attach(self)
-            self.adapters[name] = adapter
+            # What trains stays in fp32 beside a half-precision base, but an fp64 model is fp64 throughout.
+            self.adapters[name] = adapter.double() if self.unet_weight.dtype == torch.float64 else adapter
         for adapter in self.adapters.values():
             adapter.ready(self)
         self.requires_grad_(False)
@@ -127,8 +128,8 @@ class SDXL(BaseModel):
             for _, parameter in parameters:
                 parameter.requires_grad_(True)
         # Weights that train are fp32 beside a half-precision UNet only if they live in it (LoRA, full fine-tune).
-        self._unet_mixed = any(p.dtype != self.unet.dtype for p in self.unet.parameters()) or (
-            'unet' in self.trainable_parts)
+        dtype = self.unet_weight.dtype
+        self._unet_mixed = 'unet' in self.trainable_parts or any(p.dtype != dtype for p in self.unet.parameters())
         self.register_state_dict_post_hook(_keep_trained)
 
     def trainables(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -150,6 +151,11 @@ class SDXL(BaseModel):
             return False
         last = self.text_encoder.config.num_hidden_layers - 1
         return f'layers.{last}.' in name or 'final_layer_norm' in name
+
+    @property
+    def unet_weight(self) -> Tensor:
+        """A weight of the UNet, for its dtype and device: diffusers' own properties walk all its modules (4 ms)."""
+        return next(self.unet.parameters())
 
     @property
     def scheduler_settings(self) -> dict[str, Any]:
@@ -236,22 +242,25 @@ class SDXL(BaseModel):
                 return torch.zeros_like(text), torch.zeros_like(pooled), time_ids
             first = batch.negative_text or [''] * len(batch)
             second, dropped = batch.negative_text_2 or first, None
-        elif dropped is not None and self.null_text == 'empty':
-            first, second = ([('' if d else t) for d, t in zip(dropped.tolist(), texts, strict=True)]
-                             for texts in (first, second))
-            dropped = None
         if branch == 'cond' and batch.text_embeds is not None and batch.pooled is not None:
             text, pooled = batch.text_embeds, batch.pooled
+            if dropped is not None and self.null_text == 'empty' and bool(dropped.any()):
+                empty = [''] * len(batch)
+                text, pooled = (where(dropped, null.to(given), given)
+                                for null, given in zip(self._prompts(empty, empty), (text, pooled), strict=True))
         else:
+            if dropped is not None and self.null_text == 'empty':
+                first, second = ([('' if d else t) for d, t in zip(dropped.tolist(), texts, strict=True)]
+                                 for texts in (first, second))
             text, pooled = self._prompts(first, second)
-        if dropped is not None:
+        if dropped is not None and self.null_text == 'zeros':
             text, pooled = (where(dropped, torch.zeros_like(x), x) for x in (text, pooled))
         return text, pooled, time_ids
 
     def _shape_of_text(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tensors of the text's shapes, for zeros."""
         width = sum(e.config.hidden_size for e in (self.text_encoder, self.text_encoder_2) if e is not None)
-        kwargs = {'device': self.unet.device, 'dtype': self.text_encoder_2.dtype}
+        kwargs = {'device': self.unet_weight.device, 'dtype': self.text_encoder_2.dtype}
         return (torch.empty(len(batch), self.tokenizer_2.model_max_length, width, **kwargs),
                 torch.empty(len(batch), self.text_encoder_2.config.projection_dim, **kwargs))
 
@@ -276,7 +285,7 @@ class SDXL(BaseModel):
         Raises:
             ValueError: what an adapter adds does not fit.
         """
-        dtype = self.unet.dtype
+        dtype = self.unet_weight.dtype
         call = UNetCall(sample=x.to(dtype), timestep=t, progress=progress, text=conditioning.text.to(dtype),
                         pooled=conditioning.pooled.to(dtype), time_ids=conditioning.time_ids,
                         training=torch.is_grad_enabled())
@@ -303,11 +312,13 @@ class SDXL(BaseModel):
 
     def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """mmengine's sum of losses; keeps the parts, so that a step that fails can name them."""
-        total, self.last_losses = super().parse_losses(losses)
+        total, parts = super().parse_losses(losses)
+        # Detached: mmengine's hold the graph, and the next step's memory would come on top of it.
+        self.last_losses = {name: part.detach() for name, part in parts.items()}
         return total, self.last_losses
 
     def _autocast(self, wanted: bool) -> AbstractContextManager[Any]:
-        return torch.autocast(self.unet.device.type, self.compute_dtype or torch.bfloat16,
+        return torch.autocast(self.unet_weight.device.type, self.compute_dtype or torch.bfloat16,
                               enabled=wanted and self.compute_dtype is not None)
 
 

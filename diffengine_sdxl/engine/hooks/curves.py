@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
+from diffengine_sdxl.engine import checkpoint
 from diffengine_sdxl.pictures import save_curves
 from diffengine_sdxl.registry import HOOKS
 
@@ -25,23 +26,33 @@ class CurvesHook(Hook):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.rates: dict[str, float] = {}
 
     @master_only
     def before_train(self, runner: Any) -> None:
         """Drop what an interrupted run logged after its last checkpoint."""
         self.path = Path(runner.work_dir) / 'curves.jsonl'
         kept = [line for line in read_lines(self.path) if line['step'] <= runner.iter]
-        self.path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+        with checkpoint.replacing(self.path) as temporary:
+            temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+
+    @master_only
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Note the learning rates of this step: afterwards the schedule has set the next one's."""
+        self.rates = {name: values[0] for name, values in runner.optim_wrapper.get_lr().items()}
 
     @master_only
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
                          outputs: dict[str, float] | None = None) -> None:
         """Log one step."""
-        groups = runner.optim_wrapper.param_groups
-        rates = {f'lr {g.get("name", i)}' if len(groups) > 1 else 'lr': g['lr'] for i, g in enumerate(groups)}
-        self.lines.append(json.dumps({'step': runner.iter + 1, **(outputs or {}), **rates}) + '\n')
-        if len(self.lines) >= 50 or runner.iter + 1 == runner.max_iters:
+        self.lines.append(json.dumps({'step': runner.iter + 1, **(outputs or {}), **self.rates}) + '\n')
+        if len(self.lines) >= 50:
             self._flush()
+
+    @master_only
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """A run that goes on from this checkpoint finds every step up to it."""
+        self._flush()
 
     @master_only
     def after_train(self, runner: Any) -> None:

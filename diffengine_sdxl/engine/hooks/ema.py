@@ -32,9 +32,15 @@ class EMAHook(Hook):
         self.weights: dict[str, torch.Tensor] = {}
 
     def before_run(self, runner: Any) -> None:
-        """Begin with the weights as they are."""
+        """Make room, which a resumed run fills."""
         runner.ema = self
         self.weights = {n: p.detach().clone() for n, p in self._parameters(runner).items()}
+
+    @torch.no_grad()
+    def before_train(self, runner: Any) -> None:
+        """Begin with the weights as they are now: `load_from` may have replaced those of `before_run`."""
+        for name, parameter in self._parameters(runner).items() if self.step == 0 else ():
+            self.weights[name].copy_(parameter)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """One step of averaging."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 def load_pretrained(cls: Any, source: str, **kwargs: Any) -> Any:
     """`cls.from_pretrained(source)` for a model class of diffusers or transformers, strict.
@@ -48,7 +50,7 @@ def said(source: str, function: Any, *args: Any, **kwargs: Any) -> Any:
     """
     try:
         return function(*args, **kwargs)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         path = Path(source)
         if path.exists() or path.parent.is_dir() and str(path.parent) != '.':

@@ -6,7 +6,9 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=10),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    samples=dict(type='SampleHook', interval=500, num_from_dataset=2, num_images=2, size='$resolution'),
+    # Without prompts, the first samples of the data set are drawn. `conditions`: adapter name -> paths or URLs.
+    samples=dict(type='SampleHook', interval=500, prompts=[], conditions=dict(), num_from_dataset=2, num_images=2,
+                 size='$resolution'),
     checkpoint=dict(type='CheckpointHook', interval=500, max_keep_ckpts=None),
     curves=dict(type='CurvesHook'),
     progress=dict(type='ProgressHook'))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffengine_sdxl.adapters.base import Adapter, Tensors
@@ -60,7 +61,9 @@ class T2IAdapter(Adapter):
         channels = widths if model.unet.mid_block is None else (*widths, widths[-1])
         self.base = {'channels': channels, 'downscale_factor': 2 * model.vae_factor}
         if self.weights is not None:
-            self.net = load_pretrained(Network, self.weights, **self.source)
+            # fp32 whatever the file holds, as it trains; fp64 in an fp64 model.
+            dtype = torch.promote_types(model.unet_weight.dtype, torch.float32)
+            self.net = load_pretrained(Network, self.weights, dtype=dtype, **self.source)
         else:
             shape = {k: v if v is not None else self.base.get(k) for k, v in self.shape.items()}
             self.net = Network(**shape, adapter_type='full_adapter_xl')
@@ -130,7 +133,7 @@ class T2IAdapter(Adapter):
             ValueError: a key is missing or misnamed, or the widths are another base's.
         """
         from diffusers import T2IAdapter as Network
-        loaded = load_pretrained(Network, str(source))
+        loaded = load_pretrained(Network, str(source), dtype=self.net.dtype)
         theirs, ours = _shape(loaded), _shape(self.net)
         if theirs != ours:
             faults = [f'{k}={theirs[k]} instead of {v}' for k, v in ours.items() if theirs[k] != v]

@@ -27,28 +27,39 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: no room (or no right) to write; nothing is left behind and `path` is what it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A hidden name: a half-written file is never taken for a whole one.
     temporary = Path(tempfile.mktemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer turns a full disk into a RuntimeError of its own.
-        if isinstance(error, OSError) or 'PytorchStreamWriter' in str(error) or 'enforce fail' in str(error):
-            free = shutil.disk_usage(path.parent).free / 2**20
-            raise ValueError(f"'{path}' could not be written ({_first_line(error)}); {free:.0f} MiB are free there. "
-                             'What was saved before is untouched; make room and resume.') from error
-        raise
+    except Exception as error:
+        if (reason := _write_fault(error)) is None:
+            raise
+        free = f'{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there. ' if path.parent.is_dir() else ''
+        raise ValueError(f"'{path}' could not be written ({reason}). {free}What was saved before is untouched; make "
+                         'room and resume.') from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _write_fault(error: BaseException | None) -> str | None:
+    """The words of the operating system's refusal to write, if that is what `error` comes from."""
+    first = error
+    while error is not None:
+        if isinstance(error, OSError):
+            return _first_line(error)
+        error = error.__cause__ or error.__context__
+    # torch's zip writer and safetensors have errors of their own for a full disk.
+    marks = ('PytorchStreamWriter', 'enforce fail', 'I/O error')
+    return _first_line(first) if first is not None and any(mark in str(first) for mark in marks) else None
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:

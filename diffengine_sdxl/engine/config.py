@@ -20,6 +20,9 @@ RUNNER_KEYS = (
     'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
     'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_processor', 'log_level',
     'visualizer', 'default_scope', 'randomness', 'experiment_name', 'custom_imports', 'find_unused_parameters')
+#: Hooks that the runner adds by itself; a config may change them, or take one out with None.
+DEFAULT_HOOKS = {'runtime_info': 'RuntimeInfoHook', 'timer': 'IterTimerHook', 'logger': 'LoggerHook',
+                 'param_scheduler': 'ParamSchedulerHook', 'checkpoint': 'CheckpointHook'}
 REFERENCE = re.compile(r'\$([A-Za-z_]\w*(?:\.\w+)*)')
 
 
@@ -61,20 +64,21 @@ def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     path = find(name)
     try:
         config = Config.fromfile(str(path))
-    except (SyntaxError, KeyError, AttributeError, NameError, TypeError, ValueError, OSError, ImportError) as error:
+    except Exception as error:  # a config is Python and may fail in any way
         raise ValueError(f"The config '{path}' cannot be read: {type(error).__name__}: {error}") from error
     read = _names_read(path)
     options = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    known = _known_keys(config)
+    written = _known_keys(config)
     for key in options:
-        _check_override(config, key, known, read)
+        _check_override(config, key, options, written, read)
     config.merge_from_dict(options)
+    known = _known_keys(config)
     for key in [k for k in config if k not in known]:
-        if key not in read:
+        if key not in read | written:
             raise ValueError(f"'{path.name}' sets '{key}', which nothing reads.{nearest(key, sorted(known))}")
         config.pop(key)
     from diffengine_sdxl.engine.config_check import check
-    check(config)
+    check(resolve(config))
     return config
 
 
@@ -135,7 +139,7 @@ def _known_keys(config: Config) -> set[str]:
     return set(RUNNER_KEYS) | set(references(config.to_dict()))
 
 
-def _check_override(config: Config, key: str, known: set[str], read: set[str]) -> None:
+def _check_override(config: Config, key: str, options: Mapping[str, Any], known: set[str], read: set[str]) -> None:
     """Refuse an override whose path leads nowhere; whether a class knows a new last key is checked afterwards."""
     parts = key.split('.')
     top = re.split(r'\[', parts[0])[0]
@@ -144,20 +148,31 @@ def _check_override(config: Config, key: str, known: set[str], read: set[str]) -
             raise ValueError(f"'{key}': '{top}' is a piece that the config has put into place already; override it "
                              f'where it went{_where(config, top)}.')
         raise ValueError(f"--cfg-options '{key}': the config has no key '{top}'.{nearest(top, sorted(known))}")
-    node: Any = config
-    for depth, part in enumerate(parts[:-1]):
+    node: Any = config._cfg_dict
+    for depth, part in enumerate(parts):
         here = '.'.join(parts[:depth]) or 'the config'
         if isinstance(node, list | tuple):
             if not part.isdigit() or int(part) >= len(node):
                 raise ValueError(f"--cfg-options '{key}': {here} is a list of {len(node)}; '{part}' is no place in it.")
             node = node[int(part)]
-        elif isinstance(node, Mapping) and part in node and node[part] is not None:
-            node = node[part]
-        elif depth == 0:
-            return  # a section that the config leaves out; its keys are checked with the rest
+        elif not isinstance(node, Mapping):
+            raise ValueError(f"--cfg-options '{key}': {here} is {node!r} and has no '{part}'.")
+        elif part not in node:
+            _check_new(here, part, key, options, node)
+            return
         else:
-            names = [str(k) for k in node] if isinstance(node, Mapping) else []
-            raise ValueError(f"--cfg-options '{key}': {here} has no '{part}'.{nearest(part, names)}")
+            if node[part] is None and depth < len(parts) - 1:
+                node[part] = ConfigDict()  # mmengine merges nothing into None
+            node = node[part]
+
+
+def _check_new(here: str, name: str, key: str, options: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Refuse a new member of a collection of named parts that no override gives a type: a misspelt name."""
+    names = {*present, *(DEFAULT_HOOKS if here == 'default_hooks' else ())}
+    new = isinstance(options[key], Mapping) or f'{here}.{name}.type' in options
+    if here in ('model.adapters', 'default_hooks') and not new and name not in names:
+        raise ValueError(f"--cfg-options '{key}': {here} has no '{name}'.{nearest(name, sorted(names))} A new one "
+                         f'needs {here}.{name}.type.')
 
 
 def _where(config: Config, piece: str) -> str:
@@ -169,7 +184,7 @@ def _where(config: Config, piece: str) -> str:
 
 
 def _names_read(path: Path, seen: set[Path] | None = None) -> set[str]:
-    """Names that a config file or its bases read: variables, and `_base_.name`."""
+    """Names that a config file or its bases read: variables, `_base_.name` and '$name'."""
     seen = set() if seen is None else seen
     path = path.resolve()
     if path in seen or path.suffix != '.py':
@@ -182,6 +197,8 @@ def _names_read(path: Path, seen: set[Path] | None = None) -> set[str]:
             read.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == '_base_':
             read.add(node.attr)
+        elif isinstance(node, ast.Constant):
+            read.update(references(node.value))
         elif isinstance(node, ast.Assign) and any(getattr(t, 'id', None) == '_base_' for t in node.targets):
             bases = ast.literal_eval(node.value)
             for base in [bases] if isinstance(bases, str) else bases:

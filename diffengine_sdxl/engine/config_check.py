@@ -31,10 +31,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     'train_dataloader': (), 'val_dataloader': (), 'test_dataloader': (),  # filled from torch's DataLoader
     'randomness': ('seed', 'deterministic', 'diff_rank_seed'),
     'env_cfg': ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit', 'allow_tf32'),
+    'env_cfg.mp_cfg': ('mp_start_method', 'opencv_num_threads'),
     'auto_scale_lr': ('enable', 'base_batch_size'),
+    'optim_wrapper.loss_scale': ('init_scale', 'growth_factor', 'backoff_factor', 'growth_interval', 'enabled'),
 }
-#: Sections that are lists or dicts of parts, each of which needs a type.
-COLLECTIONS = ('default_hooks', 'custom_hooks', 'model.adapters')
+#: Where a part may leave out its type: something has a default.
+TYPELESS = ('*_evaluator', 'val_cfg', 'test_cfg', 'optim_wrapper', 'visualizer', 'log_processor')
 #: Read by mmengine's registries or constructors before a class sees the rest.
 EXTRA = {'default_hooks.*': {'priority'}, 'custom_hooks.*': {'priority'},
          'optim_wrapper': {'constructor', 'paramwise_cfg'}}
@@ -57,9 +59,8 @@ def _walk(node: Any, path: str) -> None:
     if not isinstance(node, Mapping):
         return
     registry = next((reg for place, reg in PLACES if _at(path, place)), None)
-    if registry is not None and 'type' not in node and any(_at(path, f'{c}.*') for c in COLLECTIONS):
-        parent, _, name = path.rpartition('.')
-        raise ValueError(f"{parent} has no '{name}' (a new one needs a `type` of: {', '.join(registry.names()[:12])}).")
+    if registry is not None and 'type' not in node and not any(_at(path, place) for place in TYPELESS):
+        raise ValueError(f"{path} has no `type`; the known ones are {', '.join(registry.names()[:12])}.")
     if registry is not None and isinstance(node.get('type'), str):
         _check_keys(node, path, registry)
     elif path in SECTIONS:
@@ -88,7 +89,8 @@ def _check_keys(node: Mapping[str, Any], path: str, registry: NamedRegistry) -> 
 def accepted(cls: Any) -> set[str] | None:
     """The keyword arguments that building `cls` takes, through all classes that pass on **kwargs; None if any."""
     if not inspect.isclass(cls):
-        return _parameters(cls)[0]
+        own, open_ended = _parameters(cls)
+        return None if open_ended else own
     names: set[str] = set()
     for base in cls.__mro__:
         if '__init__' not in vars(base):
@@ -112,11 +114,8 @@ def _parameters(function: Any) -> tuple[set[str] | None, bool]:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
         return None, False
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if open_ended and not hasattr(function, '__qualname__'):
-        return None, True
-    return named, open_ended
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _dataloader_keys() -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+#: A disk that is full or may not be written.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
@@ -36,9 +39,6 @@ def start_processes(launcher: str) -> None:
     os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
     os.environ.setdefault('MASTER_PORT', '29500')
     dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=rank, world_size=world)
-    from mmengine.dist.utils import init_local_group
-    if not torch.cuda.is_available():
-        init_local_group(0, int(os.environ.get('LOCAL_WORLD_SIZE', world)))
 
 
 def _ranks(launcher: str) -> tuple[int, int, int]:
@@ -103,8 +103,10 @@ def train(args: Any) -> int:
         from diffengine_sdxl.registry import RUNNERS
         runner = RUNNERS.build(cfg)
         runner.train()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _close(runner)
+        if isinstance(error, OSError) and error.errno not in NO_ROOM:
+            raise
         print(f'error: {sentence(error)}', file=sys.stderr, flush=True)
         # The other processes wait for this one; leaving hard lets the launcher end them.
         if args.launcher != 'none':

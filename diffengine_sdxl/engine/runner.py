@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 from diffengine_sdxl.datasets import KeyedSampler
 from diffengine_sdxl.engine import checkpoint, identity
-from diffengine_sdxl.engine.config import resolve
+from diffengine_sdxl.engine.config import DEFAULT_HOOKS, resolve
 from diffengine_sdxl.registry import DATASETS, PARAM_SCHEDULERS, RUNNERS, SCOPE
 
 
@@ -109,26 +110,26 @@ class ExperimentRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """To its device; DDP over what trains when there are several processes, on CPUs without device ids."""
-        if not self.distributed:
-            return super().wrap_model(model_wrapper_cfg, model)
         from mmengine.device import get_device
         model = model.to(get_device())
+        if not self.distributed:
+            return model
         # Frozen weights are the same file everywhere: broadcasting SDXL's 7 GB at the start would be waste.
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
         MMDistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         ids = [int(os.environ['LOCAL_RANK'])] if torch.cuda.is_available() else None
-        return MMDistributedDataParallel(module=model, device_ids=ids, broadcast_buffers=False,
-                                         find_unused_parameters=self.cfg.get('find_unused_parameters', False))
+        with warnings.catch_warnings():
+            # Newer torch has another word for broadcast_buffers; older ones don't know it yet.
+            warnings.simplefilter('ignore', FutureWarning)
+            return MMDistributedDataParallel(module=model, device_ids=ids, broadcast_buffers=False,
+                                             find_unused_parameters=self.cfg.get('find_unused_parameters', False))
 
     def _init_model_weights(self) -> None:
         """Nothing: an SDXL is whole when it is built, and mmengine's walk takes the mean of every weight."""
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Ours in place of mmengine's; a value of None takes one out."""
-        defaults: dict[str, Any] = {
-            'runtime_info': {'type': 'RuntimeInfoHook'}, 'timer': {'type': 'IterTimerHook'},
-            'logger': {'type': 'LoggerHook'}, 'param_scheduler': {'type': 'ParamSchedulerHook'},
-            'checkpoint': {'type': 'CheckpointHook'}}
+        defaults: dict[str, Any] = {name: {'type': kind} for name, kind in DEFAULT_HOOKS.items()}
         for hook in {**defaults, **(hooks or {})}.values():
             if hook is not None:
                 self.register_hook(hook)

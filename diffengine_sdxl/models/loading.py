@@ -52,6 +52,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     check_sdxl(parts['unet'], str(pretrained or config or 'SDXL'))
     if vae:
         parts['vae'] = _load_vae(str(vae), config, dtypes['vae'], **hub)
+    check_vae(parts['vae'], parts['unet'], str(vae or pretrained or config))
     if tokenizer:
         for name in TOKENIZERS:
             parts[name] = said(tokenizer, module_class(name).from_pretrained, tokenizer, subfolder=name,
@@ -84,6 +85,17 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(held)
+
+
+def check_vae(vae: nn.Module, unet: nn.Module, source: str) -> None:
+    """Refuse a VAE whose latents the UNet does not work on.
+
+    Raises:
+        ValueError: their channels differ.
+    """
+    theirs, ours = vae.config.latent_channels, unet.config.out_channels  # type: ignore[union-attr]
+    if theirs != ours:
+        raise ValueError(f"'{source}' is a VAE of {theirs} channels; the UNet works on {ours}.")
 
 
 def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: int) -> dict[str, Any]:

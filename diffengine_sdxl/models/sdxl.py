@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -147,6 +147,8 @@ class SDXL(BaseModel):
         return owners
 
     def _unread(self, part: str, name: str) -> bool:
+        if part == 'vae':  # training reads latents, so nothing tells the decoder what was wrong
+            return name.startswith(('decoder.', 'post_quant_conv.'))
         if part != 'text_encoder':
             return False
         last = self.text_encoder.config.num_hidden_layers - 1
@@ -195,15 +197,40 @@ class SDXL(BaseModel):
             raise ValueError(f"'img' is {height} x {width}; the VAE needs sides that {self.vae_factor} divides. "
                              'Change `resolution`.')
         with torch.set_grad_enabled(torch.is_grad_enabled() and 'vae' in self.trainable_parts):
-            dist = self.vae.encode(batch.img.to(self.vae.dtype)).latent_dist
+            with self._safe_vae() as vae:
+                dist = vae.encode(batch.img.to(vae.dtype)).latent_dist
             noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
-            return (dist.mean + dist.std * noise.to(dist.mean)) * self.vae.config.scaling_factor
+            latents, statistics = dist.mean + dist.std * noise.to(dist.mean), self._statistics(dist.mean)
+            if statistics is None:
+                return latents * self.vae.config.scaling_factor
+            return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], fp32; as stock, bitwise."""
-        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        factor, statistics = self.vae.config.scaling_factor, self._statistics(latents)
+        latents = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
+        with self._safe_vae() as vae:
+            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of the VAE's latents, [1, 4, 1, 1], if its config has them (Playground 2.5)."""
+        values = [self.vae.config.get(name) for name in ('latents_mean', 'latents_std')]
+        if None in values:
+            return None
+        mean, std = (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in values)
+        return mean, std
+
+    @contextmanager
+    def _safe_vae(self) -> Iterator[Any]:
+        """The VAE; while in use in fp32 if it overflows in fp16 (`force_upcast`), as in stock's pipelines."""
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        try:
+            yield self.vae.float() if upcast else self.vae
+        finally:
+            if upcast:
+                self.vae.half()
 
     def encode(self, batch: Batch, branches: Sequence[str] = ('cond',), project: bool = False) -> Conditioning:
         """All that a guidance branch tells the denoiser; several branches are stacked along the batch, in order.
@@ -336,7 +363,7 @@ def _choose(key: str, value: str, known: Any) -> None:
 
 def _check_name(name: str) -> None:
     """Refuse adapter names that nn.ModuleDict or our folders cannot take."""
-    taken = {*loading.MODULES, 'text'}
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name) or name in taken:
+    taken = {*loading.MODULES, 'text', 'pipeline'}
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or name in taken:
         raise ValueError(f"'{name}' cannot name an adapter: take letters, digits and _, and none of torch's own names "
                          f"(type, train, to, ...) or of {', '.join(sorted(taken))}.")

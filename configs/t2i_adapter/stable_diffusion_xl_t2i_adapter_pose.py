@@ -1,0 +1,7 @@
+_base_ = ['./stable_diffusion_xl_t2i_adapter_canny.py']
+# Needs the package controlnet_aux, which needs torchvision (docs/data.md); OpenPose's licence allows no commercial use.
+# Give it photographs of people: in drawings few poses are found. On a GPU as in the depth config.
+condition = dict(
+    _delete_=True, type='Preprocessor', function='controlnet_aux:OpenposeDetector.from_pretrained',
+    init=dict(pretrained_model_or_path='lllyasviel/Annotators'),
+    call=dict(detect_resolution=512, image_resolution='$resolution'), device='cpu')

@@ -1,0 +1,25 @@
+"""What many tests share: a tiny SDXL and a folder of circles, written once a session; one thread."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from diffengine_sdxl.testing import write_circles, write_tiny_sdxl  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny SDXL in diffusers' layout. Don't write into it."""
+    return write_tiny_sdxl(tmp_path_factory.mktemp('tiny') / 'base')
+
+
+@pytest.fixture(scope='session')
+def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imagefolder of 16 circles of 64 pixels with their outlines and captions. Don't write into it."""
+    return write_circles(tmp_path_factory.mktemp('circles') / 'data')

@@ -1,0 +1,132 @@
+"""Runs of the tiny model in this process: built, stopped, resumed, compared; and the command line, called."""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+
+import diffengine_sdxl.engine  # noqa: F401  (fill the registries)
+from diffengine_sdxl.engine import checkpoint, config, launch
+from diffengine_sdxl.registry import HOOKS, RUNNERS
+
+CONFIG = 'tiny_t2i_adapter'
+#: Logged, but of the clock and the machine.
+CLOCK = ('train/time', 'train/data_time', 'train/memory')
+_numbers = itertools.count()
+
+
+class Died(Exception):
+    """What ends a run in the middle, as a crash would: no hook hears of it."""
+
+
+class Die(Hook):
+    """Ends the run after `step`, when all other hooks have run."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if runner.iter + 1 == self.step:
+            raise Died
+
+
+@HOOKS.register_module(force=True)
+class Poison(Hook):
+    """Makes the first trained weight infinite before step `step`, so that its loss is NaN."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter + 1 == self.step:
+            with torch.no_grad():
+                next(iter(runner.bare_model.trainables().values()))[0][1].view(-1)[0] = math.inf
+
+
+def build(work_dir: Path, options: Mapping[str, Any], resume: bool | str = False, die_at: int | None = None,
+          name: str = CONFIG) -> Any:
+    """A runner of config `name` with `options` (dotted keys)."""
+    cfg = config.load(name, options)
+    cfg.work_dir, cfg.resume = str(work_dir), resume
+    # mmengine's loggers and hubs are found by name, and its time stamps are of a second.
+    cfg.experiment_name = f'test{next(_numbers)}'
+    runner = RUNNERS.build(cfg)
+    if die_at is not None:
+        runner.register_hook(Die(die_at))
+    return runner
+
+
+def train(work_dir: Path, options: Mapping[str, Any], resume: bool | str = False, die_at: int | None = None,
+          name: str = CONFIG) -> Any:
+    """As `build`, and trained: to the end or to `die_at`."""
+    runner = build(work_dir, options, resume, die_at, name)
+    try:
+        runner.train()
+    except Died:
+        # What a real death takes with it, and the next runner of this process must not find.
+        for hook in runner.hooks:
+            if hasattr(hook, 'close'):
+                hook.close()
+    return runner
+
+
+def plain_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as one writes them behind --cfg-options."""
+    return [f'{key}={value}' for key, value in options.items()]
+
+
+def command(work_dir: Path, options: Mapping[str, Any], resume: str | None = None, name: str = CONFIG,
+            launcher: str = 'none') -> int:
+    """The exit code of tools/train.py, without its process."""
+    options = {**options, 'experiment_name': f'test{next(_numbers)}'}
+    return launch.train(argparse.Namespace(config=name, work_dir=str(work_dir), resume=resume, launcher=launcher,
+                                           cfg_options=plain_arguments(options)))
+
+
+def differences(one: Any, other: Any, path: str = '') -> Iterator[str]:
+    """The places where two checkpoints differ in the least bit, but for the clock."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in {**one, **other}:
+            if key in CLOCK:
+                continue
+            if key not in one or key not in other:
+                yield f'{path}.{key} (in one only)'
+            else:
+                yield from differences(one[key], other[key], f'{path}.{key}')
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(a, b, f'{path}.{i}')
+    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            yield f'{path} {tuple(one.shape)}'
+    elif type(one) is not type(other) or one != other:
+        yield f'{path}: {one!r} and {other!r}'
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """Both folders hold the same checkpoint of `step`, bitwise, and the same curves, each step once."""
+    states = [torch.load(folder / f'step{step}.pth', weights_only=True) for folder in (one, other)]
+    assert states[0]['state_dict'] and states[0]['optimizer']['state'] and states[0]['log_scalars']['train/loss']
+    found = list(differences(*states))
+    assert not found, found[:10]
+    rows = [curves(folder) for folder in (one, other)]
+    assert rows[0] == rows[1]
+    assert [row['step'] for row in rows[0]] == list(range(1, step + 1))
+
+
+def curves(work_dir: Path) -> list[dict[str, Any]]:
+    """The rows of curves.jsonl, which must all be whole."""
+    return [json.loads(line) for line in (work_dir / 'curves.jsonl').read_text().splitlines()]
+
+
+def weights(work_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint."""
+    return checkpoint.load(work_dir / f'step{step}.pth')['state_dict']

@@ -1,0 +1,171 @@
+"""A run that died and was resumed is the run that did not: bitwise."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.helpers import assert_same_run, build, curves, train, weights
+
+from diffengine_sdxl.engine import checkpoint, identity
+
+RANDOM_TRANSFORMS = [
+    dict(type='Resize', size=40), dict(type='Crop', size='$resolution', mode='random'), dict(type='Flip', prob=0.5),
+    dict(type='CaptionDrop', prob=0.5), dict(type='ComputeTimeIds'), dict(type='PackInputs')]
+COSINE = dict(_delete_=True, type='DiffusersLR', name='cosine', num_warmup_steps=3)
+
+
+@pytest.fixture
+def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are drawn as ever, but the same each time, so that two runs without a given seed can be compared."""
+    monkeypatch.setattr(identity.secrets, 'randbelow', lambda _: 987654321)
+
+
+def check_resume(folder: Path, options: dict[str, Any], steps: int = 20, die_at: int = 10) -> None:
+    """Died after `die_at` of `steps`, with its last checkpoint some steps before that."""
+    train(folder / 'whole', options)
+    train(folder / 'cut', options, die_at=die_at)
+    last = checkpoint.latest(folder / 'cut')
+    assert last is not None and 0 < int(last.stem[4:]) < die_at
+    train(folder / 'cut', options, resume=True)
+    assert_same_run(folder / 'whole', folder / 'cut', steps)
+
+
+def test_with_everything_that_is_random(tmp_path: Path, tiny: dict[str, Any], one_seed: None) -> None:
+    """Accumulation 3, two workers, shuffling, dropped captions, random crops and flips, a cosine, an EMA, pictures on
+    the way, and no seed given: 20 steps, cut off at 10."""
+    options = {**tiny, 'train_cfg.max_iters': 20, 'optim_wrapper.accumulative_counts': 3, 'randomness.seed': None,
+               'train_dataloader.num_workers': 2, 'train_dataloader.dataset.transforms': RANDOM_TRANSFORMS,
+               'param_scheduler': COSINE, 'custom_hooks': [dict(type='EMAHook', decay=0.9)],
+               'default_hooks.checkpoint.interval': 4,
+               'default_hooks.samples': dict(type='SampleHook', interval=3, num_from_dataset=1, num_images=1,
+                                             size='$resolution')}
+    check_resume(tmp_path, options)
+    state = torch.load(tmp_path / 'cut' / 'step20.pth', weights_only=True)
+    assert state['meta']['seed'] == 987654321 and state['meta']['position'] == 20 * 3 * 2
+    assert state['ema']['step'] == 20 and state['ema']['weights'].keys() == state['state_dict'].keys()
+    rates = [row['lr'] for row in curves(tmp_path / 'cut')]
+    assert rates[0] == 0 and rates[3] == max(rates) and rates[-1] < rates[10] < rates[3]
+
+
+def test_a_drawn_seed_is_kept(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Without a seed two runs differ; a resumed one draws none, whatever `secrets` would say."""
+    options = {**tiny, 'randomness.seed': None}
+    seeds = [train(tmp_path / name, options, die_at=3).seed for name in 'ab']
+    assert seeds[0] != seeds[1]
+    assert [curves(tmp_path / name) for name in 'ab'][0][0]['loss'] != curves(tmp_path / 'b')[0]['loss']
+    assert build(tmp_path / 'a', options, resume=True).seed == seeds[0]
+    assert identity.read(tmp_path / 'a')['seed'] == seeds[0]
+
+
+@pytest.mark.parametrize('kind', ['fp16', 'mmengine', 'stream', 'adafactor'])
+def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Also with fp16's gradient scaler, with mmengine's schedules, with a stream, with another optimizer."""
+    options = {**tiny, 'train_cfg.max_iters': 6, 'default_hooks.checkpoint.export': False, **{
+        # The first steps overflow and are left out, then the scale grows every two steps.
+        'fp16': {'mixed_precision': 'fp16', 'optim_wrapper.accumulative_counts': 2,
+                 'optim_wrapper.loss_scale': dict(init_scale=2.0**40, growth_interval=1, backoff_factor=2.0**-16)},
+        'mmengine': {'param_scheduler': [
+            dict(type='LinearLR', start_factor=0.1, end=3), dict(type='CosineAnnealingLR', begin=3, T_max=3)]},
+        'stream': {'train_dataloader.dataset.type': 'HFStream', 'train_dataloader.dataset.buffer_size': 5,
+                   'train_dataloader.num_workers': 2, 'train_dataloader.sampler': None},
+        'adafactor': {'optim_wrapper.optimizer': dict(_delete_=True, type='Adafactor', lr=1e-3)},
+    }[kind]}
+    check_resume(tmp_path, options, 6, die_at=5)
+    if kind == 'fp16':
+        state = torch.load(tmp_path / 'cut' / 'step6.pth', weights_only=True)
+        scales = state['log_scalars']['train/loss_scale']['history'].tolist()
+        assert len(scales) == 6 and len(set(scales)) > 2 and min(scales) < 2.0**40
+    if kind == 'mmengine':
+        rates = [row['lr'] for row in curves(tmp_path / 'cut')]
+        assert rates[0] == pytest.approx(1e-4) and rates[1] > rates[0] and rates[-1] < max(rates)
+
+
+def test_a_run_may_become_longer(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """4 steps and 8 after a resume, as in the issue's commands, equal 8 at a constant rate."""
+    train(tmp_path / 'whole', {**tiny, 'train_cfg.max_iters': 8})
+    train(tmp_path / 'cut', tiny)
+    train(tmp_path / 'cut', {**tiny, 'train_cfg.max_iters': 8}, resume=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 8)
+
+
+def test_resume_at_the_end_changes_nothing(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    train(tmp_path, tiny)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob('step*.pth')}
+    train(tmp_path, tiny, resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob('step*.pth')} == before
+    assert [row['step'] for row in curves(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_resume_of_a_named_checkpoint(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """An older checkpoint, into another folder: the seed comes with it, and the end is the same."""
+    options = {**tiny, 'randomness.seed': None}
+    train(tmp_path / 'old', options)
+    runner = train(tmp_path / 'new', options, resume=str(tmp_path / 'old' / 'step2.pth'))
+    assert runner.seed == identity.read(tmp_path / 'old')['seed']
+    old, new = (torch.load(tmp_path / name / 'step4.pth', weights_only=True) for name in ('old', 'new'))
+    assert all(torch.equal(old['state_dict'][k], new['state_dict'][k]) for k in old['state_dict'])
+    with pytest.raises(ValueError, match='seed'):
+        train(tmp_path / 'third', {**tiny, 'randomness.seed': 5}, resume=str(tmp_path / 'old' / 'step2.pth'))
+
+
+def test_resume_of_a_run_that_died_before_its_first_checkpoint(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """It starts at its beginning, from the weights it was given and with the seed it had drawn."""
+    train(tmp_path / 'first', tiny)
+    options = {**tiny, 'load_from': str(tmp_path / 'first' / 'step4.pth'), 'randomness.seed': None}
+    seed = train(tmp_path / 'cut', options, die_at=1).seed
+    assert checkpoint.latest(tmp_path / 'cut') is None
+    train(tmp_path / 'cut', options, resume=True)
+    train(tmp_path / 'whole', {**options, 'randomness.seed': seed})
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 4)
+
+
+def test_an_ema_begins_with_the_weights_that_were_loaded(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """load_from takes the averages of the other run, and they are where the new average begins."""
+    options = {**tiny, 'custom_hooks': [dict(type='EMAHook', decay=0.5, warmup=False)]}
+    train(tmp_path / 'first', options)
+    first = torch.load(tmp_path / 'first' / 'step4.pth', weights_only=True)
+    options = {**options, 'load_from': str(tmp_path / 'first' / 'step4.pth'), 'train_cfg.max_iters': 1}
+    train(tmp_path / 'second', options)
+    second = torch.load(tmp_path / 'second' / 'step1.pth', weights_only=True)
+    for name, start in first['ema']['weights'].items():
+        expected = start + 0.5 * (second['state_dict'][name] - start)
+        torch.testing.assert_close(second['ema']['weights'][name], expected, rtol=0, atol=1e-7)
+    # One small step away from the averages, not from the raw weights.
+    distance = max(float((second['state_dict'][n] - w).abs().max()) for n, w in first['ema']['weights'].items())
+    assert 0 < distance < 1.1e-3
+
+
+def test_an_ema_that_the_checkpoint_lacks_is_refused(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    train(tmp_path, tiny)
+    with pytest.raises(ValueError, match='holds no EMA'):
+        train(tmp_path, {**tiny, 'custom_hooks': [dict(type='EMAHook')]}, resume=True)
+
+
+def test_intervals_and_workers_may_change(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Nothing that a sample sees hangs on them."""
+    train(tmp_path / 'whole', tiny)
+    train(tmp_path / 'cut', tiny, die_at=3)
+    changed = {**tiny, 'train_dataloader.num_workers': 1, 'default_hooks.checkpoint.interval': 3,
+               'default_hooks.logger.interval': 1, 'model.gradient_checkpointing': True}
+    train(tmp_path / 'cut', changed, resume=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 4)
+    assert sorted(p.name for p in (tmp_path / 'cut').glob('step*.pth')) == ['step2.pth', 'step3.pth', 'step4.pth']
+
+
+def test_a_run_that_is_killed_leaves_no_rest(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Half-written files of a killed process are swept away, and an export without a checkpoint is made again."""
+    train(tmp_path, tiny, die_at=3)
+    (tmp_path / '.step4.pth.abc.part').write_bytes(b'half')
+    (tmp_path / '.step4.abc.part').mkdir()
+    shutil.copytree(tmp_path / 'step2', tmp_path / 'step4')
+    with open(tmp_path / 'curves.jsonl', 'a') as file:
+        file.write('{"step": 3, "lo')
+    train(tmp_path, tiny, resume=True)
+    assert not list(tmp_path.glob('.*'))
+    assert [row['step'] for row in curves(tmp_path)] == [1, 2, 3, 4]
+    from safetensors.torch import load_file
+    exported = load_file(tmp_path / 'step4' / 'adapter' / 'diffusion_pytorch_model.safetensors')
+    held = {k.removeprefix('adapters.adapter.net.'): v for k, v in weights(tmp_path, 4).items()}
+    assert exported.keys() == held.keys() and all(torch.equal(exported[k], held[k]) for k in held)

@@ -1,0 +1,78 @@
+"""Prompts to embeddings, bitwise as stock's `encode_prompt`; the nulls of guidance."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import make_batch, picture_batch, sampler, stock
+
+from diffengine_sdxl.models.sdxl import SDXL
+
+PROMPTS = ['a cat', 'x' * 300, 'Ünïcode 東京 & emoji 🦀', '']
+
+
+@pytest.fixture(scope='module')
+def model(tiny_base: Path) -> SDXL:
+    return SDXL(pretrained=str(tiny_base))
+
+
+@pytest.fixture(scope='module')
+def pipeline(tiny_base: Path) -> Any:
+    return stock(tiny_base)
+
+
+def test_prompts(model: SDXL, pipeline: Any) -> None:
+    """Any text, also longer than 77 tokens; both encoders; each with its own padding."""
+    text, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    got = model.encode(make_batch(4, text=PROMPTS))
+    assert torch.equal(got.text, text) and torch.equal(got.pooled, pooled)
+    assert got.text.shape == (4, 77, 64) and got.pooled.shape == (4, 32)
+    assert len({float(row.sum()) for row in got.text}) == 4
+
+
+def test_other_prompts_for_the_second_encoder(model: SDXL, pipeline: Any) -> None:
+    """The second encoder's are the second half of the widths, and the pooled embedding."""
+    two = PROMPTS[::-1]
+    text, _, pooled, _ = pipeline.encode_prompt(PROMPTS, two, do_classifier_free_guidance=False)
+    got = model.encode(make_batch(4, text=PROMPTS, text_2=two))
+    assert torch.equal(got.text, text) and torch.equal(got.pooled, pooled)
+    plain = model.encode(make_batch(4, text=PROMPTS))
+    assert torch.equal(got.text[..., :32], plain.text[..., :32])
+    assert not torch.equal(got.text[..., 32:], plain.text[..., 32:])
+
+
+@pytest.mark.parametrize('null_text', ['zeros', 'empty'])
+def test_no_negative_prompt(tiny_base: Path, pipeline: Any, null_text: str) -> None:
+    """Zeros, as stock's missing negative; or the empty caption, as stock's with force_zeros_for_empty_prompt off."""
+    model = SDXL(pretrained=str(tiny_base), null_text=null_text)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=null_text == 'zeros')
+    text, null, pooled, null_pooled = pipeline.encode_prompt(PROMPTS)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+    got = model.encode(picture_batch(PROMPTS, [1, 2, 3, 4]), ('uncond', 'cond'), project=True)
+    assert torch.equal(got.text, torch.cat([null, text])) and torch.equal(got.pooled, torch.cat([null_pooled, pooled]))
+    assert bool(got.text[:4].any()) == (null_text == 'empty')
+    assert not torch.equal(sampler(steps=1)(model, picture_batch(['a'], [1])),
+                           sampler(steps=1, scale=1)(model, picture_batch(['a'], [1])))
+
+
+def test_a_negative_prompt_is_no_null(model: SDXL, pipeline: Any) -> None:
+    """An empty negative prompt is encoded, as in stock; drops don't touch it."""
+    _, null, _, null_pooled = pipeline.encode_prompt(PROMPTS[:2], negative_prompt=['', 'blurry'])
+    batch = picture_batch(PROMPTS[:2], [1, 2], negative_text=['', 'blurry'], drop={'text': torch.tensor([True, True])})
+    got = model.encode(batch, ('uncond', 'cond'), project=True)
+    assert torch.equal(got.text[:2], null) and torch.equal(got.pooled[:2], null_pooled) and null.any()
+    assert not got.text[2:].any() and not got.pooled[2:].any()
+
+
+def test_encoders_run_once_a_branch(model: SDXL) -> None:
+    """Not once a prompt, not once a step, and not for zeros."""
+    rows: list[int] = []
+    handle = model.text_encoder.register_forward_hook(lambda _m, _a, out: rows.append(len(out[0])))
+    batch = picture_batch(['a', 'b', 'c'], [1, 2, 3])
+    sampler(steps=3)(model, batch)
+    assert rows == [3]
+    sampler(steps=3)(model, replace(batch, negative_text=['x', 'y', 'z']))
+    assert rows == [3, 3, 3]
+    handle.remove()

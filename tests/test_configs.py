@@ -1,0 +1,154 @@
+"""The T2I-Adapter configs: they share all but a few keys, and the transforms of each make a sample."""
+
+import json
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffengine_sdxl.datasets import HFDataset
+from diffengine_sdxl.engine import config
+from diffengine_sdxl.engine.identity import differences
+from diffengine_sdxl.registry import DATASETS
+
+ROOT = Path(__file__).resolve().parents[1]
+FILL50K = 'stable_diffusion_xl_t2i_adapter_fill50k'
+VARIANTS = ('canny', 'depth', 'sketch', 'lineart', 'pose')
+DETECTORS = {'sketch': 'PidiNetDetector', 'lineart': 'LineartDetector', 'pose': 'OpenposeDetector'}
+
+
+def name_of(variant: str) -> str:
+    return f'stable_diffusion_xl_t2i_adapter_{variant}'
+
+
+def changed(one: str, other: str) -> set[str]:
+    """The dotted keys in which two configs differ, as they are written, references unresolved."""
+    lines = differences(*(config.to_plain(config.load(name)) for name in (one, other)))
+    return {line.partition(' was ')[0] for line in lines}
+
+
+def test_a_base_name_names_one_config() -> None:
+    counts = Counter(p.name for p in (ROOT / 'configs').rglob('*.py'))
+    leaves = [p.name for p in config.installed_configs()]
+    assert not [name for name in leaves if counts[name] > 1]
+
+
+def test_variants_share_all_but_a_few_keys() -> None:
+    data = 'train_dataloader.dataset'
+    assert changed(FILL50K, name_of('canny')) == {
+        f'{data}.source', f'{data}.conditioning_image_column', f'{data}.transforms', 'condition'}
+    for variant in VARIANTS[1:]:
+        assert {key.partition('.')[0] for key in changed(name_of('canny'), name_of(variant))} == {'condition'}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_variant_is_a_few_lines(variant: str) -> None:
+    text = (ROOT / 'configs' / 't2i_adapter' / f'{name_of(variant)}.py').read_text()
+    assert len(text.splitlines()) <= 10
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imagefolder of two captioned pictures without conditions."""
+    folder = tmp_path_factory.mktemp('captioned')
+    rows = []
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (80, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+        rows.append(json.dumps({'file_name': f'{i}.png', 'text': f'picture {i}'}))
+    (folder / 'metadata.jsonl').write_text('\n'.join(rows) + '\n')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+    folder = tmp_path_factory.mktemp('depth')
+    DPTForDepthEstimation(DPTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5], is_hybrid=False)).save_pretrained(folder)
+    DPTImageProcessor(size={'height': 32, 'width': 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def detectors(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for the optional package controlnet_aux: its detectors' signatures, and a list of their calls."""
+    calls: list[dict[str, Any]] = []
+
+    class Detector:
+        @classmethod
+        def from_pretrained(cls, pretrained_model_or_path: str, filename: str | None = None,
+                            cache_dir: str | None = None) -> 'Detector':
+            calls.append({'weights': pretrained_model_or_path})
+            return cls()
+
+        def to(self, device: str) -> 'Detector':
+            return self
+
+        def run(self, image: Image.Image, **options: Any) -> Image.Image:
+            calls.append({'class': type(self).__name__, **options})
+            side = options['image_resolution']
+            return Image.new('RGB', (side, side), (255, 255, 255))
+
+    class PidiNetDetector(Detector):
+        def __call__(self, input_image: Any, detect_resolution: int = 512, image_resolution: int = 512,
+                     safe: bool = False, return_pil: Any = None, scribble: bool = False, apply_filter: bool = False,
+                     output_type: str = 'pil') -> Any:
+            return self.run(input_image, detect_resolution=detect_resolution, image_resolution=image_resolution)
+
+    class LineartDetector(Detector):
+        def __call__(self, input_image: Any, coarse: bool = False, detect_resolution: int = 512,
+                     image_resolution: int = 512, return_pil: Any = None, output_type: str = 'pil') -> Any:
+            return self.run(input_image, detect_resolution=detect_resolution, image_resolution=image_resolution)
+
+    class OpenposeDetector(Detector):
+        def __call__(self, input_image: Any, detect_resolution: int = 512, image_resolution: int = 512,
+                     include_body: bool = True, include_hand: bool = False, include_face: bool = False,
+                     hand_and_face: Any = None, return_pil: Any = None, output_type: str = 'pil') -> Any:
+            return self.run(input_image, detect_resolution=detect_resolution, image_resolution=image_resolution)
+
+    module = types.ModuleType('controlnet_aux')
+    for cls in (PidiNetDetector, LineartDetector, OpenposeDetector):
+        setattr(module, cls.__name__, cls)
+    monkeypatch.setitem(sys.modules, 'controlnet_aux', module)
+    return calls
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_transforms_of_a_variant_make_a_sample(variant: str, pictures: Path, depth_model: Path,
+                                                   detectors: list[dict[str, Any]]) -> None:
+    options = ['resolution=64', f'train_dataloader.dataset.source={pictures}']
+    if variant == 'depth':
+        options.append(f'condition.model={depth_model}')
+    cfg = config.resolve(config.load(name_of(variant), options))
+    dataset = DATASETS.build(dict(cfg.train_dataloader.dataset))
+    assert isinstance(dataset, HFDataset)
+    sample = dataset[1]
+    condition = sample['conditioning_image']
+    assert condition.shape == sample['img'].shape == (3, 64, 64) and sample['text'] == 'picture 1'
+    assert condition.min() >= 0 and condition.max() == 1
+    assert sample['time_ids'].tolist() == [80, 96, 0, 6, 64, 64]
+    if variant in DETECTORS:
+        assert detectors[0] == {'weights': 'lllyasviel/Annotators'}
+        assert detectors[1]['class'] == DETECTORS[variant] and detectors[1]['image_resolution'] == 64
+    if variant == 'canny':
+        import cv2
+        shown = ((sample['img'].permute(1, 2, 0) / 2 + 0.5) * 255).round().to(torch.uint8).numpy()
+        assert np.array_equal(condition[0].mul(255).numpy(), cv2.Canny(shown, 100, 200))
+
+
+@pytest.mark.parametrize('variant', DETECTORS)
+def test_a_missing_package_is_named(variant: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'controlnet_aux', None)
+    options = ['resolution=64', f'train_dataloader.dataset.source={pictures}']
+    cfg = config.resolve(config.load(name_of(variant), options))
+    with pytest.raises(ValueError, match='controlnet_aux'):
+        DATASETS.build(dict(cfg.train_dataloader.dataset))[0]

@@ -12,7 +12,9 @@ PAPER, INK, SOFT, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120), (200, 
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """[3, H, W] floats in [0, 1] to an RGB image."""
+    """[3, H, W] or gray [1, H, W] floats in [0, 1] to an RGB image."""
+    if len(image) == 1:
+        image = image.repeat(3, axis=0)
     return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
 
@@ -41,7 +43,7 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
     for i, text in enumerate(title_lines):
         draw.text((gap, gap + i * line), text, INK, font)
     for x, label in enumerate(columns):
-        draw.text((gap + x * (cell + gap), top - line - gap), label, SOFT, font)
+        draw.text((gap + x * (cell + gap), top - line - gap), cut(label, font, cell), SOFT, font)
     y = top
     for (_, row), lines, height in zip(rows, wrapped, heights, strict=True):
         for i, text in enumerate(lines):
@@ -51,12 +53,11 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
             if image is None:
                 draw.rectangle((*corner, corner[0] + cell - 1, corner[1] + cell - 1), outline=FAINT)
                 continue
-            # Small pictures are enlarged in whole pixels, so that what is seen is what was made.
-            grow = image.width < cell
             shown = image.convert('RGB')
             scale = cell / max(shown.size)
+            # Small pictures are enlarged in whole pixels, so that what is seen is what was made.
             shown = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))),
-                                 Image.Resampling.NEAREST if grow else Image.Resampling.LANCZOS)
+                                 Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
             sheet.paste(shown, corner)
         y += height
     return sheet
@@ -73,7 +74,17 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
         else:
             current = trial
     lines.append(current)
-    return lines if len(lines) <= 3 else [*lines[:2], lines[2] + ' ...']
+    lines = lines if len(lines) <= 3 else [*lines[:2], lines[2] + ' ...']
+    return [cut(line, font, width) for line in lines]
+
+
+def cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`text`, or as much of its beginning as fits into `width` pixels, with dots for the rest."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f'{text}...') > width:
+        text = text[:-1]
+    return f'{text}...'
 
 
 def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> None:

@@ -53,6 +53,8 @@ def said(source: str, function: Any, *args: Any, **kwargs: Any) -> Any:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         path = Path(source)
+        if not path.exists() and (path.is_absolute() or source.startswith(('.', '~'))):
+            raise ValueError(f"There is no file or folder '{source}'.") from error
         if path.exists() or path.parent.is_dir() and str(path.parent) != '.':
             raise ValueError(f"'{source}' could not be loaded: {first}") from error
         raise ValueError(f"'{source}' is no file or folder here, and it could not be had from the hub: {first} "

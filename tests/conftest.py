@@ -5,10 +5,10 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from diffengine_sdxl.testing import write_circles, write_tiny_sdxl  # noqa: E402
+from diffengine_sdxl.testing import write_circles, write_tiny_sdxl
 
 torch.set_num_threads(1)
 

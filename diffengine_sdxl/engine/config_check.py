@@ -23,7 +23,7 @@ PLACES: list[tuple[str, NamedRegistry]] = [
     ('*_evaluator', r.EVALUATOR), ('*_evaluator.metrics.*', r.METRICS), ('default_hooks.*', r.HOOKS),
     ('custom_hooks.*', r.HOOKS), ('train_cfg', r.LOOPS), ('val_cfg', r.LOOPS), ('test_cfg', r.LOOPS),
     ('optim_wrapper', r.OPTIM_WRAPPERS), ('optim_wrapper.optimizer', r.OPTIMIZERS),
-    ('param_scheduler', r.PARAM_SCHEDULERS), ('param_scheduler.*', r.PARAM_SCHEDULERS),
+    ('param_scheduler', r.PARAM_SCHEDULERS), ('param_scheduler.[0-9]*', r.PARAM_SCHEDULERS),
     ('visualizer', r.VISUALIZERS), ('visualizer.vis_backends.*', r.VISBACKENDS), ('log_processor', r.LOG_PROCESSORS),
 ]
 #: Keys of sections that no class reads as a whole.
@@ -35,6 +35,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     'auto_scale_lr': ('enable', 'base_batch_size'),
     'optim_wrapper.loss_scale': ('init_scale', 'growth_factor', 'backoff_factor', 'growth_interval', 'enabled'),
 }
+#: Where a list of parts may stand in place of one.
+LISTS = ('*_evaluator', 'param_scheduler')
 #: Where a part may leave out its type: something has a default.
 TYPELESS = ('*_evaluator', 'val_cfg', 'test_cfg', 'optim_wrapper', 'visualizer', 'log_processor')
 #: Read by mmengine's registries or constructors before a class sees the rest.
@@ -52,13 +54,16 @@ def check(config: Config) -> None:
 
 
 def _walk(node: Any, path: str) -> None:
+    registry = next((reg for place, reg in PLACES if _at(path, place)), None)
+    if registry is not None and not isinstance(node, Mapping | None) and not (
+            isinstance(node, list | tuple) and any(_at(path, place) for place in LISTS)):
+        raise ValueError(f'{path}={node!r} is no part of a config: it must be a dict with a `type`, or None.')
     if isinstance(node, list | tuple):
         for i, child in enumerate(node):
             _walk(child, f'{path}.{i}')
         return
     if not isinstance(node, Mapping):
         return
-    registry = next((reg for place, reg in PLACES if _at(path, place)), None)
     if registry is not None and 'type' not in node and not any(_at(path, place) for place in TYPELESS):
         raise ValueError(f"{path} has no `type`; the known ones are {', '.join(registry.names()[:12])}.")
     if registry is not None and isinstance(node.get('type'), str):

@@ -23,7 +23,7 @@ def start_processes(launcher: str) -> None:
     import torch.distributed as dist
     if launcher == 'none' or dist.is_initialized():
         return
-    rank, world, local = _ranks(launcher)
+    rank, world, local, here = _ranks(launcher)
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if local >= count:
@@ -32,28 +32,46 @@ def start_processes(launcher: str) -> None:
         torch.cuda.set_device(local)
     else:
         cores = os.cpu_count() or 1
-        if int(os.environ.get('LOCAL_WORLD_SIZE', world)) > cores:
-            raise ValueError(f'{world} processes were started, but this machine has no GPU and {cores} cores. Start '
+        if here > cores:
+            raise ValueError(f'{here} processes were started, but this machine has no GPU and {cores} cores. Start '
                              f'at most {cores} (--gpus).')
+    if here < world and 'MASTER_ADDR' not in os.environ:
+        raise ValueError(f'--launcher {launcher}: {world} processes on several machines, but MASTER_ADDR is not set; '
+                         'it is the address of the machine of process 0.')
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
     os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
     os.environ.setdefault('MASTER_PORT', '29500')
     dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=rank, world_size=world)
+    from mmengine.dist.utils import init_local_group
+    if not torch.cuda.is_available():
+        init_local_group(rank // here, here)
 
 
-def _ranks(launcher: str) -> tuple[int, int, int]:
-    """Rank, number of processes, rank on this machine."""
-    names = {'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-             'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
-             'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK')}[launcher]
-    try:
-        rank, world, local = (int(os.environ[name]) for name in names)
-    except KeyError as error:
-        hint = {'pytorch': 'torchrun, or mim train --launcher pytorch', 'slurm': 'srun', 'mpi': 'mpirun'}[launcher]
-        raise ValueError(f"--launcher {launcher}: {error} is not set. Start the processes with {hint}.") from error
-    if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
-        os.environ['MASTER_ADDR'] = _first_host(os.environ['SLURM_NODELIST'])
-    return rank, world, local
+#: Of each launcher: rank, number of processes, rank on this machine; number of processes on this machine, if it says.
+VARIABLES = {'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
+             'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE'),
+             'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK',
+                     'OMPI_COMM_WORLD_LOCAL_SIZE')}
+COMMANDS = {'pytorch': 'torchrun, or mim train --launcher pytorch', 'slurm': 'srun', 'mpi': 'mpirun'}
+
+
+def _ranks(launcher: str) -> tuple[int, int, int, int]:
+    """Rank, number of processes, rank on this machine, number of processes on this machine."""
+    *needed, number_here = VARIABLES[launcher]
+    if launcher == 'slurm':
+        nodes = os.environ.get('SLURM_NODELIST') or os.environ.get('SLURM_JOB_NODELIST')
+        if nodes and 'MASTER_ADDR' not in os.environ:
+            os.environ['MASTER_ADDR'] = _first_host(nodes)
+    numbers = []
+    for name in needed:
+        if name not in os.environ:
+            raise ValueError(f"--launcher {launcher}: '{name}' is not set. Start the processes with "
+                             f'{COMMANDS[launcher]}.')
+        if not os.environ[name].isdigit():
+            raise ValueError(f"--launcher {launcher}: {name}='{os.environ[name]}' is no number.")
+        numbers.append(int(os.environ[name]))
+    here = os.environ.get(number_here, '')
+    return numbers[0], numbers[1], numbers[2], int(here) if here.isdigit() else numbers[1]
 
 
 def _first_host(nodes: str) -> str:

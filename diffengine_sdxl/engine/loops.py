@@ -114,7 +114,8 @@ class StepLoop(BaseLoop):
         """One optimizer step.
 
         Raises:
-            ValueError: the loss or its gradient is not finite; the weights are untouched.
+            ValueError: the gradient is not finite, and the weights are untouched; or the loss alone is not (a part
+                of it that has no gradient), and nothing of this step is saved.
         """
         runner, logs, batch = self.runner, [], None
         for micro in range(runner.accumulative_counts):
@@ -148,7 +149,7 @@ class StepLoop(BaseLoop):
         last = checkpoint.latest(self.runner.work_dir)
         parts = ', '.join(f'{k}={v:.6g}' for k, v in outputs.items()) or 'not known'
         return ValueError(
-            f'Training stopped at step {self._iter + 1}: {reason}. Loss parts: {parts}. '
+            f'Training stopped at step {self._iter + 1}: {reason.rstrip(".")}. Loss parts: {parts}. '
             + (f"The last good checkpoint is '{last}'." if last else 'No checkpoint was saved yet.')
             + ' A smaller learning rate, clip_grad, or bf16 instead of fp16 may help.')
 

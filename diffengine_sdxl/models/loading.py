@@ -141,9 +141,7 @@ def _folder_components(source: str, dtypes: Mapping[str, torch.dtype], skip: set
 
 
 def _from_pretrained(name: str, source: str, dtype: torch.dtype, **kwargs: Any) -> Any:
-    # diffusers and transformers name this argument differently.
-    return load_pretrained(module_class(name), source, **{'dtype' if 'text' in name else 'torch_dtype': dtype},
-                           **kwargs)
+    return load_pretrained(module_class(name), source, dtype=dtype, **kwargs)
 
 
 def _load_vae(source: str, config: str | None, dtype: torch.dtype, **hub: Any) -> Any:

@@ -161,6 +161,8 @@ def test_consumed_pieces_are_gone_and_cannot_be_overridden() -> None:
     ('train_cfg.type=StepLop', "train_cfg.*type='StepLop' is not a known loop.*Did you mean 'StepLoop'"),
     ('model.adapters.adapter.type=T2iAdapter', "Did you mean 'T2IAdapter'"),
     ('model.objective.loss.type=L3Loss', "Did you mean 'L2Loss'|Did you mean 'L1Loss'"),
+    ('default_hooks.samples=off', "default_hooks.samples='off'.*dict with a `type`"),
+    ('model.objective.loss=L1Loss', "model.objective.loss='L1Loss'.*dict with a `type`"),
     ('nonsense', 'KEY=VALUE'), ('=3', 'KEY=VALUE'),
 ])
 def test_an_unknown_override_is_refused(option: str, words: str) -> None:

@@ -125,7 +125,7 @@ def test_revision_and_cache_dir_of_the_hub(offline: None, tiny_base: Path, tmp_p
 
 @pytest.mark.parametrize(('settings', 'name'), [
     (dict(pretrained='nobody/nothing'), 'nobody/nothing'), (dict(pretrained='nothing'), 'nothing'),
-    (dict(vae='nobody/vae'), 'nobody/vae'), (dict(pretrained='/no/such/folder'), '/no/such/folder'),
+    (dict(vae='nobody/vae'), 'nobody/vae'),
     (dict(adapters=dict(a=dict(type='T2IAdapter', weights='nobody/adapter'))), 'nobody/adapter')])
 def test_a_hub_id_without_network(offline: None, tiny_base: Path, tmp_path: Path, settings: dict[str, Any],
                                   name: str) -> None:
@@ -134,6 +134,13 @@ def test_a_hub_id_without_network(offline: None, tiny_base: Path, tmp_path: Path
     with pytest.raises(ValueError, match=f"'{name}' is no file or folder here.*Check the name, the network"):
         SDXL(**{'pretrained': str(tiny_base), 'cache_dir': str(tmp_path), **settings})
     assert time.monotonic() - start < 5
+
+
+def test_a_path_that_does_not_exist(tiny_base: Path) -> None:
+    """It is no hub id, so the network is not blamed."""
+    for settings in (dict(pretrained='/no/such/folder'), dict(pretrained=str(tiny_base), vae='/no/such/folder')):
+        with pytest.raises(ValueError, match="no file or folder '/no/such/folder'"):
+            SDXL(**settings)
 
 
 def test_variant(tiny_base: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
     ('DPMSolverSinglestepScheduler', {}), ('EulerAncestralDiscreteScheduler', {}), ('UniPCMultistepScheduler', {}),
     ('HeunDiscreteScheduler', {}), ('KDPM2AncestralDiscreteScheduler', {}), ('LCMScheduler', {}), ('PNDMScheduler', {}),
     ('DDPMScheduler', {}), ('DEISMultistepScheduler', {}), ('TCDScheduler', {})]
-IDS = [f'{name.removesuffix("Scheduler")}{"-" if settings else ""}{"-".join(settings)}' for name, settings in SCHEDULERS]
+IDS = ['-'.join([name.removesuffix('Scheduler'), *settings]) for name, settings in SCHEDULERS]
 
 
 @pytest.fixture(scope='module')

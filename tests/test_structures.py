@@ -1,0 +1,128 @@
+"""The data that flows: stacking, rows, windows, and what the UNet is handed."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from parity import images, make_batch
+from torch import Tensor
+
+from diffengine_sdxl.structures import Batch, Conditioning, UNetCall, to_device, where
+
+
+def conditioning(num: int, start: float = 0.0, **kwargs: Any) -> Conditioning:
+    row = torch.arange(num) + start
+    adapters = {'a': {'x': row.view(-1, 1), 'y': 2 * row.view(-1, 1, 1)}, 'b': {'x': -row}}
+    return Conditioning(row.view(-1, 1, 1).expand(-1, 3, 2), row.view(-1, 1).expand(-1, 5),
+                        row.view(-1, 1).expand(-1, 6), adapters, **kwargs)
+
+
+def call(num: int = 2, **kwargs: Any) -> UNetCall:
+    """A call of the UNet with `num` rows."""
+    return UNetCall(**{**dict(sample=torch.zeros(num, 4, 8, 8), timestep=torch.tensor(3), progress=torch.zeros(num, 2),
+                              text=torch.zeros(num, 7, 6), pooled=torch.zeros(num, 5), time_ids=torch.zeros(num, 6)),
+                       **kwargs})
+
+
+def test_cat_and_rows_are_inverse() -> None:
+    """Every tensor, also those of adapters."""
+    both = Conditioning.cat([conditioning(2), conditioning(3, 10, projected=False)])
+    assert both.text[:, 0, 0].tolist() == [0, 1, 10, 11, 12] and both.pooled.shape == (5, 5)
+    assert both.adapters['a']['y'].flatten().tolist() == [0, 2, 20, 22, 24]
+    assert both.adapters['b']['x'].tolist() == [0, -1, -10, -11, -12] and both.projected is False
+    for index in (slice(2, 5), torch.tensor([2, 3, 4]), torch.tensor([False, False, True, True, True])):
+        part = both.rows(index)
+        for name in ('text', 'pooled', 'time_ids'):
+            assert torch.equal(getattr(part, name), getattr(both, name)[2:])
+        assert torch.equal(part.adapters['a']['x'], both.adapters['a']['x'][2:])
+    with pytest.raises(AssertionError):
+        Conditioning.cat([conditioning(2), conditioning(2, projected=True)])
+    assert len(both.text) == 5  # nothing was changed in place
+
+
+@pytest.mark.parametrize('shape', [(3,), (3, 4), (3, 2, 2, 2)])
+def test_where_touches_no_number(shape: tuple[int, ...]) -> None:
+    """Rows are taken whole: NaN and infinity of the row that is not taken stay out."""
+    other, kept = torch.full(shape, float('nan')), torch.randn(shape)
+    drop = torch.tensor([False, True, False])
+    got = where(drop, other, kept)
+    assert torch.equal(got[~drop], kept[~drop]) and got[drop].isnan().all()
+    assert torch.equal(where(drop, torch.zeros(shape), other.fill_(float('inf')))[drop], torch.zeros(shape)[drop])
+
+
+@pytest.mark.parametrize(('window', 'begin', 'end', 'inside'), [
+    ((0.2, 0.6), 0.2, 0.4, True), ((0.2, 0.6), 0.4, 0.6, True), ((0.2, 0.6), 0.1, 0.3, False),
+    ((0.2, 0.6), 0.5, 0.7, False), ((0.0, 0.7), 0.6, 0.7, True), ((0.0, 1 / 3), 0.0, 1 / 3, True),
+    ((0.7, 1.0), 0.7, 0.8, True), ((0.5, 1.0), 0.4, 0.5, False)])
+def test_a_step_is_inside_when_it_begins_and_ends_inside(window: tuple[float, float], begin: float, end: float,
+                                                         inside: bool) -> None:
+    """The bounds belong to the window, though progress is fp32 and windows are not."""
+    progress = torch.tensor([[begin, end]]).expand(2, 2)
+    gate = call(progress=progress).gate(window)
+    assert gate is None if inside else gate is not None and gate.tolist() == [0, 0]
+    training = call(progress=progress, training=True).gate(window)
+    assert training is not None and training.tolist() == [float(inside)] * 2 and training.dtype == torch.float32
+
+
+def test_gates_of_each_row() -> None:
+    """In training rows lie at different places; without a window there is no gate at all."""
+    progress = torch.tensor([[0.1, 0.1], [0.5, 0.5], [0.9, 0.9]])
+    for training in (True, False):
+        one = call(3, progress=progress, training=training)
+        assert one.gate((0.0, 1.0)) is None
+        gate = one.gate((0.4, 1.0))
+        assert gate is not None and gate.tolist() == [0, 1, 1]
+
+
+def features(scale: float = 1.0, width: int = 2) -> list[Tensor]:
+    """Two feature maps."""
+    return [torch.full((2, width, 4, 4), scale), torch.full((2, 3, 2, 2), 2 * scale)]
+
+
+def test_feature_maps_sum_and_are_fresh_each_call() -> None:
+    """The UNet pops from its list; ours stays. The dtype is the sample's."""
+    one = call(sample=torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16))
+    assert 'down_intrablock_additional_residuals' not in one.kwargs()
+    one.check_consumed()
+    given = features()
+    one.add_residuals(given)
+    one.add_residuals(features(0.5))
+    for _ in range(2):
+        passed = one.kwargs()['down_intrablock_additional_residuals']
+        assert [float(f.mean()) for f in passed] == [1.5, 3.0] and passed[0].dtype == torch.bfloat16
+        passed.clear()
+        one.check_consumed()
+    assert [float(f.mean()) for f in given] == [1, 2]
+    with pytest.raises(ValueError, match=r'feature maps of different shapes: \[\(2, 2, 4, 4\).*\(2, 5, 4, 4\)'):
+        one.add_residuals(features(width=5))
+    one.kwargs()['down_intrablock_additional_residuals'].pop(0)
+    with pytest.raises(ValueError, match=r'used 1 of 2 feature maps; those of shape \[\(3, 2, 2\)\].*\(8, 8\)'):
+        one.check_consumed()
+
+
+def test_what_the_unet_is_handed() -> None:
+    """The arguments of UNet2DConditionModel.forward."""
+    import inspect
+
+    from diffusers import UNet2DConditionModel
+    one = call()
+    one.add_residuals(features())
+    kwargs = one.kwargs()
+    assert set(kwargs) <= set(inspect.signature(UNet2DConditionModel.forward).parameters)
+    assert kwargs['sample'] is one.sample and kwargs['timestep'] is one.timestep
+    assert kwargs['encoder_hidden_states'] is one.text
+    assert kwargs['added_cond_kwargs'] == {'text_embeds': one.pooled, 'time_ids': one.time_ids}
+
+
+def test_to_device() -> None:
+    """Every tensor moves, also in dicts, but those that key the draws; the batch itself stays as it was."""
+    batch = make_batch(2, drop={'text': torch.tensor([True, False])}, weight=torch.ones(2), mask=torch.ones(2, 1, 8, 8))
+    moved = to_device(batch, 'meta')
+    for name in ('time_ids', 'img', 'weight', 'mask'):
+        assert getattr(moved, name).device.type == 'meta' and getattr(batch, name).device.type == 'cpu'
+    assert moved.conditions['conditioning_image'].device.type == moved.drop['text'].device.type == 'meta'
+    assert moved.epoch.device.type == moved.seed.device.type == 'cpu'
+    assert moved.text == batch.text and moved.key == batch.key and len(moved) == 2
+    assert Batch.names() == {f.name for f in fields(Batch)} >= {'img', 'text', 'time_ids', 'key', 'epoch', 'seed'}
+    assert images(1).shape == (1, 3, 64, 64)

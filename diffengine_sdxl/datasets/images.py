@@ -139,7 +139,8 @@ class ImageReader:
             raise BadImageError(f"{what} names '{path}', and {inside} cannot be read: {error.strerror}") from error
 
     def _inside(self, path: str, what: str, caches: list[Path]) -> Path:
-        folders = [*([] if self.root is None else [self.root]), *caches]
+        # `datasets` resolves links in the paths that it hands out, so a linked root has two names.
+        folders = [*([] if self.root is None else [self.root, self.root.resolve()]), *caches]
         if self.root is None and not Path(path).is_absolute():
             raise ValueError(f"{what} is the path '{path}', and nothing says to which folder it belongs: "
                              'set image_root.')

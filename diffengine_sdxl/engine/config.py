@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.utils import import_modules_from_strings
 
 from diffengine_sdxl.registry import nearest
 
@@ -26,12 +28,14 @@ DEFAULT_HOOKS = {'runtime_info': 'RuntimeInfoHook', 'timer': 'IterTimerHook', 'l
 REFERENCE = re.compile(r'\$([A-Za-z_]\w*(?:\.\w+)*)')
 
 
+def configs_folder() -> Path:
+    """The folder of the configs that came with the package, that of a checkout or that of a wheel."""
+    return next(f for f in (PACKAGE / '.mim' / 'configs', PACKAGE.parent / 'configs') if f.is_dir())
+
+
 def installed_configs() -> list[Path]:
-    """All config files that came with the package, those of a checkout or those of a wheel."""
-    for folder in (PACKAGE / '.mim' / 'configs', PACKAGE.parent / 'configs'):
-        if folder.is_dir():
-            return sorted(p for p in folder.rglob('*.py') if '_base_' not in p.parts)
-    return []
+    """All config files that came with the package, without their base pieces."""
+    return sorted(p for p in configs_folder().rglob('*.py') if '_base_' not in p.parts)
 
 
 def find(name: str | Path) -> Path:
@@ -63,7 +67,8 @@ def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     """
     path = find(name)
     try:
-        config = Config.fromfile(str(path))
+        with _own_bases():
+            config = Config.fromfile(str(path))
     except Exception as error:  # a config is Python and may fail in any way
         raise ValueError(f"The config '{path}' cannot be read: {type(error).__name__}: {error}") from error
     read = _names_read(path)
@@ -71,7 +76,12 @@ def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     written = _known_keys(config)
     for key in options:
         _check_override(config, key, options, written, read)
-    config.merge_from_dict(options)
+    try:
+        config.merge_from_dict(options)
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(f'The overrides {", ".join(options)} contradict each other or the config: {error}') from error
+    if any(key.split('.')[0] == 'custom_imports' for key in options):
+        _import(config.custom_imports)
     known = _known_keys(config)
     for key in [k for k in config if k not in known]:
         if key not in read | written:
@@ -80,6 +90,30 @@ def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     from diffengine_sdxl.engine.config_check import check
     check(resolve(config))
     return config
+
+
+@contextmanager
+def _own_bases() -> Iterator[None]:
+    """Let `_base_` name an installed config, as 'diffengine_sdxl::t2i_adapter/x.py'; mmengine knows its own only."""
+    stock = Config._get_cfg_path
+    Config._get_cfg_path = staticmethod(lambda base, file: (str(_base_path(base, Path(file))), None))
+    try:
+        yield
+    finally:
+        Config._get_cfg_path = staticmethod(stock)
+
+
+def _base_path(base: str, path: Path) -> Path:
+    """The file that the config at `path` calls `base`."""
+    package, colons, rest = base.partition('::')
+    return configs_folder() / rest if colons and package == PACKAGE.name else path.parent / base
+
+
+def _import(custom_imports: Mapping[str, Any]) -> None:
+    try:
+        import_modules_from_strings(**custom_imports)
+    except (ImportError, TypeError) as error:
+        raise ValueError(f'custom_imports: {error}') from error
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
@@ -155,7 +189,7 @@ def _check_override(config: Config, key: str, options: Mapping[str, Any], known:
             if not part.isdigit() or int(part) >= len(node):
                 raise ValueError(f"--cfg-options '{key}': {here} is a list of {len(node)}; '{part}' is no place in it.")
             node = node[int(part)]
-        elif not isinstance(node, Mapping):
+        elif not isinstance(node, dict):
             raise ValueError(f"--cfg-options '{key}': {here} is {node!r} and has no '{part}'.")
         elif part not in node:
             _check_new(here, part, key, options, node)
@@ -202,7 +236,7 @@ def _names_read(path: Path, seen: set[Path] | None = None) -> set[str]:
         elif isinstance(node, ast.Assign) and any(getattr(t, 'id', None) == '_base_' for t in node.targets):
             bases = ast.literal_eval(node.value)
             for base in [bases] if isinstance(bases, str) else bases:
-                read |= _names_read(path.parent / base, seen)
+                read |= _names_read(_base_path(base, path), seen)
     return read
 
 

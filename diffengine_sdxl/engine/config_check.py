@@ -69,10 +69,11 @@ def _walk(node: Any, path: str) -> None:
     if registry is not None and isinstance(node.get('type'), str):
         _check_keys(node, path, registry)
     elif path in SECTIONS:
-        known = list(SECTIONS[path]) or _dataloader_keys()
-        for key in node:
+        known = dict.fromkeys(SECTIONS[path], inspect.Parameter.empty) or _dataloader_keys()
+        for key, value in node.items():
             if key not in known:
-                raise ValueError(f"{path} has no key '{key}'.{nearest(str(key), known)}")
+                raise ValueError(f"{path} has no key '{key}'.{nearest(str(key), list(known))}")
+            _check_number(f'{path}.{key}', value, known[key])
     for key, child in node.items():
         _walk(child, f'{path}.{key}' if path else str(key))
 
@@ -86,17 +87,29 @@ def _check_keys(node: Mapping[str, Any], path: str, registry: NamedRegistry) -> 
     if known is None:
         return
     extra = next((keys for place, keys in EXTRA.items() if _at(path, place)), set())
-    for key in node:
+    for key, value in node.items():
         if key not in known and key not in extra and key not in ('type', '_scope_'):
-            raise ValueError(f"{path} ({node['type']}) has no key '{key}'.{nearest(str(key), sorted(known | extra))}")
+            hint = nearest(str(key), sorted({*known, *extra}))
+            raise ValueError(f"{path} ({node['type']}) has no key '{key}'.{hint}")
+        _check_number(f'{path}.{key}', value, known.get(key))
 
 
-def accepted(cls: Any) -> set[str] | None:
-    """The keyword arguments that building `cls` takes, through all classes that pass on **kwargs; None if any."""
+def _check_number(path: str, value: Any, default: Any) -> None:
+    """Refuse words where the default is a number: most constructors would fail on them with a traceback."""
+    if isinstance(default, int | float) and isinstance(value, str):
+        wanted = 'True or False' if isinstance(default, bool) else 'a number'
+        raise ValueError(f'{path}={value!r} must be {wanted}.')
+
+
+def accepted(cls: Any) -> dict[str, Any] | None:
+    """The keyword arguments that building `cls` takes and their defaults, through all classes that pass on **kwargs.
+
+    None if it takes any.
+    """
     if not inspect.isclass(cls):
         own, open_ended = _parameters(cls)
         return None if open_ended else own
-    names: set[str] = set()
+    names: dict[str, Any] = {}
     for base in cls.__mro__:
         if '__init__' not in vars(base):
             continue
@@ -108,24 +121,25 @@ def accepted(cls: Any) -> set[str] | None:
             return None
         if own is None:
             return None
-        names |= own
+        names = {**own, **names}
         if not open_ended:
-            return names - {'self'}
-    return names - {'self'}
+            break
+    names.pop('self', None)
+    return names
 
 
-def _parameters(function: Any) -> tuple[set[str] | None, bool]:
+def _parameters(function: Any) -> tuple[dict[str, Any] | None, bool]:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
         return None, False
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _dataloader_keys() -> list[str]:
+def _dataloader_keys() -> dict[str, Any]:
     from torch.utils.data import DataLoader
-    return [k for k in inspect.signature(DataLoader.__init__).parameters if k != 'self']
+    return {k: p.default for k, p in inspect.signature(DataLoader.__init__).parameters.items() if k != 'self'}
 
 
 def _at(path: str, place: str) -> bool:

@@ -36,7 +36,8 @@ def differences(old: Any, new: Any, path: str = '') -> list[str]:
         return [line for key in {**old, **new}
                 for line in differences(old.get(key), new.get(key), f'{path}.{key}' if path else str(key))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in differences(a, b, f'{path}.{i}')]
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (a, b) in pairs for line in differences(a, b, f'{path}.{i}')]
     return [] if old == new else [f'{path} was {old!r}, is now {new!r}']
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def start_processes(launcher: str) -> None:
 
 #: Of each launcher: rank, number of processes, rank on this machine; number of processes on this machine, if it says.
 VARIABLES = {'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
-             'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE'),
+             'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_TASKS_PER_NODE'),
              'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK',
                      'OMPI_COMM_WORLD_LOCAL_SIZE')}
 COMMANDS = {'pytorch': 'torchrun, or mim train --launcher pytorch', 'slurm': 'srun', 'mpi': 'mpirun'}
@@ -70,8 +71,9 @@ def _ranks(launcher: str) -> tuple[int, int, int, int]:
         if not os.environ[name].isdigit():
             raise ValueError(f"--launcher {launcher}: {name}='{os.environ[name]}' is no number.")
         numbers.append(int(os.environ[name]))
-    here = os.environ.get(number_here, '')
-    return numbers[0], numbers[1], numbers[2], int(here) if here.isdigit() else numbers[1]
+    # Slurm writes '4(x2)' for four on each of two machines.
+    here = re.match(r'\d+', os.environ.get(number_here, ''))
+    return numbers[0], numbers[1], numbers[2], int(here[0]) if here else numbers[1]
 
 
 def _first_host(nodes: str) -> str:
@@ -129,6 +131,10 @@ def train(args: Any) -> int:
         # The other processes wait for this one; leaving hard lets the launcher end them.
         if args.launcher != 'none':
             os._exit(1)
+        return 1
+    except ImportError as error:
+        _close(runner)
+        print(f'error: a package that the config asks for is missing: {error}', file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         _close(runner)

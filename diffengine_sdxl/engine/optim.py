@@ -276,7 +276,13 @@ class AdapterOptimWrapperConstructor:
         """The optimizer wrapper for `model`, which may be wrapped in DDP."""
         cfg = dict(self.optim_wrapper_cfg)
         cfg.setdefault('type', 'StepOptimWrapper')
-        optimizer = OPTIMIZERS.build({**cfg['optimizer'], 'params': self.groups(model)})
+        # None stands for the optimizer's own default, so that an override can take a key out.
+        settings = {k: v for k, v in cfg['optimizer'].items() if v is not None}
+        try:
+            optimizer = OPTIMIZERS.build({**settings, 'params': self.groups(model)})
+        except TypeError as error:
+            raise ValueError(f"optim_wrapper.optimizer (type='{settings.get('type')}'): {error}. Take a key out by "
+                             'setting it to None.') from error
         for key in self.paramwise_cfg:
             if key not in optimizer.defaults:
                 raise ValueError(f"paramwise_cfg.{key} is no argument of {type(optimizer).__name__}."

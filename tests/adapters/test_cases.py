@@ -159,7 +159,8 @@ def test_only_what_is_declared_gets_gradients(tiny_base: Path, case: Case, windo
     """All of it does, nothing else; with and without gradient checkpointing, bitwise the same."""
     results = []
     for checkpointing in (False, True):
-        model = shaken(build(tiny_base, dict(a={**case.config, 'window': window}), gradient_checkpointing=checkpointing))
+        config = {**case.config, 'window': window}
+        model = shaken(build(tiny_base, dict(a=config), gradient_checkpointing=checkpointing))
         declared = {n for n, _ in model.trainables()['a']}
         results.append(grads(model, make_batch(2, conditions=conditions(case))))
         assert set(results[-1][1]) == declared == set(model.state_dict())

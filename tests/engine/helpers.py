@@ -130,3 +130,24 @@ def curves(work_dir: Path) -> list[dict[str, Any]]:
 def weights(work_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """The trained weights of a checkpoint."""
     return checkpoint.load(work_dir / f'step{step}.pth')['state_dict']
+
+
+def first_gradients(runner: Any) -> dict[str, torch.Tensor]:
+    """Train; the gradients that the optimizer got at the first step, before clipping."""
+    held: dict[str, torch.Tensor] = {}
+    build_wrapper = runner.build_optim_wrapper
+
+    def watched(*args: Any) -> Any:
+        wrapper = build_wrapper(*args)
+        clip = wrapper._clip
+
+        def keep() -> float:
+            if not held:
+                owned = runner.bare_model.trainables()
+                held.update({n: p.grad.detach().clone() for part in owned.values() for n, p in part})
+            return clip()
+        wrapper._clip = keep
+        return wrapper
+    runner.build_optim_wrapper = watched
+    runner.train()
+    return held

@@ -75,7 +75,7 @@ def test_the_first_host(nodes: str, first: str) -> None:
     ('pytorch', {}, "'RANK' is not set. Start the processes with torchrun"),
     ('pytorch', {'RANK': '0', 'WORLD_SIZE': '2'}, "'LOCAL_RANK' is not set"),
     ('slurm', {}, "'SLURM_PROCID' is not set. Start the processes with srun"),
-    ('slurm', {**{k: v for k, v in SLURM.items() if k != 'SLURM_NODELIST'}, 'SLURM_NTASKS_PER_NODE': '2'},
+    ('slurm', {**{k: v for k, v in SLURM.items() if k != 'SLURM_NODELIST'}, 'SLURM_TASKS_PER_NODE': '2'},
      'MASTER_ADDR is not set'),
     ('mpi', {}, "'OMPI_COMM_WORLD_RANK' is not set. Start the processes with mpirun"),
     ('mpi', {**MPI, 'OMPI_COMM_WORLD_RANK': 'one'}, "OMPI_COMM_WORLD_RANK='one'"),
@@ -94,7 +94,7 @@ def test_a_missing_variable_is_a_sentence(launcher: str, env: dict[str, str], wo
     ('pytorch', {'RANK': '0', 'WORLD_SIZE': '5', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '5'}),
     ('pytorch', {'RANK': '0', 'WORLD_SIZE': '5', 'LOCAL_RANK': '0'}),
     ('mpi', {**MPI, 'OMPI_COMM_WORLD_SIZE': '5', 'OMPI_COMM_WORLD_LOCAL_SIZE': '5'}),
-    ('slurm', {**SLURM, 'SLURM_NTASKS': '5', 'SLURM_NTASKS_PER_NODE': '5'}),
+    ('slurm', {**SLURM, 'SLURM_NTASKS': '5', 'SLURM_TASKS_PER_NODE': '5'}),
 ])
 def test_more_processes_than_cores(launcher: str, env: dict[str, str], joined: dict[str, Any],
                                    clean: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_more_processes_than_cores(launcher: str, env: dict[str, str], joined: d
 
 def test_cores_are_counted_on_each_machine(joined: dict[str, Any], clean: pytest.MonkeyPatch) -> None:
     """Two machines of four cores take eight processes."""
-    for key, value in {**SLURM, 'SLURM_NTASKS': '8', 'SLURM_NTASKS_PER_NODE': '4'}.items():
+    for key, value in {**SLURM, 'SLURM_NTASKS': '8', 'SLURM_TASKS_PER_NODE': '4(x2)'}.items():
         clean.setenv(key, value)
     launch.start_processes('slurm')
     assert joined['world_size'] == 8 and joined['num'] == 4 and joined['node'] == 0

@@ -107,8 +107,8 @@ def centred(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('centred') / 'base'
     shutil.copytree(tiny_base, folder)
     path = folder / 'vae' / 'config.json'
-    config = {**json.loads(path.read_text()), 'latents_mean': [-1.6, 1.1, 3.3, -0.5], 'latents_std': [8.4, 5.9, 6.6, 5.2],
-              'scaling_factor': 0.5}
+    config = {**json.loads(path.read_text()), 'latents_mean': [-1.6, 1.1, 3.3, -0.5],
+              'latents_std': [8.4, 5.9, 6.6, 5.2], 'scaling_factor': 0.5}
     path.write_text(json.dumps(config))
     return folder
 

@@ -1,4 +1,4 @@
-"""Loss and every gradient of a training step against the same step written with diffusers' and transformers' classes."""
+"""Loss and every gradient of a training step against the same step written with the classes of diffusers."""
 
 import copy
 from dataclasses import replace

@@ -74,6 +74,12 @@ class SampleHook(Hook):
                 [self.negative_prompt] * len(self.prompts))
         else:
             self.batch = self._from_dataset(runner)
+        try:
+            with torch.no_grad():
+                model.encode(self.batch)  # an adapter without its image says so now, not at the first interval
+        except ValueError as error:
+            hint = ' Give prompts their images in default_hooks.samples.conditions.' if self.prompts else ''
+            raise ValueError(f'Sample pictures: {error}{hint}') from error
         if self.at_start and runner.iter == 0:
             self.draw(runner, 0)
 

@@ -1,0 +1,125 @@
+"""Two processes are one process with the same global batch."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.helpers import build, curves, first_gradients, plain_arguments, weights
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Random crops, dropped captions, three micro-batches: all that could tell the ranks apart.
+RANDOM = [dict(type='Resize', size=40), dict(type='Crop', size='$resolution', mode='random'),
+          dict(type='CaptionDrop', prob=0.5), dict(type='ComputeTimeIds'), dict(type='PackInputs')]
+CASES = {'float64': {'model.dtype': 'float64', 'optim_wrapper.accumulative_counts': 3},
+         'float32': {}, 'ema': {'custom_hooks': [dict(type='EMAHook', decay=0.5)], 'train_dataloader.num_workers': 1}}
+
+
+def launched(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes of a script, as mim starts them."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    return subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={port}',
+         *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
+
+
+@pytest.fixture(scope='module')
+def base_options(tiny_base: Path, circles: Path) -> dict[str, Any]:
+    return {'model.pretrained': str(tiny_base), 'train_dataloader.dataset.source': str(circles), 'resolution': 32,
+            'train_cfg.max_iters': 2, 'optim_wrapper.accumulative_counts': 1, 'default_hooks.checkpoint.interval': 2,
+            'train_dataloader.dataset.transforms': RANDOM, 'train_dataloader.batch_size': 2,
+            'default_hooks.samples': None}
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Name of a case -> (folder and gradients of one process, folder and gradients of two)."""
+    folder = tmp_path_factory.mktemp('distributed')
+    cases, results = {}, {}
+    for name, changes in CASES.items():
+        cases[name] = {'work_dir': str(folder / f'{name}-two'), 'options': {**base_options, **changes}, 'resume': False}
+    cases['resumed'] = {**cases['ema'], 'resume': True,
+                        'options': {**cases['ema']['options'], 'train_cfg.max_iters': 4}}
+    (folder / 'cases.json').write_text(json.dumps(cases))
+    done = launched(Path(__file__).with_name('two_processes.py'), folder, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, case in cases.items():
+        options = {**case['options'], 'train_dataloader.batch_size': 4}
+        runner = build(folder / f'{name}-one', options)
+        one = first_gradients(runner)
+        two = [torch.load(folder / f'{name}.{rank}.pt') for rank in range(2)]
+        results[name] = (folder / f'{name}-one', one, Path(case['work_dir']), two)
+    return results
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm."""
+    assert one.keys() == other.keys() and one
+    square = sum(float((one[k].double() - other[k].double()).square().sum()) for k in one)
+    return math.sqrt(square / sum(float(v.double().square().sum()) for v in one.values()))
+
+
+@pytest.mark.parametrize(('case', 'bound'), [('float64', 1e-10), ('float32', 1e-5)])
+def test_gradients(case: str, bound: float, results: dict[str, tuple[Any, ...]]) -> None:
+    _, one, _, (first, second) = results[case]
+    assert distance(one, first) < bound
+    # DDP gave both the same.
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize(('case', 'bound'), [('float64', 1e-10), ('float32', 1e-5)])
+def test_logged_losses_are_those_of_all(case: str, bound: float, results: dict[str, tuple[Any, ...]]) -> None:
+    one, _, two, _ = results[case]
+    rows = curves(one), curves(two)
+    assert len(rows[0]) == len(rows[1]) == 2
+    for a, b in zip(*rows, strict=True):
+        assert a == pytest.approx(b, rel=bound)
+
+
+def test_weights_after_two_steps(results: dict[str, tuple[Any, ...]]) -> None:
+    """Of the checkpoint, of the average and of the export."""
+    from safetensors.torch import load_file
+    for case, bound in (('float64', 1e-9), ('ema', 1e-3)):
+        one, _, two, _ = results[case]
+        assert distance(weights(one, 2), weights(two, 2)) < bound
+        exports = [load_file(f / 'step2/adapter/diffusion_pytorch_model.safetensors') for f in (one, two)]
+        assert distance(*exports) < bound
+    state = torch.load(results['ema'][2] / 'step2.pth', weights_only=True)
+    assert state['ema']['step'] == 2 and state['meta']['samples_per_iter'] == 4
+    assert state['meta']['position'] == 8
+
+
+def test_resumed_on_two_processes(results: dict[str, tuple[Any, ...]]) -> None:
+    """Two steps, and two more after a resume, are four steps of one process."""
+    one, _, two, _ = results['resumed']
+    rows = curves(one), curves(two)
+    assert [r['step'] for r in rows[1]] == [1, 2, 3, 4]
+    assert [r['loss'] for r in rows[0]] == pytest.approx([r['loss'] for r in rows[1]], rel=1e-4)
+    assert distance(weights(one, 4), weights(two, 4)) < 1e-3
+
+
+def test_the_whole_command(tmp_path: Path, base_options: dict[str, Any]) -> None:
+    """tools/train.py on two processes without a GPU, and again with --resume, from an empty folder."""
+    options = {k: v for k, v in base_options.items() if k != 'train_dataloader.dataset.transforms'}
+    arguments = [ROOT / 'tools' / 'train.py', 'stable_diffusion_xl_t2i_adapter_fill50k.py', '--launcher', 'pytorch',
+                 '--work-dir', 'W2']
+    options |= {'model.vae': None, 'mixed_precision': 'no', 'train_dataloader.num_workers': 0}
+    done = launched(*arguments, '--cfg-options', *plain_arguments(options), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # One process speaks.
+    assert (done.stdout + done.stderr).count("Saved 'W2/step2.pth'") == 1
+    assert [row['step'] for row in curves(tmp_path / 'W2')] == [1, 2]
+    from diffusers import T2IAdapter
+    T2IAdapter.from_pretrained(str(tmp_path / 'W2' / 'step2'), subfolder='adapter')
+    # A mistake ends both with a sentence and an exit code.
+    done = launched(*arguments, '--cfg-options', *plain_arguments(options), cwd=tmp_path)
+    assert done.returncode != 0 and "error: 'W2' already holds a run ('step2.pth')" in done.stderr

@@ -1,0 +1,26 @@
+"""What each of two processes runs for test_distributed.py: `two_processes.py FOLDER` with FOLDER/cases.json."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from engine.helpers import build, first_gradients  # noqa: E402
+
+from diffengine_sdxl.engine import launch  # noqa: E402
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    launch.start_processes('pytorch')
+    folder = Path(sys.argv[-1])  # before it stands --local-rank=N
+    for name, case in json.loads((folder / 'cases.json').read_text()).items():
+        runner = build(Path(case['work_dir']), {**case['options'], 'launcher': 'pytorch'}, case['resume'])
+        gradients = first_gradients(runner)
+        torch.save(gradients, folder / f'{name}.{torch.distributed.get_rank()}.pt')
+
+
+if __name__ == '__main__':
+    main()

@@ -68,15 +68,16 @@ def kill(folder: Path, work_dir: Path, due: Callable[[float], bool]) -> tuple[bo
     while process.is_alive() and not due(time.monotonic() - begin):
         time.sleep(0.0005)
     seconds, alive = time.monotonic() - begin, process.is_alive()
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     return alive and process.exitcode == -signal.SIGKILL, seconds
 
 
 def saving(work_dir: Path, name: str = '.step*.pth.*.part', after: int = 1) -> Callable[[float], bool]:
-    """True when a checkpoint is half-written and `after` whole ones are there."""
+    """True when a file or folder is half-written and the checkpoint of step `after` or a later one is whole."""
     def due(_: float) -> bool:
-        return any(p.stat().st_size > 0 for p in work_dir.glob(name)) and len(list(work_dir.glob('step*.pth'))) >= after
+        steps = [int(p.stem[4:]) for p in work_dir.glob('step*.pth')]
+        return any(p.stat().st_size > 0 for p in work_dir.glob(name)) and max(steps, default=0) >= after
 
     def patient(seconds: float) -> bool:
         try:

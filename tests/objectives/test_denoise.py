@@ -81,7 +81,7 @@ class Reference:
         if gamma is not None:
             snr = compute_snr(self.scheduler, timesteps)
             weight = torch.stack([snr, gamma * torch.ones_like(snr)], 1).min(1)[0]
-            loss = loss * weight / (snr + (self.scheduler.config.prediction_type == 'v_prediction'))
+            loss = loss * (weight / (snr + (self.scheduler.config.prediction_type == 'v_prediction')))
         total = loss.mean()
         total.backward()
         found = {f'{"adapters.adapter.net" if name == "adapter" else name}.{n}': p.grad
@@ -96,7 +96,9 @@ CASES: dict[str, dict[str, Any]] = {
                          scheduler=dict(prediction_type='v_prediction')),
     'zero terminal snr': dict(model={**ADAPTER, 'prediction_type': 'v_prediction', 'zero_terminal_snr': True},
                               scheduler=dict(prediction_type='v_prediction', rescale_betas_zero_snr=True)),
-    'min-snr': dict(model={**ADAPTER, 'objective': {**CUBIC, 'weighting': dict(type='MinSNR')}}, step=dict(gamma=5.0)),
+    # With the usual gamma of 5 all of these timesteps would weigh 1.
+    'min-snr': dict(model={**ADAPTER, 'objective': {**CUBIC, 'weighting': dict(type='MinSNR', gamma=0.02)}},
+                    step=dict(gamma=0.02)),
     'unet': dict(model=dict(trainable=('unet',))),
     'unet and adapter': dict(model={**ADAPTER, 'trainable': ('unet',)}),
     'text encoders': dict(model=dict(trainable=('text_encoder', 'text_encoder_2'))),

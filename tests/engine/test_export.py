@@ -1,0 +1,110 @@
+"""What a run leaves for others: the adapter in diffusers' format, a fine-tuned base, and where they come from."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.helpers import assert_same_run, build, train, weights
+
+from diffengine_sdxl.engine import export
+
+
+def test_the_manifest(tmp_path: Path, tiny: dict[str, Any], circles: Path, tiny_base: Path,
+                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base, data set, resolved config, versions, seed, git commit and step."""
+    monkeypatch.chdir(Path(__file__).parent)
+    train(tmp_path / 'run', {**tiny, 'randomness.seed': 11})
+    held = json.loads((tmp_path / 'run' / 'step2' / 'manifest.json').read_text())
+    assert (held['step'], held['seed'], held['ema'], held['contents']) == (2, 11, False, ['adapter'])
+    assert held['base'] == {'pretrained': str(tiny_base), 'vae': None, 'revision': None, 'variant': None}
+    assert held['dataset']['source'] == str(circles) and held['dataset']['transforms'][0]['size'] == 32
+    assert held['config']['model']['adapters']['adapter']['type'] == 'T2IAdapter' and '$' not in str(held['config'])
+    assert held['versions']['torch'] == torch.__version__
+    assert {'diffusers', 'transformers', 'mmengine', 'diffengine_sdxl'} <= held['versions'].keys()
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    assert held['git_commit'].removesuffix('-dirty') == commit if commit else held['git_commit'] is None
+    monkeypatch.chdir(tmp_path)
+    assert export.git_commit() is None
+
+
+def test_the_adapter_in_stock_diffusers(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """`T2IAdapter.from_pretrained(step4, subfolder='adapter')` gives the features that ours gives, bitwise."""
+    from diffusers import T2IAdapter
+    runner = train(tmp_path, tiny)
+    stock = T2IAdapter.from_pretrained(str(tmp_path / 'step4'), subfolder='adapter')
+    image = torch.rand(2, 3, 64, 48)
+    ours = runner.model.adapters['adapter'].project({'image': image})
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(stock(image), ours.values(), strict=True))
+
+
+def test_an_export_that_does_not_come_back_is_none(tmp_path: Path, tiny: dict[str, Any],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is read again and compared; where it differs nothing is left under its name."""
+    runner = build(tmp_path, tiny)
+    adapter = runner.model.adapters['adapter']
+    honest = type(adapter).save
+
+    def forgetful(self: Any, folder: Path) -> None:
+        honest(self, folder)
+        from safetensors.torch import load_file, save_file
+        path = Path(folder) / 'diffusion_pytorch_model.safetensors'
+        state = load_file(path)
+        state['adapter.conv_in.bias'] = state['adapter.conv_in.bias'] + 1
+        save_file(state, path)
+    monkeypatch.setattr(type(adapter), 'save', forgetful)
+    with pytest.raises((AssertionError, ValueError), match='conv_in.bias'):
+        runner.train()
+    assert not list(tmp_path.glob('step*')) and not list(tmp_path.glob('.*'))
+
+
+def test_only_what_trains_is_exported(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    train(tmp_path, {**tiny, 'model.adapters.frozen': dict(type='T2IAdapter', trainable=False)})
+    assert sorted(p.name for p in (tmp_path / 'step4').iterdir()) == ['adapter', 'manifest.json']
+    assert not any('frozen' in key for key in weights(tmp_path, 4))
+
+
+def full(tiny: dict[str, Any]) -> dict[str, Any]:
+    """A fine-tune of the UNet itself."""
+    return {**tiny, 'model.adapters.adapter': None, 'model.trainable': ['unet'],
+            'train_dataloader.dataset.conditioning_image_column': None}
+
+
+def test_a_full_fine_tune(tmp_path: Path, tiny: dict[str, Any], tiny_base: Path) -> None:
+    """Trains, checkpoints, resumes bitwise, and exports a folder that the stock pipeline loads: equal pictures."""
+    from diffusers import StableDiffusionXLPipeline
+    options = {**full(tiny), 'optim_wrapper.optimizer.lr': 1e-3}
+    runner = train(tmp_path / 'whole', options)
+    train(tmp_path / 'cut', options, die_at=3)
+    train(tmp_path / 'cut', options, resume=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 4)
+    assert {key.partition('.')[0] for key in weights(tmp_path / 'cut', 4)} == {'unet'}
+    folder = tmp_path / 'whole' / 'step4' / 'pipeline'
+    stock = StableDiffusionXLPipeline.from_pretrained(str(folder))
+    stock.set_progress_bar_config(disable=True)
+    base = StableDiffusionXLPipeline.from_pretrained(str(tiny_base))
+    trained = dict(stock.unet.named_parameters())
+    assert all(torch.equal(trained[k.removeprefix('unet.')], v) for k, v in weights(tmp_path / 'whole', 4).items())
+    assert any(not torch.equal(v, trained[k]) for k, v in base.unet.named_parameters())
+    assert all(torch.equal(v, dict(stock.vae.named_parameters())[k]) for k, v in base.vae.named_parameters())
+    from diffengine_sdxl.engine.prompts import prompt_batch
+    runner.model.eval()
+    ours = runner.model.sampler(runner.model, prompt_batch(runner.model, ['a red circle'], {}, (64, 64), [3]))
+    theirs = stock('a red circle', height=64, width=64, num_inference_steps=2, guidance_scale=5.0,
+                   generator=torch.Generator().manual_seed(3), output_type='latent').images
+    assert torch.equal(ours, theirs)
+    assert json.loads((tmp_path / 'whole' / 'step4' / 'manifest.json').read_text())['contents'] == ['pipeline']
+
+
+def test_a_fine_tune_of_the_text_encoders(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Every parameter that counts as trained gets a gradient; the first encoder's last layer is never read."""
+    options = {**full(tiny), 'model.trainable': ['text_encoder', 'text_encoder_2'], 'train_cfg.max_iters': 1,
+               'default_hooks.checkpoint.export': False}
+    runner = train(tmp_path, options)
+    state = torch.load(tmp_path / 'step1.pth', weights_only=True)
+    assert len(state['optimizer']['state']) == len(state['state_dict'])
+    assert not any(k.startswith('text_encoder.') and 'final_layer_norm' in k for k in state['state_dict'])
+    assert [g['name'] for g in runner.optim_wrapper.param_groups] == ['text_encoder', 'text_encoder_2']

@@ -1,0 +1,230 @@
+"""What hooks leave: averages, pictures, curves, events, progress."""
+
+import json
+import logging
+import os
+import pty
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine.helpers import build, curves, train, weights
+from mmengine.hooks import Hook
+from PIL import Image
+
+from diffengine_sdxl.engine.hooks.progress import ProgressHook
+from diffengine_sdxl.engine.prompts import image_tensor, prompt_batch
+from diffengine_sdxl.pictures import labelled_grid, to_pil
+
+
+class Watch(Hook):
+    """A copy of the trained weights after each step, before any other hook has seen it."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def copy(self, runner: Any) -> None:
+        self.steps.append({k: v.clone() for k, v in runner.model.state_dict().items()})
+
+    def before_train(self, runner: Any) -> None:
+        self.copy(runner)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.copy(runner)
+
+
+@pytest.mark.parametrize('warmup', [True, False])
+def test_the_average_is_that_of_a_loop(warmup: bool, tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """average + (1 - d) (weight - average), step by step in fp64; it is what is exported, and the manifest says so;
+    training goes on with the weights themselves."""
+    runner = build(tmp_path, {**tiny, 'custom_hooks': [dict(type='EMAHook', decay=0.7, warmup=warmup)]})
+    watch = Watch()
+    runner.register_hook(watch)
+    runner.train()
+    first, *steps = watch.steps
+    average = {k: v.double() for k, v in first.items()}
+    for step, current in enumerate(steps, start=1):
+        decay = min(0.7, (1 + step) / (10 + step)) if warmup else 0.7
+        average = {k: a + (1 - decay) * (current[k].double() - a) for k, a in average.items()}
+    state = torch.load(tmp_path / 'step4.pth', weights_only=True)
+    for key, expected in average.items():
+        torch.testing.assert_close(state['ema']['weights'][key].double(), expected, rtol=0, atol=1e-7)
+        assert torch.equal(state['state_dict'][key], steps[-1][key])
+    assert any(not torch.equal(v, state['state_dict'][k]) for k, v in state['ema']['weights'].items())
+    from safetensors.torch import load_file
+    exported = load_file(tmp_path / 'step4' / 'adapter' / 'diffusion_pytorch_model.safetensors')
+    assert all(torch.equal(v, state['ema']['weights'][f'adapters.adapter.net.{k}']) for k, v in exported.items())
+    assert json.loads((tmp_path / 'step4' / 'manifest.json').read_text())['ema'] is True
+
+
+def test_without_an_average_the_weights_are_exported(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    train(tmp_path, tiny)
+    from safetensors.torch import load_file
+    exported = load_file(tmp_path / 'step4' / 'adapter' / 'diffusion_pytorch_model.safetensors')
+    assert all(torch.equal(v, exported[k.removeprefix('adapters.adapter.net.')])
+               for k, v in weights(tmp_path, 4).items())
+    assert json.loads((tmp_path / 'step4' / 'manifest.json').read_text())['ema'] is False
+
+
+@pytest.mark.parametrize(('interval', 'saved'), [(1, [1, 2, 3, 4]), (3, [3, 4]), (None, [4]), (9, [4])])
+def test_checkpoints_at_the_interval_and_at_the_end(interval: int | None, saved: list[int], tmp_path: Path,
+                                                    tiny: dict[str, Any]) -> None:
+    train(tmp_path, {**tiny, 'default_hooks.checkpoint.interval': interval, 'default_hooks.checkpoint.export': False})
+    assert sorted(p.name for p in tmp_path.glob('step*')) == [f'step{s}.pth' for s in saved]
+
+
+def sample_options(tiny: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    del tiny['default_hooks.samples']
+    hook = dict(_delete_=True, type='SampleHook', interval=4, size=32, num_images=2, seed=5, **changes)
+    return {**tiny, 'default_hooks.samples': hook, 'train_cfg.max_iters': 4}
+
+
+def sheet(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert('RGB'))
+
+
+@pytest.mark.parametrize('conditions', ['one for all', 'one each'])
+def test_pictures_of_prompts(conditions: str, circles: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """The grid is what `model.sampler` makes of the averages, each with its prompt, condition and seed."""
+    paths = [str(circles / 'conditioning_images' / f'{i:05d}.png') for i in range(2)]
+    prompts = ['a red circle', 'a blue one']
+    given = paths[0] if conditions == 'one for all' else paths
+    runner = train(tmp_path, {**sample_options(tiny, prompts=prompts, conditions=dict(adapter=given)),
+                              'custom_hooks': [dict(type='EMAHook', decay=0.5)]})
+    shown = [paths[0], paths[0]] if conditions == 'one for all' else paths
+    rows: list[list[Any]] = [[image_tensor(path, (32, 32)).numpy()] for path in shown]
+    runner.model.eval()
+    with runner.exported_weights():
+        for seed in (5, 6):
+            batch = prompt_batch(runner.model, prompts, {'adapter': shown}, (32, 32), [seed] * 2)
+            images = runner.model.decode(runner.model.sampler(runner.model, batch))
+            for row, image in zip(rows, images, strict=True):
+                row.append(image.numpy())
+    expected = labelled_grid([(p, [to_pil(i) for i in row]) for p, row in zip(prompts, rows, strict=True)],
+                             ['adapter', 'seed 5', 'seed 6'], 'step 4, EMA weights')
+    assert np.array_equal(sheet(tmp_path / 'samples' / 'step4.png'), np.asarray(expected))
+    assert sorted(p.name for p in (tmp_path / 'samples').iterdir()) == ['step4.png']
+
+
+def test_pictures_change_no_weight(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Sampling on the way, with averages swapped in and out, leaves the run bitwise as it was."""
+    ema = {'custom_hooks': [dict(type='EMAHook', decay=0.5)]}
+    train(tmp_path / 'without', {**tiny, **ema})
+    options = sample_options(tiny, num_from_dataset=3, at_start=True)
+    options['default_hooks.samples']['interval'] = 1
+    train(tmp_path / 'with', {**options, **ema})
+    assert curves(tmp_path / 'with') == curves(tmp_path / 'without')
+    one, other = weights(tmp_path / 'with', 4), weights(tmp_path / 'without', 4)
+    assert all(torch.equal(v, other[k]) for k, v in one.items())
+    assert sorted(p.name for p in (tmp_path / 'with' / 'samples').iterdir()) == [f'step{i}.png' for i in range(5)]
+    pictures = [sheet(p) for p in sorted((tmp_path / 'with' / 'samples').iterdir())]
+    assert all(p.shape == pictures[0].shape for p in pictures) and not np.array_equal(pictures[0], pictures[4])
+
+
+def test_pictures_need_a_sampler_and_whole_lists(circles: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
+    path = str(circles / 'conditioning_images' / '00000.png')
+    options = sample_options(tiny, prompts=['a', 'b', 'c'], conditions=dict(adapter=[path, path]))
+    with pytest.raises(ValueError, match="adapter 'adapter' has 2 images for 3 prompts"):
+        build(tmp_path / 'a', options)
+    options['default_hooks.samples']['conditions'] = dict(adapter=path)
+    with pytest.raises(ValueError, match='model.sampler is not set'):
+        train(tmp_path / 'b', {**options, 'model.sampler': None})
+    # A prompt without the condition that the adapter reads: said before the first step.
+    options['default_hooks.samples']['conditions'] = {}
+    with pytest.raises(ValueError, match="'adapter' reads 'conditioning_image'"):
+        train(tmp_path / 'c', options)
+    assert not (tmp_path / 'c' / 'curves.jsonl').is_file() or not curves(tmp_path / 'c')
+
+
+def test_curves_and_events(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Every step once, also after a death; the picture; TensorBoard with loss, rate and samples."""
+    options = {**sample_options(tiny, num_from_dataset=1), 'default_hooks.logger.interval': 1}
+    train(tmp_path, options, die_at=3)
+    assert not (tmp_path / 'curves.png').exists()
+    train(tmp_path, options, resume=True)
+    rows = curves(tmp_path)
+    assert [row['step'] for row in rows] == [1, 2, 3, 4] and all(row.keys() == {'step', 'loss', 'lr'} for row in rows)
+    assert Image.open(tmp_path / 'curves.png').size[0] > 300
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    logs = sorted({p.parent for p in tmp_path.rglob('events.out.tfevents*')})
+    seen: dict[int, float] = {}
+    for folder in logs:
+        events = EventAccumulator(str(folder)).Reload()
+        seen.update({e.step: e.value for e in events.Scalars('loss')})
+    # Logged is the mean of the last ten, of which a resumed run knows those before it.
+    losses = [row['loss'] for row in rows]
+    assert seen == pytest.approx({i: float(np.mean(losses[:i])) for i in range(1, 5)}, rel=1e-5)
+    assert events.Scalars('lr')[0].value == pytest.approx(1e-3)
+    image = events.Images('samples')[0]
+    assert image.step == 4 and image.width == sheet(tmp_path / 'samples' / 'step4.png').shape[1]
+
+
+def test_several_rates_have_a_curve_each(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    options = {**tiny, 'model.adapters.two': dict(type='T2IAdapter'), 'train_cfg.max_iters': 1,
+               'optim_wrapper.paramwise_cfg.lr.two': 0.25}
+    train(tmp_path, options)
+    row = curves(tmp_path)[0]
+    assert row['adapter_lr'] == 1e-3 and row['two_lr'] == 0.25 and (tmp_path / 'curves.png').is_file()
+
+
+def test_optimizers_without_a_rate_have_curves_too(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Adafactor with relative steps."""
+    train(tmp_path, {**tiny, 'train_cfg.max_iters': 2, 'param_scheduler': None,
+                     'optim_wrapper.optimizer': dict(_delete_=True, type='Adafactor')})
+    assert [row.keys() for row in curves(tmp_path)] == [{'step', 'loss'}] * 2 and (tmp_path / 'curves.png').is_file()
+
+
+def test_progress_at_a_terminal(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar with loss and speed on a terminal; afterwards the log's handlers write where they wrote before."""
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, 'w') as terminal:
+        monkeypatch.setattr(sys, 'stderr', terminal)
+        monkeypatch.setenv('TERM', 'xterm-256color')
+        runner = build(tmp_path, {**tiny, 'default_hooks.logger.interval': 1})
+        consoles = [h for h in runner.logger.handlers if isinstance(h, logging.StreamHandler)
+                    and not isinstance(h, logging.FileHandler)]
+        before, out = [h.stream for h in consoles], sys.stdout
+        runner.train()
+        assert consoles and [h.stream for h in consoles] == before and sys.stdout is out and sys.stderr is terminal
+        terminal.flush()
+        os.set_blocking(leader, False)
+        shown = b''
+        while True:
+            try:
+                shown += os.read(leader, 65536)
+            except OSError:
+                break
+    os.close(leader)
+    text = shown.decode(errors='replace')
+    assert 'training' in text and 'loss' in text and 'steps/s' in text and '4/4' in text
+    hook = next(h for h in runner.hooks if isinstance(h, ProgressHook))
+    assert hook.bar is None
+
+
+def test_progress_gives_the_terminal_back_when_training_fails(tmp_path: Path, tiny: dict[str, Any],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.helpers import command
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, 'w') as terminal:
+        monkeypatch.setattr(sys, 'stderr', terminal)
+        out = sys.stdout
+        assert command(tmp_path, {**tiny, 'default_hooks.poison.type': 'Poison', 'default_hooks.poison.step': 2}) == 1
+        assert sys.stdout is out and sys.stderr is terminal
+        terminal.flush()
+        text = os.read(leader, 65536).decode(errors='replace')
+    os.close(leader)
+    assert 'Training stopped at step 2' in text and text.count('\x1b[?25h') >= text.count('\x1b[?25l')
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path, tiny: dict[str, Any],
+                                        capfd: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, {**tiny, 'default_hooks.logger.interval': 2})
+    captured = capfd.readouterr()
+    lines = [line for line in (captured.out + captured.err).splitlines() if 'Iter(train)' in line]
+    assert len(lines) == 2 and all('loss:' in line and 'eta:' in line and 'time:' in line for line in lines)
+    assert '\x1b[' not in captured.out

@@ -74,6 +74,9 @@ def check_sdxl(unet: nn.Module, source: str) -> None:
         width = unet.config.cross_attention_dim  # type: ignore[union-attr]
         raise ValueError(f"'{source}' is not an SDXL: its UNet has addition_embed_type={kind!r} (SDXL: 'text_time') "
                          f'and cross_attention_dim={width}. Stable Diffusion 1.x and 2.x cannot be used as a base.')
+    if unet.config.time_cond_proj_dim is not None:  # type: ignore[union-attr]
+        raise ValueError(f"'{source}' takes its guidance scale as an input (time_cond_proj_dim, a distilled LCM); that "
+                         'is not supported yet. Take an LCM-LoRA on a plain SDXL instead.')
 
 
 @contextmanager

@@ -21,7 +21,7 @@ CLOCK = ('train/time', 'train/data_time', 'train/memory')
 _numbers = itertools.count()
 
 
-class Died(Exception):
+class DeathError(Exception):
     """What ends a run in the middle, as a crash would: no hook hears of it."""
 
 
@@ -35,7 +35,7 @@ class Die(Hook):
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if runner.iter + 1 == self.step:
-            raise Died
+            raise DeathError
 
 
 @HOOKS.register_module(force=True)
@@ -70,7 +70,7 @@ def train(work_dir: Path, options: Mapping[str, Any], resume: bool | str = False
     runner = build(work_dir, options, resume, die_at, name)
     try:
         runner.train()
-    except Died:
+    except DeathError:
         # What a real death takes with it, and the next runner of this process must not find.
         for hook in runner.hooks:
             if hasattr(hook, 'close'):

@@ -70,8 +70,7 @@ def test_a_config_that_is_not_there(fails: Callable[..., str]) -> None:
     assert "Did you mean 'tiny_t2i_adapter.py'" in fails({}, name='tiny_t2iadapter.py')
 
 
-@pytest.mark.parametrize('num_workers', [0, 2])
-@pytest.mark.parametrize('which', ['images', 'conditioning_images'])
+@pytest.mark.parametrize(('which', 'num_workers'), [('images', 2), ('conditioning_images', 0)])
 def test_a_truncated_image(which: str, num_workers: int, circles: Path, tmp_path: Path, fails: Callable[..., str],
                            tiny: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     """Refused by its name; or, with on_bad_image='skip', passed over, warned of and counted."""

@@ -289,3 +289,34 @@ def test_what_cannot_train_is_said_at_once(options: dict[str, Any], words: str, 
     with pytest.raises(ValueError, match=words):
         train(tmp_path / 'run', {**tiny, **options})
     assert not list((tmp_path / 'run').glob('step*'))
+
+
+def test_a_config_of_ones_own_names_an_installed_base(tmp_path: Path) -> None:
+    """`_base_` reaches an installed config, and a piece of `_base_`, from any folder; what it reads counts as read."""
+    path = tmp_path / 'mine.py'
+    path.write_text("_base_ = ['diffengine_sdxl::t2i_adapter/stable_diffusion_xl_t2i_adapter_fill50k.py']\n"
+                    'resolution = 512\nmodel = dict(adapters=dict(adapter=dict(scale=0.5)))\n')
+    mine, theirs = config.resolve(config.load(path)), config.resolve(config.load(FILL50K))
+    assert mine.model.adapters.adapter.scale == 0.5 and mine.train_dataloader.dataset.transforms[0].size == 512
+    assert 't2i_adapter' not in mine
+    mine.model.adapters.adapter.scale, theirs.resolution = 1.0, 512
+    assert to_plain(mine.model) == to_plain(theirs.model) and mine.resolution == theirs.resolution
+    path.write_text("_base_ = ['no_such_package::x.py']\n")
+    assert 'no_such_package::x.py' in refused(path)
+
+
+@pytest.mark.parametrize(('option', 'word'), [
+    ('optim_wrapper.optimizer.lr=abc', 'optim_wrapper.optimizer.lr'), ('train_dataloader.batch_size=two', 'batch_size'),
+    ('model.gradient_checkpointing=yes', 'True or False'), ('train_dataloader.num_workers=few', 'num_workers')])
+def test_words_where_a_number_is_due(option: str, word: str) -> None:
+    said = refused(FILL50K, option)
+    assert word in said and repr(option.partition('=')[2]) in said
+
+
+def test_modules_named_in_an_override_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'imported_by_override.py').write_text('seen = True\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config.load(FILL50K, ['custom_imports.imports=[imported_by_override]'])
+    import sys
+    assert sys.modules['imported_by_override'].seen
+    assert 'nomodule' in refused(FILL50K, 'custom_imports.imports=[nomodule]')

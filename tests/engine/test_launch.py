@@ -125,8 +125,8 @@ def test_more_processes_than_gpus(joined: dict[str, Any], clean: pytest.MonkeyPa
 
 def test_the_command_line_becomes_a_config(tmp_path: Path, tiny: dict[str, Any]) -> None:
     def prepared(**changes: Any) -> Any:
-        return launch.prepare(argparse.Namespace(**{
-            **dict(config='tiny_t2i_adapter.py', work_dir=None, resume=None, launcher='none', cfg_options=None), **changes}))
+        given = dict(config='tiny_t2i_adapter.py', work_dir=None, resume=None, launcher='none', cfg_options=None)
+        return launch.prepare(argparse.Namespace(**{**given, **changes}))
     assert prepared().work_dir == str(Path('work_dirs') / 'tiny_t2i_adapter') and not prepared().resume
     cfg = prepared(work_dir=str(tmp_path), resume='auto', launcher='pytorch', cfg_options=['resolution=32'])
     assert (cfg.work_dir, cfg.resume, cfg.launcher, cfg.resolution) == (str(tmp_path), True, 'pytorch', 32)

@@ -1,14 +1,17 @@
 """A run that died and was resumed is the run that did not: bitwise."""
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine.helpers import assert_same_run, build, curves, train, weights
 
 from diffengine_sdxl.engine import checkpoint, identity
+from diffengine_sdxl.objectives.denoise import Denoise
 
 RANDOM_TRANSFORMS = [
     dict(type='Resize', size=40), dict(type='Crop', size='$resolution', mode='random'), dict(type='Flip', prob=0.5),
@@ -54,7 +57,9 @@ def test_a_drawn_seed_is_kept(tmp_path: Path, tiny: dict[str, Any]) -> None:
     options = {**tiny, 'randomness.seed': None}
     seeds = [train(tmp_path / name, options, die_at=3).seed for name in 'ab']
     assert seeds[0] != seeds[1]
-    assert [curves(tmp_path / name) for name in 'ab'][0][0]['loss'] != curves(tmp_path / 'b')[0]['loss']
+    assert torch.load(tmp_path / 'a' / 'step2.pth')['meta']['seed'] == seeds[0]
+    losses = [curves(tmp_path / name)[0]['loss'] for name in 'ab']
+    assert losses[0] != losses[1]
     assert build(tmp_path / 'a', options, resume=True).seed == seeds[0]
     assert identity.read(tmp_path / 'a')['seed'] == seeds[0]
 
@@ -80,6 +85,25 @@ def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
     if kind == 'mmengine':
         rates = [row['lr'] for row in curves(tmp_path / 'cut')]
         assert rates[0] == pytest.approx(1e-4) and rates[1] > rates[0] and rates[-1] < max(rates)
+
+
+def test_with_a_model_that_draws_for_itself(tmp_path: Path, tiny: dict[str, Any],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout and its like use the global generators: these are set in each micro-batch, so nothing is saved of them.
+
+    No two draws of a run are the same, and reading the data or making pictures does not shift them.
+    """
+    drawn: list[tuple[float, ...]] = []
+    honest = Denoise.__call__
+
+    def with_draws(self: Any, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        drawn.append((float(torch.rand(())), float(np.random.rand()), random.random()))
+        return {'loss': honest(self, model, batch)['loss'] * (1 + sum(drawn[-1]))}
+    monkeypatch.setattr(Denoise, '__call__', with_draws)
+    options = {**tiny, 'optim_wrapper.accumulative_counts': 2}
+    check_resume(tmp_path, options, 4, die_at=3)
+    assert drawn[:6] == drawn[8:14] and drawn[4:8] == drawn[14:]
+    assert len(set(drawn)) == 8 and all(len(set(column)) == 8 for column in zip(*drawn[:8], strict=True))
 
 
 def test_a_run_may_become_longer(tmp_path: Path, tiny: dict[str, Any]) -> None:

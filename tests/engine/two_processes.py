@@ -6,10 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from engine.helpers import build, first_gradients  # noqa: E402
+import torch
+from engine.helpers import build, first_gradients
 
-from diffengine_sdxl.engine import launch  # noqa: E402
+from diffengine_sdxl.engine import launch
 
 
 def main() -> None:

@@ -244,3 +244,10 @@ def test_weights_with_a_key_missing_or_misnamed(tiny_base: Path, tmp_path: Path,
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=f"base/{part}' could not be loaded"):
         SDXL(pretrained=str(tmp_path / 'base'))
+
+
+def test_a_base_that_takes_its_guidance_as_an_input(tmp_path: Path) -> None:
+    """A distilled LCM UNet would be sampled without its guidance scale; it is refused instead."""
+    folder = write_tiny_sdxl(tmp_path / 'lcm', time_cond_proj_dim=16)
+    with pytest.raises(ValueError, match='time_cond_proj_dim'):
+        SDXL(pretrained=str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -170,7 +171,7 @@ class SDXL(BaseModel):
     @property
     def size_divisor(self) -> int:
         """Sides of images must be divisible by this, in pixels."""
-        return max([self.vae_factor, *(a.size_divisor for a in self.adapters.values())])
+        return math.lcm(self.vae_factor, *(a.size_divisor for a in self.adapters.values()))
 
     def train(self, mode: bool = True) -> SDXL:
         """Training mode for what trains; frozen parts stay in evaluation mode."""
@@ -193,9 +194,9 @@ class SDXL(BaseModel):
         if batch.img is None:
             raise ValueError("The samples hold neither 'img' nor 'latents'; name the column (image_column).")
         height, width = batch.img.shape[-2:]
-        if height % self.vae_factor or width % self.vae_factor:
-            raise ValueError(f"'img' is {height} x {width}; the VAE needs sides that {self.vae_factor} divides. "
-                             'Change `resolution`.')
+        if height % self.size_divisor or width % self.size_divisor:
+            raise ValueError(f"'img' is {height} x {width}; VAE and adapters need sides that {self.size_divisor} "
+                             'divides. Change `resolution`.')
         with torch.set_grad_enabled(torch.is_grad_enabled() and 'vae' in self.trainable_parts):
             with self._safe_vae() as vae:
                 dist = vae.encode(batch.img.to(vae.dtype)).latent_dist

@@ -197,8 +197,8 @@ class SDXL(BaseModel):
         if height % self.size_divisor or width % self.size_divisor:
             needs = {'the VAE': self.vae_factor, **{f"adapter '{n}'": a.size_divisor for n, a in self.adapters.items()}}
             said = ', '.join(f'{who} {divisor}' for who, divisor in needs.items() if divisor > 1)
-            raise ValueError(f"'img' is {height} x {width}; its sides must be divisible by {self.size_divisor} ({said}). "
-                             'Change `resolution`.')
+            raise ValueError(f"'img' is {height} x {width}; its sides must be divisible by {self.size_divisor} "
+                             f'({said}). Change `resolution`.')
         with torch.set_grad_enabled(torch.is_grad_enabled() and 'vae' in self.trainable_parts):
             with self._safe_vae() as vae:
                 dist = vae.encode(batch.img.to(vae.dtype)).latent_dist

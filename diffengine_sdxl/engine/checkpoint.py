@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
         ValueError: no room (or no right) to write; nothing is left behind and `path` is what it was.
     """
     # A hidden name: a half-written file is never taken for a whole one.
-    temporary = Path(tempfile.mktemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent))
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -43,9 +43,6 @@ def start_processes(launcher: str) -> None:
     os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
     os.environ.setdefault('MASTER_PORT', '29500')
     dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=rank, world_size=world)
-    from mmengine.dist.utils import init_local_group
-    if not torch.cuda.is_available():
-        init_local_group(rank // here, here)
 
 
 #: Of each launcher: rank, number of processes, rank on this machine; number of processes on this machine, if it says.

@@ -4,23 +4,16 @@ All is built from a copy of the checkout, offline, with the setuptools of the ru
 may hold this very package: a virtual environment of the test's own comes before it on the path.
 """
 
-import os
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 import tarfile
-import venv
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from installs import KINDS, NAME, ROOT, build, copy_checkout, environment, install, run
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[1]
-NAME = 'diffengine_sdxl'
 PROBE = 'probe_of_the_install.py'
 TOOLS = sorted((ROOT / 'tools').glob('*.py'))
 HEAVY = ('torch', 'mmengine.runner', 'diffusers', 'transformers', 'datasets', 'matplotlib')
@@ -28,26 +21,10 @@ HEAVY = ('torch', 'mmengine.runner', 'diffusers', 'transformers', 'datasets', 'm
 TRAIN = "import sys\nprint('usage' if '-h' in sys.argv else f'PROBE {__file__} {sys.argv[1:]}')\n"
 
 
-def run(command: Sequence[str | Path], cwd: Path, **env: str) -> str:
-    """Its output; fails with it. Neither the caller's PYTHONPATH nor the folder of the tests leaks in."""
-    kept = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True,
-                          env={**kept, 'PYTHONNOUSERSITE': '1', 'PIP_NO_INPUT': '1', **env})
-    assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
-    return done.stdout
-
-
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what git would hold, with a config and a train.py of the test's own."""
-    folder = tmp_path_factory.mktemp('checkout') / 'project'
-    folder.mkdir()
-    for name in (NAME, 'configs', 'tools'):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__', '.mim', '*.egg-info'))
-    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'CHANGELOG.md',
-                 'model-index.yml', 'constraints.txt'):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
+    folder = copy_checkout(tmp_path_factory.mktemp('checkout') / 'project')
     (folder / 'configs' / 'probes').mkdir()
     (folder / 'configs' / 'probes' / PROBE).write_text('a = 1\n')
     (folder / 'tools' / 'train.py').write_text(TRAIN)
@@ -62,14 +39,6 @@ def wheel(checkout: Path) -> Path:
     build('wheel', checkout)
     stale.unlink()
     return build('wheel', checkout)
-
-
-def build(kind: str, project: Path) -> Path:
-    """A wheel or an sdist of `project`, by the running environment's setuptools."""
-    out = project.parent / f'{kind} of {project.name}'
-    code = f'import sys; from setuptools import build_meta; print("MADE", build_meta.build_{kind}(sys.argv[1]))'
-    out.mkdir(exist_ok=True)
-    return out / run([sys.executable, '-c', code, out], project).split('MADE ')[-1].strip()
 
 
 def names_in_wheel(path: Path) -> set[str]:
@@ -113,24 +82,10 @@ def pythons(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp('pythons')
 
 
-def environment(folder: Path) -> Path:
-    """The python of an environment that sees the running one's packages, but not what their .pth files add."""
-    venv.create(folder, with_pip=False)
-    python = folder / 'bin' / 'python'
-    site = run([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], folder).strip()
-    Path(site, 'running.pth').write_text(sysconfig.get_path('purelib') + '\n')
-    return python
-
-
-KINDS = {'wheel': [], 'editable': ['-e'], 'strict': ['--config-settings', 'editable_mode=strict', '-e'],
-         'compat': ['--config-settings', 'editable_mode=compat', '-e']}
-
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_mim_finds_configs_and_tools(checkout: Path, wheel: Path, pythons: Path, tmp_path: Path, kind: str) -> None:
     python = environment(pythons / kind)
-    run([python, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', '--no-index', '--ignore-installed', '-q',
-         *KINDS[kind], wheel if kind == 'wheel' else checkout], tmp_path)
+    install(python, kind, wheel if kind == 'wheel' else checkout, tmp_path)
     output = run([python, '-m', 'mim', 'train', NAME, PROBE, '--work-dir', 'W'], tmp_path)
     found = re.search(r"PROBE (\S+) \['(\S+?)', (.*)\]", output)
     assert found, output

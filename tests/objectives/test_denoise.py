@@ -280,7 +280,8 @@ def test_delivered_latents_and_embeddings(model: SDXL) -> None:
 
 
 @pytest.mark.parametrize(('change', 'sentence'), [
-    (dict(img=None), "neither 'img' nor 'latents'"), (dict(img=images(2, (60, 64))), "'img' is 60 x 64.*divisible by 16 .the VAE 8")])
+    (dict(img=None), "neither 'img' nor 'latents'"),
+    (dict(img=images(2, (60, 64))), "'img' is 60 x 64.*divisible by 16 .the VAE 8")])
 def test_images_that_cannot_be_encoded(model: SDXL, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         model(make_batch(2, **change), mode='loss')

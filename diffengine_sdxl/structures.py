@@ -96,6 +96,21 @@ class Conditioning:
                        adapters=adapters)
 
 
+def checked_window(window: Sequence[float]) -> tuple[float, float]:
+    """A part of the way from noise (0) to image (1), as (start, end).
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        start, end = (float(side) for side in window)
+    except (TypeError, ValueError):
+        start = end = -1.0
+    if not 0 <= start < end <= 1:
+        raise ValueError(f'window={window!r} must be (start, end) with 0 <= start < end <= 1.')
+    return start, end
+
+
 def where(drop: Tensor, other: Tensor, kept: Tensor) -> Tensor:
     """Rows of `other` where `drop` (bool [B]) is set, rows of `kept` elsewhere; no arithmetic touches either."""
     return torch.where(drop.view(-1, *[1] * (kept.dim() - 1)), other, kept)

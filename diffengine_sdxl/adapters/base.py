@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffengine_sdxl.structures import Batch, UNetCall
+from diffengine_sdxl.structures import Batch, UNetCall, checked_window
 
 Tensors = dict[str, Tensor]
 
@@ -34,12 +34,9 @@ class Adapter(nn.Module):
     def __init__(self, reads: str | None = None, weights: str | None = None, trainable: bool = True,
                  scale: float = 1.0, window: Sequence[float] = (0.0, 1.0)) -> None:
         super().__init__()
-        start, end = window
-        if not 0 <= start < end <= 1:
-            raise ValueError(f'window={tuple(window)} must be (start, end) with 0 <= start < end <= 1.')
         self.name = ''
         self.reads, self.weights, self.trainable = reads, weights, trainable
-        self.scale, self.window = float(scale), (float(start), float(end))
+        self.scale, self.window = float(scale), checked_window(window)
 
     def attach(self, model: Any) -> None:
         """Make the parts whose widths depend on `model` (an SDXL) and hook them in. Called with keyed randomness."""

@@ -125,7 +125,11 @@ class ImageReader:
         if is_url(path):
             return fetch(path, what)
         # Pictures that `datasets` streams: 'hf://...', or 'zip://a.png::' before the place of an archive.
-        *_, place = path.split('::')
+        *chain, place = path.split('::')
+        for link in chain:
+            # Other file systems ignore what they stand in front of, and would lead out of the folder.
+            if link.partition('://')[0] not in ('zip', 'tar', 'gzip', 'bz2', 'xz'):
+                raise ValueError(f"{what} names '{path}': only archives may stand before '::'.")
         if place.startswith('hf://') or (place != path and is_url(place)):
             return self._read_remote(path, what)
         if '://' in place:

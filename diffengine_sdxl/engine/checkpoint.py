@@ -32,9 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
+        # A folder cannot be replaced in one move; until the new one stands, the old one is only set aside.
+        old = path.with_name(f'.{path.name}.{os.getpid()}.old.part')
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
         _flush_folder(path.parent)
     except Exception as error:
         if (reason := _write_fault(error)) is None:
@@ -82,7 +85,8 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"The checkpoint '{path}' cannot be read ({_first_line(error)}). It is cut off, damaged or "
                          'not plain data; take an older one (--resume PATH).') from error
-    if not isinstance(state, dict) or 'state_dict' not in state or 'meta' not in state:
+    wanted = {'step', 'position', 'seed', 'samples_per_iter', 'identity'}
+    if not isinstance(state, dict) or 'state_dict' not in state or not wanted <= set(state.get('meta') or ()):
         raise ValueError(f"'{path}' is not a checkpoint of this engine: it holds no 'state_dict' and 'meta'.")
     return state
 

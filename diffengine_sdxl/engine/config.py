@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.utils import import_modules_from_strings
 
 from diffengine_sdxl.registry import nearest
@@ -117,18 +117,59 @@ def _import(custom_imports: Mapping[str, Any]) -> None:
 
 
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
-    """['a.b=1', 'c=[x,y]'] as {'a.b': 1, 'c': ['x', 'y']}; numbers, booleans, None, lists and tuples are read as such.
+    """['a.b=1', 'c=[x,a y]'] as {'a.b': 1, 'c': ['x', 'a y']}.
+
+    What is a Python literal is read as one (numbers, True, None, quoted text, lists, tuples, dicts). In brackets, commas
+    separate; all else is text, with its blanks and commas. (mmengine's own reader takes the blanks out.)
 
     Raises:
-        ValueError: an item has no '='.
+        ValueError: an item has no '=', or its brackets don't match.
     """
     options: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition('=')
         if not equals or not key:
             raise ValueError(f"--cfg-options takes KEY=VALUE; '{item}' is not of that form.")
-        options[key] = DictAction._parse_iterable(value)
+        options[key] = _value(value, item)
     return options
+
+
+def _value(text: str, item: str) -> Any:
+    text = text.strip()
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        pass
+    if text in ('true', 'false'):
+        return text == 'true'
+    if text[:1] not in ('[', '('):
+        return text
+    values = [_value(part, item) for part in _split(text[1:-1], item) if part.strip()]
+    if text[-1] != {'[': ']', '(': ')'}[text[0]]:
+        raise ValueError(f"--cfg-options '{item}': the brackets don't match; put text with brackets into quotes.")
+    return values if text[0] == '[' else tuple(values)
+
+
+def _split(text: str, item: str) -> list[str]:
+    """`text` at its commas, but not at those inside brackets or quotes."""
+    parts, depth, quote = [''], 0, ''
+    for character in text:
+        if quote:
+            quote = '' if character == quote else quote
+        elif character in '"\'' and not parts[-1].strip():
+            quote = character  # an apostrophe inside a word is none
+        else:
+            depth += (character in '[(') - (character in '])')
+        if character == ',' and not depth and not quote:
+            parts.append('')
+        else:
+            parts[-1] += character
+        if depth < 0:
+            break
+    if depth or quote:
+        raise ValueError(f"--cfg-options '{item}': the brackets or quotes don't match; put text that holds some into "
+                         'quotes.')
+    return parts
 
 
 def resolve(config: Config) -> Config:

@@ -69,7 +69,7 @@ def _walk(node: Any, path: str) -> None:
     if registry is not None and isinstance(node.get('type'), str):
         _check_keys(node, path, registry)
     elif path in SECTIONS:
-        known = dict.fromkeys(SECTIONS[path], inspect.Parameter.empty) or _dataloader_keys()
+        known = dict.fromkeys(SECTIONS[path]) or _dataloader_keys()
         for key, value in node.items():
             if key not in known:
                 raise ValueError(f"{path} has no key '{key}'.{nearest(str(key), list(known))}")
@@ -94,15 +94,24 @@ def _check_keys(node: Mapping[str, Any], path: str, registry: NamedRegistry) -> 
         _check_number(f'{path}.{key}', value, known.get(key))
 
 
-def _check_number(path: str, value: Any, default: Any) -> None:
-    """Refuse words where the default is a number: most constructors would fail on them with a traceback."""
-    if isinstance(default, int | float) and isinstance(value, str):
+def _check_number(path: str, value: Any, parameter: inspect.Parameter | None) -> None:
+    """Refuse what is no number where one is due: most constructors would fail on it with a traceback."""
+    if parameter is None:
+        return
+    default, hint = parameter.default, str(parameter.annotation)
+    hinted = {part.strip() for part in hint.removeprefix("<class '").removesuffix("'>").split('|')}
+    if not (isinstance(default, int | float) or hinted and hinted <= {'int', 'float', 'bool', 'None'}):
+        return
+    if isinstance(value, int | float) or (value is None and ('None' in hint or 'Optional' in hint)):
+        return
+    # Without an annotation, or with a wider one, only words are surely wrong.
+    if isinstance(value, str) and 'str' not in hint or hinted <= {'int', 'float', 'bool', 'None'}:
         wanted = 'True or False' if isinstance(default, bool) else 'a number'
         raise ValueError(f'{path}={value!r} must be {wanted}.')
 
 
 def accepted(cls: Any) -> dict[str, Any] | None:
-    """The keyword arguments that building `cls` takes and their defaults, through all classes that pass on **kwargs.
+    """The keyword arguments that building `cls` takes, by name, through all classes that pass on **kwargs.
 
     None if it takes any.
     """
@@ -133,13 +142,13 @@ def _parameters(function: Any) -> tuple[dict[str, Any] | None, bool]:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
         return None, False
-    named = {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _dataloader_keys() -> dict[str, Any]:
     from torch.utils.data import DataLoader
-    return {k: p.default for k, p in inspect.signature(DataLoader.__init__).parameters.items() if k != 'self'}
+    return {k: p for k, p in inspect.signature(DataLoader.__init__).parameters.items() if k != 'self'}
 
 
 def _at(path: str, place: str) -> bool:

@@ -83,6 +83,8 @@ def _claim(config: Config) -> int:
         raise ValueError(f"'{work_dir}' already holds a run ('{saved[-1].name}'). Add --resume to go on with "
                          'it, or choose another --work-dir.')
     seed = _known_seed(config, held, saved)
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
+        raise ValueError(f'randomness.seed={seed!r} must be a whole number from 0 to 2**32 - 1, or None.')
     if held is not None and saved:
         refuse_other({**held['identity'], 'seed': held['seed']}, {**mine, 'seed': seed}, f"'{work_dir}'")
     seed = secrets.randbelow(2**31) if seed is None else int(seed)
@@ -109,7 +111,8 @@ def read(work_dir: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        held = json.loads(path.read_text())
+        return {'identity': held['identity'], 'seed': held['seed']}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"'{path}' is damaged ({error}); remove it only if you know which run this folder holds."
                          ) from error

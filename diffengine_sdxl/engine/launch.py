@@ -6,16 +6,23 @@ import errno
 import os
 import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-#: A disk that is full or may not be written.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+#: A disk that is full or may not be written, or a name that it does not take.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG,
+           errno.ENOTDIR, errno.EEXIST)
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
-def start_processes(launcher: str) -> None:
+def start_processes(launcher: str, dist_cfg: Any = None) -> None:
     """Join the process group that `launcher` made. On a machine without a GPU this takes gloo by itself.
+
+    Args:
+        launcher: of LAUNCHERS.
+        dist_cfg: `backend`, and `timeout` in seconds; two hours by default, as the other processes wait while the
+            first one draws pictures or writes an export.
 
     Raises:
         ValueError: there are more processes than GPUs, or the launcher left no word of the group.
@@ -27,6 +34,8 @@ def start_processes(launcher: str) -> None:
     rank, world, local, here = _ranks(launcher)
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
+        if count == 1 and launcher != 'pytorch':
+            local = 0  # slurm and mpi may show each process a GPU of its own
         if local >= count:
             raise ValueError(f'Process {local} of this machine has no GPU: there are {count}. Start at most {count} '
                              'processes here (--gpus).')
@@ -41,8 +50,12 @@ def start_processes(launcher: str) -> None:
                          'it is the address of the machine of process 0.')
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
     os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
-    os.environ.setdefault('MASTER_PORT', '29500')
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', rank=rank, world_size=world)
+    # Two jobs on one node must not meet.
+    os.environ.setdefault('MASTER_PORT', str(29500 + int(os.environ.get('SLURM_JOB_ID', '0')) % 1000))
+    settings = dict(dist_cfg or {})
+    backend = settings.get('backend') or ('nccl' if torch.cuda.is_available() else 'gloo')
+    dist.init_process_group(backend, rank=rank, world_size=world,
+                            timeout=timedelta(seconds=settings.get('timeout', 7200)))
 
 
 #: Of each launcher: rank, number of processes, rank on this machine; number of processes on this machine, if it says.
@@ -115,7 +128,7 @@ def train(args: Any) -> int:
     runner = None
     try:
         cfg = prepare(args)
-        start_processes(args.launcher)
+        start_processes(args.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg'))
         _quiet()
         from diffengine_sdxl.registry import RUNNERS
         runner = RUNNERS.build(cfg)
@@ -129,6 +142,14 @@ def train(args: Any) -> int:
         if args.launcher != 'none':
             os._exit(1)
         return 1
+    except torch_out_of_memory() as error:
+        _close(runner)
+        print(f'error: the device has no memory left ({str(error).splitlines()[0]}). A smaller '
+              'train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
+              'model.gradient_checkpointing=True or a smaller resolution may help.', file=sys.stderr, flush=True)
+        if args.launcher != 'none':
+            os._exit(1)
+        return 1
     except ImportError as error:
         _close(runner)
         print(f'error: a package that the config asks for is missing: {error}', file=sys.stderr, flush=True)
@@ -138,6 +159,12 @@ def train(args: Any) -> int:
         print('Stopped. Add --resume to go on from the last checkpoint.', file=sys.stderr)
         return 130
     return 0
+
+
+def torch_out_of_memory() -> type[BaseException]:
+    """The error of a device without room."""
+    import torch
+    return torch.OutOfMemoryError
 
 
 def _close(runner: Any) -> None:

@@ -40,13 +40,18 @@ def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Se
     Raises:
         ValueError: no adapter of that name, other counts, or an image that cannot be read.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
+    readers: dict[str, str] = {}
     for name, images in conditions.items():
         if name not in model.adapters:
             raise ValueError(f"There is no adapter '{name}' to give images to.{nearest(name, list(model.adapters))}")
         if len(images) != len(prompts):
             raise ValueError(f"Adapter '{name}' got {len(images)} images for {len(prompts)} prompts.")
-        tensors[model.adapters[name].reads] = torch.stack([image_tensor(i, size) for i in images])
+        reads = model.adapters[name].reads
+        if (other := readers.setdefault(reads, name)) != name and list(images) != list(conditions[other]):
+            raise ValueError(f"Adapters '{other}' and '{name}' both read '{reads}', so they cannot get images of their "
+                             f'own; give one of them another `reads`.')
+        tensors[reads] = torch.stack([image_tensor(i, size) for i in images])
     height, width = size
     batch = Batch(text=list(prompts), time_ids=torch.tensor([[height, width, 0, 0, height, width]] * len(prompts),
                                                             dtype=torch.float32),

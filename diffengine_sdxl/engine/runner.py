@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +116,7 @@ class ExperimentRunner(Runner):
         # Frozen weights are the same file everywhere: broadcasting SDXL's 7 GB at the start would be waste.
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
         MMDistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-        ids = [int(os.environ['LOCAL_RANK'])] if torch.cuda.is_available() else None
+        ids = [torch.cuda.current_device()] if torch.cuda.is_available() else None
         with warnings.catch_warnings():
             # Newer torch has another word for broadcast_buffers; older ones don't know it yet.
             warnings.simplefilter('ignore', FutureWarning)
@@ -235,6 +234,12 @@ class ExperimentRunner(Runner):
         checkpoint.load_strict(self.bare_model, state['state_dict'], filename)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self.optim_wrapper.load_state_dict(state['optimizer'])
+        if len(state['param_schedulers']) != len(self.param_schedulers or []):
+            raise ValueError(f"'{filename}' was saved with {len(state['param_schedulers'])} param_scheduler, the "
+                             f'config has {len(self.param_schedulers or [])}; set the config back.')
+        if 'ema' in state and self.ema is None:
+            raise ValueError(f"'{filename}' holds an EMA, but the config has no EMAHook any more; put it back, or "
+                             'start a new run from these weights (load_from).')
         for scheduler, stored in zip(self.param_schedulers or [], state['param_schedulers'], strict=True):
             scheduler.load_state_dict(stored)
         self.train_loop.start_at(meta['step'], meta['position'])

@@ -137,10 +137,13 @@ class SDXL(BaseModel):
         """What trains: part or adapter name -> its parameters with their full names, in a fixed order."""
         names = {id(p): n for n, p in self.named_parameters()}
         owners: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        # An adapter's weights may live in a part of the base (LoRA); they are the adapter's all the same.
+        theirs = {id(p) for adapter in self.adapters.values() for p in adapter.trainables()}
         for part in self.trainable_parts:
             module = getattr(self, part)
             # The penultimate layer is read, so the first encoder's last layer and norm never get a gradient.
-            owners[part] = [(names[id(p)], p) for n, p in module.named_parameters() if not self._unread(part, n)]
+            owners[part] = [(names[id(p)], p) for n, p in module.named_parameters()
+                            if not self._unread(part, n) and id(p) not in theirs]
         for name, adapter in self.adapters.items():
             parameters = [(names[id(p)], p) for p in adapter.trainables()]
             if parameters:

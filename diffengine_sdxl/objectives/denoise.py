@@ -27,8 +27,15 @@ class Denoise:
         self.loss = LOSSES.build(loss or {'type': 'L2Loss'})
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """{'loss': []}: fp32, or fp64 if the model is."""
+        """{'loss': []}: fp32, or fp64 if the model is.
+
+        Raises:
+            ValueError: the VAE trains, or the batch has no image.
+        """
         schedule, draws = model.schedule, rng.Draws(batch.seed, batch.key, batch.epoch)
+        if 'vae' in model.trainable_parts:
+            raise ValueError("Denoise cannot train the VAE: its latents are the target, so it would learn to make them "
+                             "easy. Take 'vae' out of model.trainable.")
         latents = model.latents(batch)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         noise, noise_in = self.noise(draws, tuple(latents.shape[1:]), latents.dtype, latents.device)

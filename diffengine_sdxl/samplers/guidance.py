@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from diffengine_sdxl.registry import GUIDANCES
+from diffengine_sdxl.structures import checked_window
 
 #: The order of rows in one UNet call.
 BRANCHES = ('uncond', 'cond')
@@ -38,7 +39,7 @@ class Guidance:
     """
 
     def __init__(self, scale: float, window: Sequence[float] = (0.0, 1.0)) -> None:
-        self.scale, self.window = float(scale), tuple(window)
+        self.scale, self.window = float(scale), checked_window(window)
 
     def active(self, begin: float, end: float) -> bool:
         """Whether it acts in a step from `begin` to `end`."""

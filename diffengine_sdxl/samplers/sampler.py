@@ -99,7 +99,7 @@ class Sampler:
         return self.scheduler_class.from_config(model.scheduler_settings, **self.settings)
 
     def _noise(self, model: Any, size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
-        shape = (1, model.unet.config.in_channels, size[0] // model.vae_factor, size[1] // model.vae_factor)
+        shape = (1, model.unet.config.out_channels, size[0] // model.vae_factor, size[1] // model.vae_factor)
         dtype = torch.promote_types(model.unet.dtype, torch.float32)
         return torch.cat([torch.randn(shape, generator=g, dtype=dtype) for g in generators])
 

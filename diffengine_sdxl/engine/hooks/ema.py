@@ -30,30 +30,33 @@ class EMAHook(Hook):
         self.decay, self.warmup = decay, warmup
         self.step = 0
         self.weights: dict[str, torch.Tensor] = {}
+        self.parameters: dict[str, torch.nn.Parameter] = {}
 
     def before_run(self, runner: Any) -> None:
         """Make room, which a resumed run fills."""
         runner.ema = self
-        self.weights = {n: p.detach().clone() for n, p in self._parameters(runner).items()}
+        # Kept: asking the model for them walks through all of it.
+        self.parameters = {n: p for owned in runner.bare_model.trainables().values() for n, p in owned}
+        self.weights = {n: p.detach().clone() for n, p in self.parameters.items()}
 
     @torch.no_grad()
     def before_train(self, runner: Any) -> None:
         """Begin with the weights as they are now: `load_from` may have replaced those of `before_run`."""
-        for name, parameter in self._parameters(runner).items() if self.step == 0 else ():
+        for name, parameter in self.parameters.items() if self.step == 0 else ():
             self.weights[name].copy_(parameter)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """One step of averaging."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step)) if self.warmup else self.decay
-        current = self._parameters(runner)
+        current = [p.detach() for p in self.parameters.values()]
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.weights.values()), [current[n].detach() for n in self.weights], 1 - decay)
+            torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
 
     @torch.no_grad()
     def swap(self, runner: Any) -> None:
         """Exchange averages and weights, in place and without arithmetic; twice is nothing."""
-        for name, parameter in self._parameters(runner).items():
+        for name, parameter in self.parameters.items():
             held = parameter.detach().clone()
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(held)
@@ -74,7 +77,3 @@ class EMAHook(Hook):
         self.step = checkpoint['ema']['step']
         for name, stored in checkpoint['ema']['weights'].items():
             self.weights[name].copy_(stored)
-
-    @staticmethod
-    def _parameters(runner: Any) -> dict[str, torch.nn.Parameter]:
-        return {n: p for owned in runner.bare_model.trainables().values() for n, p in owned}

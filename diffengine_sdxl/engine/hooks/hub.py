@@ -24,7 +24,7 @@ class PushToHubHook(Hook):
 
     priority = 'VERY_LOW'
 
-    def __init__(self, repo_id: str | None = None, private: bool = False) -> None:
+    def __init__(self, repo_id: str | None = None, private: bool = True) -> None:
         self.repo_id, self.private = repo_id, private
 
     @master_only
@@ -41,7 +41,7 @@ class PushToHubHook(Hook):
                                   exist_ok=True).repo_id
             upload_folder(repo_id=repo_id, folder_path=str(folder),
                           commit_message=f'step {runner.max_iters}')
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the hub's client has an error for everything
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"'{folder}' could not be uploaded to the hub: {first} It stays where it is; upload it "
                              f'with: hf upload {self.repo_id or "OWNER/NAME"} {folder}') from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 
 from diffengine_sdxl.datasets import Draw, collate
+from diffengine_sdxl.datasets.transforms.geometry import pair
 from diffengine_sdxl.engine.prompts import prompt_batch
 from diffengine_sdxl.pictures import labelled_grid, to_pil
 from diffengine_sdxl.registry import HOOKS
@@ -37,7 +39,8 @@ class SampleHook(Hook):
         at_start: also before the first step.
     """
 
-    priority = 'LOW'
+    # After the checkpoint: pictures that fail must not cost the steps before them.
+    priority = 'LOWEST'
 
     def __init__(self, interval: int | None = 500, prompts: Sequence[str] = (),
                  conditions: Mapping[str, Any] | None = None, num_from_dataset: int = 0, num_images: int = 4,
@@ -48,8 +51,8 @@ class SampleHook(Hook):
         self.interval, self.num_images, self.seed, self.at_start = interval, num_images, seed, at_start
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.num_from_dataset = 0 if self.prompts else num_from_dataset
-        self.batch: Any = None
-        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.batches: list[Any] = []
+        self.size = pair(size)
         self.negative_prompt = negative_prompt
         self.conditions = {}
         for name, images in (conditions or {}).items():
@@ -68,15 +71,11 @@ class SampleHook(Hook):
         if model.sampler is None:
             raise ValueError('SampleHook makes pictures, but model.sampler is not set.')
         check_size(self.size, model.size_divisor)
-        if self.prompts:
-            self.batch = prompt_batch(model, self.prompts, self.conditions, self.size, [0] * len(self.prompts))
-            self.batch.negative_text = None if self.negative_prompt is None else (
-                [self.negative_prompt] * len(self.prompts))
-        else:
-            self.batch = self._from_dataset(runner)
+        self.batches = self._from_prompts(model) if self.prompts else self._from_dataset(runner)
         try:
             with torch.no_grad():
-                model.encode(self.batch)  # an adapter without its image says so now, not at the first interval
+                for batch in self.batches:  # an adapter without its image says so now, not at the first interval
+                    model.encode(batch)
         except ValueError as error:
             hint = ' Give prompts their images in default_hooks.samples.conditions.' if self.prompts else ''
             raise ValueError(f'Sample pictures: {error}{hint}') from error
@@ -86,26 +85,23 @@ class SampleHook(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Draw where the interval says so."""
         if self.interval and (runner.iter + 1) % self.interval == 0:
-            if self.batch is not None:
+            if self.batches:
                 self.draw(runner, runner.iter + 1)
             barrier()
 
     def draw(self, runner: Any, step: int) -> None:
         """Make the pictures and write the grid."""
-        model, made = runner.bare_model, []
+        model, rows = runner.bare_model, []
+        given = [name for name, a in model.adapters.items() if a.reads in self.batches[0].conditions]
         model.eval()
         with runner.exported_weights():
-            for k in range(self.num_images):
-                self.batch.seed = torch.full((len(self.batch),), self.seed + k)
-                made.append(model(self.batch, mode='predict'))
+            for batch in self.batches:
+                shown = [batch.conditions[model.adapters[name].reads][0] for name in given]
+                for k in range(self.num_images):  # one by one: a batch of large pictures may not fit beside training
+                    batch.seed = torch.tensor([self.seed + k])
+                    shown.append(model(batch, mode='predict')[0]['images']['adapted'])
+                rows.append((batch.text[0], [to_pil(image.float().cpu().numpy()) for image in shown]))
         model.train()
-        rows = []
-        given = {name: self.batch.conditions[a.reads] for name, a in model.adapters.items()
-                 if a.reads in self.batch.conditions}
-        for i, prompt in enumerate(self.batch.text):
-            shown = [images[i].float().cpu().numpy() for images in given.values()]
-            shown += [m[i]['images']['adapted'].cpu().numpy() for m in made]
-            rows.append((prompt, [to_pil(image) for image in shown]))
         columns = [*given, *(f'seed {self.seed + k}' for k in range(self.num_images))]
         grid = labelled_grid(rows, columns, f'step {step}{", EMA weights" if runner.ema is not None else ""}')
         folder = Path(runner.work_dir) / 'samples'
@@ -114,13 +110,25 @@ class SampleHook(Hook):
         runner.visualizer.add_image('samples', np.asarray(grid), step=step)
         runner.logger.info(f"Samples: '{folder / f'step{step}.png'}'")
 
-    def _from_dataset(self, runner: Any) -> Any:
+    def _from_prompts(self, model: Any) -> list[Any]:
+        negative = None if self.negative_prompt is None else [self.negative_prompt]
+        batches = []
+        for i, prompt in enumerate(self.prompts):
+            images = {name: [given[i]] for name, given in self.conditions.items()}
+            batches.append(prompt_batch(model, [prompt], images, self.size, [self.seed], negative))
+        return batches
+
+    def _from_dataset(self, runner: Any) -> list[Any]:
         dataset = runner.train_dataloader.dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            samples = list(itertools.islice(iter(dataset), self.num_from_dataset))
+            # Of a resumed stream too, the first ones: from its beginning, and not by way of the shuffle buffer.
+            stream: Any = copy.copy(dataset)
+            stream.start, stream.buffer_size = 0, 0
+            samples = list(itertools.islice(iter(stream), self.num_from_dataset))
         else:
-            count = min(self.num_from_dataset, len(dataset))
-            samples = [dataset[Draw(i, 0, runner.seed)] for i in range(count)]
-        batch = runner.bare_model.data_preprocessor(collate(samples))['inputs']
-        batch.size = self.size
-        return batch
+            samples = [dataset[Draw(i, 0, runner.seed)] for i in range(min(self.num_from_dataset, len(dataset)))]
+        batches = [runner.bare_model.data_preprocessor(collate([sample]))['inputs'] for sample in samples]
+        for batch in batches:
+            # What training drops at random belongs to training.
+            batch.size, batch.drop = self.size, {}
+        return batches

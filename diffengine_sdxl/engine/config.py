@@ -119,7 +119,7 @@ def _import(custom_imports: Mapping[str, Any]) -> None:
 def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
     """['a.b=1', 'c=[x,a y]'] as {'a.b': 1, 'c': ['x', 'a y']}.
 
-    What is a Python literal is read as one (numbers, True, None, quoted text, lists, tuples, dicts). In brackets, commas
+    A Python literal is read as one (numbers, True, None, quoted text, lists, tuples, dicts). In brackets, commas
     separate; all else is text, with its blanks and commas. (mmengine's own reader takes the blanks out.)
 
     Raises:

@@ -41,12 +41,13 @@ def export(runner: Any, folder: Path, step: int) -> None:
 
 def _export(runner: Any, folder: Path, step: int) -> None:
     model = runner.bare_model
-    adapters = {name: a for name, a in model.adapters.items() if a.trainables()}
+    owned = model.trainables()
+    adapters = {name: adapter for name, adapter in model.adapters.items() if name in owned}
     with checkpoint.replacing(folder) as temporary:
         temporary.mkdir()
         for name, adapter in adapters.items():
             adapter.save(temporary / name)
-            _check_reload(adapter, temporary / name)
+            _check_reload(adapter, owned[name], temporary / name)
         if model.trainable_parts:
             save_pipeline(model, temporary / PIPELINE)
             _check_pipeline(model, temporary / PIPELINE)
@@ -55,24 +56,24 @@ def _export(runner: Any, folder: Path, step: int) -> None:
 
 
 @torch.no_grad()
-def _check_reload(adapter: Any, folder: Path) -> None:
+def _check_reload(adapter: Any, owned: list[tuple[str, torch.nn.Parameter]], folder: Path) -> None:
     """What was written, read back over zeros, must be what we had, bitwise; the weights may live in the UNet.
 
     Raises:
         ValueError: it is not.
     """
-    parameters = adapter.trainables()
-    held = [p.detach().to('cpu', copy=True) for p in parameters]
+    held = [(name, p, p.detach().to('cpu', copy=True)) for name, p in owned]
     try:
-        for parameter in parameters:
+        for _, parameter, _ in held:
             parameter.zero_()
         adapter.load(folder)
-        changed = sum(not torch.equal(p.cpu(), h) for p, h in zip(parameters, held, strict=True))
+        changed = [name for name, parameter, value in held if not torch.equal(parameter.cpu(), value)]
     finally:
-        for parameter, value in zip(parameters, held, strict=True):
+        for _, parameter, value in held:
             parameter.copy_(value)
     if changed:
-        raise ValueError(f"'{folder}': {changed} of {len(held)} weights changed on their way to the disk.")
+        raise ValueError(f"'{folder}': {len(changed)} of {len(held)} weights changed on their way to the disk: "
+                         f'{", ".join(changed[:5])}.')
 
 
 def _check_pipeline(model: Any, folder: Path) -> None:

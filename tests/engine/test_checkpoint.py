@@ -16,6 +16,8 @@ from mmengine.logging import HistoryBuffer
 
 from diffengine_sdxl.engine import checkpoint
 
+META = {'step': 0, 'position': 0, 'seed': 0, 'samples_per_iter': 1, 'identity': {}}
+
 
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
@@ -77,7 +79,7 @@ def test_the_latest_is_that_of_the_highest_step(tmp_path: Path) -> None:
 def test_what_numpy_and_mmengine_leave_becomes_plain(tmp_path: Path) -> None:
     buffer = HistoryBuffer([1.0, 2.0, 3.0], [1, 1, 1])
     held = {'a': np.float64(1.5), 'b': np.arange(3), 'c': buffer, 'd': [np.int64(3), (np.bool_(True), None)],
-            'e': torch.nn.Parameter(torch.ones(2)), 'state_dict': {}, 'meta': {}}
+            'e': torch.nn.Parameter(torch.ones(2)), 'state_dict': {}, 'meta': META}
     checkpoint.save(tmp_path / 'x.pth', held)
     loaded = checkpoint.load(tmp_path / 'x.pth')
     assert type(loaded['a']) is float and loaded['a'] == 1.5 and loaded['b'].tolist() == [0, 1, 2]
@@ -100,17 +102,17 @@ def test_logged_scalars_stay_bounded() -> None:
 def test_a_write_that_fails_leaves_the_old_file(failure: BaseException, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / 'step1.pth'
-    checkpoint.save(path, {'state_dict': {}, 'meta': {'old': True}})
+    checkpoint.save(path, {'state_dict': {}, 'meta': {**META, 'step': 1}})
 
     def half(state: Any, file: Any) -> None:
         file.write(b'half')
         raise failure
     monkeypatch.setattr(checkpoint.torch, 'save', half)
     with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else ValueError) as caught:
-        checkpoint.save(path, {'state_dict': {}, 'meta': {'old': False}})
+        checkpoint.save(path, {'state_dict': {}, 'meta': {**META, 'step': 2}})
     if not isinstance(failure, KeyboardInterrupt):
         assert str(path) in str(caught.value) and 'untouched' in str(caught.value) and 'MiB' in str(caught.value)
-    assert checkpoint.load(path)['meta'] == {'old': True}
+    assert checkpoint.load(path)['meta']['step'] == 1
     assert os.listdir(tmp_path) == ['step1.pth']
 
 

@@ -56,7 +56,7 @@ def test_an_export_that_does_not_come_back_is_none(tmp_path: Path, tiny: dict[st
         state['adapter.conv_in.bias'] = state['adapter.conv_in.bias'] + 1
         save_file(state, path)
     monkeypatch.setattr(type(adapter), 'save', forgetful)
-    with pytest.raises((AssertionError, ValueError), match='conv_in.bias'):
+    with pytest.raises(ValueError, match='conv_in.bias'):
         runner.train()
     assert not list(tmp_path.glob('step*')) and not list(tmp_path.glob('.*'))
 

@@ -324,15 +324,16 @@ def test_paths_stay_inside_the_root(folder, cache, tmp_path):
     secret = tmp_path / 'secret.png'
     draw_circle(0, 32)[0].save(secret)
     (tmp_path / 'in').mkdir()
-    for name, path in (('up', '../secret.png'), ('abs', str(secret)), ('scheme', f'file://{secret}')):
+    for name, path in (('up', '../secret.png'), ('abs', str(secret)), ('scheme', f'file://{secret}'),
+                       ('chain', f'file://{secret}::hf://datasets/a/b')):
         entries = [dict(image=path, conditioning_image=path, text='')]
         file = write_jsonl(tmp_path / 'in' / f'{name}.jsonl', entries)
-        with pytest.raises(ValueError, match="Column 'image' of row 0 of .* names '.*secret.png'"):
+        with pytest.raises(ValueError, match="Column 'image' of row 0 of .* names '.*secret.png"):
             HFDataset(file, cache_dir=cache, on_bad_image='skip')[0]
         cell = dict(bytes=None, path=path)
         table = hf.Dataset.from_list([dict(image=cell, conditioning_image=cell, text='')])
         table.to_parquet(tmp_path / 'in' / f'{name}.parquet')
-        with pytest.raises(ValueError, match="Column 'image' of row 0 of .* names '.*secret.png'"):
+        with pytest.raises(ValueError, match="Column 'image' of row 0 of .* names '.*secret.png"):
             HFDataset(tmp_path / 'in' / f'{name}.parquet', cache_dir=cache, on_bad_image='skip')[0]
     for root in ('/', tmp_path):
         out = HFDataset(tmp_path / 'in' / 'abs.jsonl', cache_dir=cache, image_root=root)[0]

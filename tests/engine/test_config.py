@@ -320,3 +320,19 @@ def test_modules_named_in_an_override_are_imported(tmp_path: Path, monkeypatch: 
     import sys
     assert sys.modules['imported_by_override'].seen
     assert 'nomodule' in refused(FILL50K, 'custom_imports.imports=[nomodule]')
+
+
+def test_text_of_an_override_keeps_its_blanks_and_commas() -> None:
+    """mmengine's reader would make 'aredcircle' of it."""
+    given = config.parse_overrides(['a=[a red circle, a blue one]', 'b=/my data/base', 'c=red, round', 'd=(0.9,0.99)',
+                                    "e=[[1,2],['x, y']]", 'f=1e-5', 'g=None', 'h=true', "i=[it's, b]", 'j=', 'k=[]',
+                                    "l={'type': 'EMAHook'}"])
+    assert given == {'a': ['a red circle', 'a blue one'], 'b': '/my data/base', 'c': 'red, round', 'd': (0.9, 0.99),
+                     'e': [[1, 2], ['x, y']], 'f': 1e-5, 'g': None, 'h': True, 'i': ["it's", 'b'], 'j': '', 'k': [],
+                     'l': {'type': 'EMAHook'}}
+
+
+@pytest.mark.parametrize('item', ['a=[a cat (sitting,b]', 'a=[x', 'a=[b),c]', "a=['x,b]", 'a'])
+def test_overrides_whose_brackets_do_not_match(item: str) -> None:
+    with pytest.raises(ValueError, match='cfg-options'):
+        config.parse_overrides([item])

@@ -9,7 +9,9 @@ import pytest
 import torch
 from engine.helpers import assert_same_run, build, train, weights
 
+from diffengine_sdxl.adapters.base import Adapter
 from diffengine_sdxl.engine import export
+from diffengine_sdxl.registry import ADAPTERS
 
 
 def test_the_manifest(tmp_path: Path, tiny: dict[str, Any], circles: Path, tiny_base: Path,
@@ -108,3 +110,50 @@ def test_a_fine_tune_of_the_text_encoders(tmp_path: Path, tiny: dict[str, Any]) 
     assert len(state['optimizer']['state']) == len(state['state_dict'])
     assert not any(k.startswith('text_encoder.') and 'final_layer_norm' in k for k in state['state_dict'])
     assert [g['name'] for g in runner.optim_wrapper.param_groups] == ['text_encoder', 'text_encoder_2']
+
+
+class InUNet(Adapter):
+    """An adapter whose weight lives in the UNet, as a LoRA's; `honest` says whether it saves it as it is."""
+
+    def __init__(self, honest: bool = True) -> None:
+        super().__init__()
+        self.honest = honest
+
+    def attach(self, model: Any) -> None:
+        model.unet.register_parameter('added', torch.nn.Parameter(torch.ones(3)))
+        self.held = [model.unet.added]
+
+    def trainables(self) -> list[torch.nn.Parameter]:
+        return self.held
+
+    def contribute(self, call: Any, tensors: Any) -> None:
+        call.sample = call.sample * self.held[0].mean()
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir()
+        value = self.held[0].detach() * (1 if self.honest else 2)
+        torch.save(value, Path(folder) / 'added.pt')
+
+    def load(self, source: str | Path) -> None:
+        self.held[0].data.copy_(torch.load(Path(source) / 'added.pt', weights_only=True))
+
+
+@pytest.mark.parametrize('honest', [True, False])
+def test_weights_that_live_in_the_unet(honest: bool, tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """They are the adapter's beside a UNet that trains too, and an export of them is compared as any other."""
+    if 'InUNet' not in ADAPTERS.module_dict:
+        ADAPTERS.register_module(module=InUNet)
+    runner = build(tmp_path, {**tiny, 'model.trainable': ['unet'], 'train_cfg.max_iters': 1,
+                              'model.adapters.inside': dict(type='InUNet', honest=honest)})
+    owned = runner.model.trainables()
+    assert [n for n, _ in owned['inside']] == ['unet.added'] and 'unet.added' not in dict(owned['unet'])
+    if honest:
+        value = runner.model.unet.added
+        with torch.no_grad():
+            value.fill_(2.0)
+        runner.model.adapters['inside'].save(tmp_path / 'inside')
+        export._check_reload(runner.model.adapters['inside'], owned['inside'], tmp_path / 'inside')
+        assert torch.equal(value, torch.full((3,), 2.0))
+    else:
+        with pytest.raises(ValueError, match='unet.added'):
+            runner.train()

@@ -228,3 +228,45 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, tiny: dict[str, Any],
     lines = [line for line in (captured.out + captured.err).splitlines() if 'Iter(train)' in line]
     assert len(lines) == 2 and all('loss:' in line and 'eta:' in line and 'time:' in line for line in lines)
     assert '\x1b[' not in captured.out
+
+
+def test_pictures_that_fail_cost_no_steps(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """The checkpoint of a step is whole before its pictures are made."""
+    with pytest.raises(ValueError, match='not finite'):
+        train(tmp_path, {**tiny, 'model.sampler.guidances': [dict(type='CFG', scale=1e38)], 'default_hooks.samples':
+                         dict(type='SampleHook', interval=2, num_from_dataset=1, num_images=1, size=32,
+                              at_start=False)})
+    assert torch.load(tmp_path / 'step2.pth', weights_only=True)['meta']['step'] == 2
+    assert (tmp_path / 'step2' / 'adapter').is_dir()
+
+
+def test_pictures_of_a_stream_are_those_of_its_beginning(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Whether the run begins or goes on, and whatever training drops."""
+    options = {**tiny, 'train_dataloader.dataset.type': 'HFStream', 'proportion_empty_prompts': 1.0,
+               'default_hooks.samples': dict(type='SampleHook', interval=2, num_from_dataset=2, num_images=1, size=32)}
+    runner = build(tmp_path, options)
+    stream = runner.build_dataloader(runner._train_dataloader, seed=0).dataset
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    hook = next(h for h in runner.hooks if type(h).__name__ == 'SampleHook')
+    first = hook._from_dataset(runner)
+    runner.train_loop.start_at(3, 6)
+    later = hook._from_dataset(runner)
+    assert runner.train_dataloader.dataset.start == 6 and stream.buffer_size > 0
+    for a, b in zip(first, later, strict=True):
+        assert a.key == b.key and not a.drop
+        assert all(torch.equal(a.conditions[k], b.conditions[k]) for k in a.conditions)
+
+
+def test_an_average_cannot_be_taken_out_of_a_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    train(tmp_path, {**tiny, 'custom_hooks': [dict(type='EMAHook')]})
+    with pytest.raises(ValueError, match='holds an EMA'):
+        train(tmp_path, {**tiny, 'train_cfg.max_iters': 6}, resume=True)
+
+
+def test_two_adapters_of_one_key_take_the_same_pictures(tiny_base: Path, circles: Path) -> None:
+    from diffengine_sdxl.models.sdxl import SDXL
+    model = SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(type='T2IAdapter'), b=dict(type='T2IAdapter')))
+    one, two = (str(circles / 'images' / f'0000{i}.png') for i in range(2))
+    with pytest.raises(ValueError, match="both read 'conditioning_image'"):
+        prompt_batch(model, ['x'], {'a': [one], 'b': [two]}, (32, 32), [0])
+    assert set(prompt_batch(model, ['x'], {'a': [one], 'b': [one]}, (32, 32), [0]).conditions) == {'conditioning_image'}

@@ -58,6 +58,9 @@ def _walk(node: Any, path: str) -> None:
     if registry is not None and not isinstance(node, Mapping | None) and not (
             isinstance(node, list | tuple) and any(_at(path, place) for place in LISTS)):
         raise ValueError(f'{path}={node!r} is no part of a config: it must be a dict with a `type`, or None.')
+    if node is not None and not isinstance(node, list | tuple | Mapping) and any(
+            _at(f'{path}.x', place) for place, _ in PLACES if place.endswith('.*')):
+        raise ValueError(f'{path}={node!r} must be a list or dict of parts, each with a `type`.')
     if isinstance(node, list | tuple):
         for i, child in enumerate(node):
             _walk(child, f'{path}.{i}')

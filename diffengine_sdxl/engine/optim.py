@@ -142,7 +142,7 @@ class StepOptimWrapper(OptimWrapper):
                 raise ValueError(f"clip_grad has no key {key!r} with type='{kind}'; known are "
                                  f'{", ".join(cls.CLIP_KEYS[kind])}.{nearest(key, list(cls.CLIP_KEYS[kind]))}')
         limit = cls.CLIP_KEYS[kind][0]
-        if not clip.get(limit, 0) > 0:
+        if not isinstance(clip.get(limit), int | float) or not clip[limit] > 0:
             raise ValueError(f'clip_grad.{limit}={clip.get(limit)} must be given and above 0; for no clipping set '
                              'clip_grad=None.')
         return clip

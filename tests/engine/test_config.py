@@ -307,7 +307,8 @@ def test_a_config_of_ones_own_names_an_installed_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(('option', 'word'), [
     ('optim_wrapper.optimizer.lr=abc', 'optim_wrapper.optimizer.lr'), ('train_dataloader.batch_size=two', 'batch_size'),
-    ('model.gradient_checkpointing=yes', 'True or False'), ('train_dataloader.num_workers=few', 'num_workers')])
+    ('model.gradient_checkpointing=yes', 'True or False'), ('model.sampler.guidances=few', 'model.sampler.guidances'),
+    ('train_dataloader.num_workers=few', 'num_workers')])
 def test_words_where_a_number_is_due(option: str, word: str) -> None:
     said = refused(FILL50K, option)
     assert word in said and repr(option.partition('=')[2]) in said

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,14 @@ def test_optimizers_without_a_rate_have_curves_too(tmp_path: Path, tiny: dict[st
     assert [row.keys() for row in curves(tmp_path)] == [{'step', 'loss'}] * 2 and (tmp_path / 'curves.png').is_file()
 
 
+def shown_on(leader: int) -> str:
+    """All that a pseudo-terminal was sent: one read may return only a part of it, and the rest comes a moment later."""
+    shown = b''
+    while select.select([leader], [], [], 0.5)[0]:
+        shown += os.read(leader, 65536)
+    return shown.decode(errors='replace')
+
+
 def test_progress_at_a_terminal(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar with loss and speed on a terminal; afterwards the log's handlers write where they wrote before."""
     leader, follower = pty.openpty()
@@ -192,15 +201,8 @@ def test_progress_at_a_terminal(tmp_path: Path, tiny: dict[str, Any], monkeypatc
         runner.train()
         assert consoles and [h.stream for h in consoles] == before and sys.stdout is out and sys.stderr is terminal
         terminal.flush()
-        os.set_blocking(leader, False)
-        shown = b''
-        while True:
-            try:
-                shown += os.read(leader, 65536)
-            except OSError:
-                break
+        text = shown_on(leader)
     os.close(leader)
-    text = shown.decode(errors='replace')
     assert 'training' in text and 'loss' in text and 'steps/s' in text and '4/4' in text
     hook = next(h for h in runner.hooks if isinstance(h, ProgressHook))
     assert hook.bar is None
@@ -216,7 +218,7 @@ def test_progress_gives_the_terminal_back_when_training_fails(tmp_path: Path, ti
         assert command(tmp_path, {**tiny, 'default_hooks.poison.type': 'Poison', 'default_hooks.poison.step': 2}) == 1
         assert sys.stdout is out and sys.stderr is terminal
         terminal.flush()
-        text = os.read(leader, 65536).decode(errors='replace')
+        text = shown_on(leader)
     os.close(leader)
     assert 'Training stopped at step 2' in text and text.count('\x1b[?25h') >= text.count('\x1b[?25l')
 

@@ -7,6 +7,26 @@ from typing import Any
 from safetensors import SafetensorError
 
 
+#: What a source begins with that came with this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
+SHIPPED = 'diffengine_sdxl::'
+
+
+def shipped(source: str | Path | None) -> str | None:
+    """The path of a source that came with this package; any other as it is.
+
+    Raises:
+        ValueError: the package has no such folder, or the path leads out of it.
+    """
+    if source is None or not str(source).startswith(SHIPPED):
+        return None if source is None else str(source)
+    package = Path(__file__).resolve().parent
+    path = (package / str(source).removeprefix(SHIPPED)).resolve()
+    if not path.is_dir() or package not in path.parents:
+        raise ValueError(f"'{source}': this package has no folder '{str(source).removeprefix(SHIPPED)}'; it comes with "
+                         f"'{SHIPPED}shapes/base'.")
+    return str(path)
+
+
 def load_pretrained(cls: Any, source: str, **kwargs: Any) -> Any:
     """`cls.from_pretrained(source)` for a model class of diffusers or transformers, strict.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ class Adapter(nn.Module):
 
     def detach(self, model: Any) -> None:
         """Undo `attach`: the base's outputs are bitwise what they were."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside, what `attach` put into the base does nothing; the model leaves out `encode` and all after it."""
+        return nullcontext()
 
     def trainables(self) -> list[nn.Parameter]:
         """The parameters that train, wherever they live; empty if the adapter is frozen."""

@@ -20,7 +20,8 @@ PLACES: list[tuple[str, NamedRegistry]] = [
     ('model.objective.weighting', r.WEIGHTINGS), ('model.objective.loss', r.LOSSES), ('model.sampler', r.SAMPLERS),
     ('model.sampler.guidances.*', r.GUIDANCES), ('*_dataloader.dataset', r.DATASETS),
     ('*_dataloader.sampler', r.DATA_SAMPLERS), ('*_dataloader.dataset.transforms.*', r.TRANSFORMS),
-    ('*_evaluator', r.EVALUATOR), ('*_evaluator.metrics.*', r.METRICS), ('default_hooks.*', r.HOOKS),
+    ('*_evaluator', r.EVALUATOR), ('*_evaluator.metrics.*', r.METRICS), ('*_evaluator.[0-9]*', r.METRICS),
+    ('default_hooks.*', r.HOOKS),
     ('custom_hooks.*', r.HOOKS), ('train_cfg', r.LOOPS), ('val_cfg', r.LOOPS), ('test_cfg', r.LOOPS),
     ('optim_wrapper', r.OPTIM_WRAPPERS), ('optim_wrapper.optimizer', r.OPTIMIZERS),
     ('param_scheduler', r.PARAM_SCHEDULERS), ('param_scheduler.[0-9]*', r.PARAM_SCHEDULERS),
@@ -39,6 +40,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 LISTS = ('*_evaluator', 'param_scheduler')
 #: Where a part may leave out its type: something has a default.
 TYPELESS = ('*_evaluator', 'val_cfg', 'test_cfg', 'optim_wrapper', 'visualizer', 'log_processor')
+#: What it is then, where its keys can be checked.
+DEFAULT_TYPES = {'val_cfg': 'ValLoop', 'test_cfg': 'TestLoop', 'val_evaluator': 'Evaluator',
+                 'test_evaluator': 'Evaluator'}
 #: Read by mmengine's registries or constructors before a class sees the rest.
 EXTRA = {'default_hooks.*': {'priority'}, 'custom_hooks.*': {'priority'},
          'optim_wrapper': {'constructor', 'paramwise_cfg'}}
@@ -55,6 +59,10 @@ def check(config: Config) -> None:
 
 def _walk(node: Any, path: str) -> None:
     registry = next((reg for place, reg in PLACES if _at(path, place)), None)
+    if registry is r.EVALUATOR and isinstance(node, Mapping) and 'metrics' not in node:
+        registry = r.METRICS  # one metric, without a list
+    elif path in DEFAULT_TYPES and isinstance(node, Mapping):
+        node = {'type': DEFAULT_TYPES[path], **node}
     if registry is not None and not isinstance(node, Mapping | None) and not (
             isinstance(node, list | tuple) and any(_at(path, place) for place in LISTS)):
         raise ValueError(f'{path}={node!r} is no part of a config: it must be a dict with a `type`, or None.')
@@ -67,7 +75,8 @@ def _walk(node: Any, path: str) -> None:
         return
     if not isinstance(node, Mapping):
         return
-    if registry is not None and 'type' not in node and not any(_at(path, place) for place in TYPELESS):
+    if registry is not None and 'type' not in node and (
+            registry is r.METRICS or not any(_at(path, place) for place in TYPELESS)):
         raise ValueError(f"{path} has no `type`; the known ones are {', '.join(registry.names()[:12])}.")
     if registry is not None and isinstance(node.get('type'), str):
         _check_keys(node, path, registry)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,56 @@ def _check_reload(adapter: Any, owned: list[tuple[str, torch.nn.Parameter]], fol
     if changed:
         raise ValueError(f"'{folder}': {len(changed)} of {len(held)} weights changed on their way to the disk: "
                          f'{", ".join(changed[:5])}.')
+
+
+def load_export(model: Any, folder: Path) -> tuple[int | None, bool]:
+    """Read into `model` the weights that `export` wrote.
+
+    Args:
+        model: an SDXL with adapters of the same names.
+        folder: `step<N>`, or the folder of one adapter in it (or from elsewhere, in its ecosystem's format). A
+            fine-tuned base is no part of it: name its folder in model.pretrained.
+
+    Returns:
+        The step, and whether these are EMA weights; None and False where the folder does not say so.
+
+    Raises:
+        ValueError: there is nothing for an adapter of the model, something for an unknown one, or it does not fit.
+    """
+    names, notes = list(model.adapters), read_manifest(folder)
+    if notes is None:
+        name = folder.name if folder.name in names else names[0] if len(names) == 1 else None
+        if name is None:
+            raise ValueError(f"'{folder}' is the folder of one adapter, but the config has {len(names)} adapters"
+                             f"{' (' + ', '.join(names) + ')' if names else ''} and none is named '{folder.name}'.")
+        model.adapters[name].load(folder)
+        with suppress(ValueError):  # it need not be ours
+            notes = read_manifest(folder.parent)
+    else:
+        trained = [name for name in names if model.adapters[name].trainables()]
+        held = [name for name in notes['contents'] if name != PIPELINE]
+        if sorted(trained) != sorted(held):
+            raise ValueError(f"'{folder}' holds the adapters {held or 'none'}, the config trains "
+                             f"{trained or 'none'}; test it with the config that it was trained with.")
+        for name in held:
+            model.adapters[name].load(folder / name)
+    return (None, False) if notes is None else (notes['step'], bool(notes['ema']))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an export, or None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / 'manifest.json'
+    if not path.is_file():
+        return None
+    try:
+        notes = json.loads(path.read_text())
+        return {**notes, 'step': int(notes['step']), 'contents': list(notes['contents']), 'ema': notes['ema']}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}).") from error
 
 
 def _check_pipeline(model: Any, folder: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def prepare(args: Any) -> Any:
     """The config that the command line asks for.
 
     Args:
-        args: config, work_dir, resume, launcher, cfg_options; as tools/train.py parses them.
+        args: config, work_dir, launcher, cfg_options and, to train, resume; as the tools parse them.
 
     Raises:
         ValueError: see engine.config.load.
@@ -118,21 +119,50 @@ def prepare(args: Any) -> Any:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
-    if args.resume:
-        cfg.resume = True if args.resume == 'auto' else args.resume
+    if resume := getattr(args, 'resume', None):
+        cfg.resume = True if resume == 'auto' else resume
     return cfg
+
+
+def prepare_test(args: Any) -> Any:
+    """The config that tests `args.checkpoint` (see `engine.tested.tested`) and trains nothing.
+
+    Args:
+        args: config, checkpoint, work_dir, launcher, cfg_options; as tools/test.py parses them.
+
+    Raises:
+        ValueError: see engine.config.load and engine.tested.tested.
+    """
+    from diffengine_sdxl.engine.tested import tested
+    return tested(prepare(args), args.checkpoint)
 
 
 def train(args: Any) -> int:
     """Train as `args` say; the exit code. A user's mistake is a sentence, not a traceback."""
+    return _run(args, prepare, 'train')
+
+
+def test(args: Any) -> int:
+    """Test as `args` say; the exit code, likewise."""
+    return _run(args, prepare_test, 'test')
+
+
+#: What may help where the device has no room, and what is said of a run that was stopped.
+SMALLER = {'train': 'A smaller train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
+                    'model.gradient_checkpointing=True or a smaller resolution may help.',
+           'test': 'A smaller test_dataloader.batch_size or a smaller resolution may help.'}
+STOPPED = {'train': 'Stopped. Add --resume to go on from the last checkpoint.', 'test': 'Stopped.'}
+
+
+def _run(args: Any, config_of: Callable[[Any], Any], task: str) -> int:
     runner = None
     try:
-        cfg = prepare(args)
+        cfg = config_of(args)
         start_processes(args.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg'))
         _quiet()
         from diffengine_sdxl.registry import RUNNERS
         runner = RUNNERS.build(cfg)
-        runner.train()
+        getattr(runner, task)()
     except (ValueError, OSError) as error:
         _close(runner)
         if isinstance(error, OSError) and error.errno not in NO_ROOM:
@@ -144,9 +174,8 @@ def train(args: Any) -> int:
         return 1
     except torch_out_of_memory() as error:
         _close(runner)
-        print(f'error: the device has no memory left ({str(error).splitlines()[0]}). A smaller '
-              'train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
-              'model.gradient_checkpointing=True or a smaller resolution may help.', file=sys.stderr, flush=True)
+        print(f'error: the device has no memory left ({str(error).splitlines()[0]}). {SMALLER[task]}',
+              file=sys.stderr, flush=True)
         if args.launcher != 'none':
             os._exit(1)
         return 1
@@ -156,7 +185,7 @@ def train(args: Any) -> int:
         return 1
     except KeyboardInterrupt:
         _close(runner)
-        print('Stopped. Add --resume to go on from the last checkpoint.', file=sys.stderr)
+        print(STOPPED[task], file=sys.stderr)
         return 130
     return 0
 

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_reduce, broadcast_object_list, get_rank, get_world_size
 from mmengine.runner import BaseLoop
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.engine import checkpoint
+from diffengine_sdxl.engine.evaluation import ValLoop
 from diffengine_sdxl.registry import LOOPS
 
 
@@ -23,21 +24,24 @@ class StepLoop(BaseLoop):
 
     Args:
         max_iters: optimizer steps. max_epochs: passes over the data, used when `max_iters` is None.
+        val_interval: optimizer steps between validations; there is one at the end too. None: only that one. Without
+            a val_dataloader there is none.
 
     Raises:
         ValueError: neither or a non-positive length is given, or epochs of a stream without a length.
     """
 
-    def __init__(self, runner: Any, dataloader: Any, max_iters: int | None = None,
-                 max_epochs: int | None = None) -> None:
+    def __init__(self, runner: Any, dataloader: Any, max_iters: int | None = None, max_epochs: int | None = None,
+                 val_interval: int | None = None) -> None:
         super().__init__(runner, dataloader)
+        _check_count('val_interval', val_interval)
+        self.val_interval = val_interval
         self._iter, self.num_skipped, self._num_scalars = 0, 0, 0
         self._max_iters = self._length(max_iters, max_epochs)
 
     def _length(self, max_iters: int | None, max_epochs: int | None) -> int:
         for key, value in (('max_iters', max_iters), ('max_epochs', max_epochs)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f'train_cfg.{key}={value!r} must be a whole number of at least 1.')
+            _check_count(key, value)
         if max_iters is not None:
             return max_iters
         if max_epochs is None:
@@ -94,12 +98,15 @@ class StepLoop(BaseLoop):
         runner = self.runner
         runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
+        self._begin_validation()
         # On a change of mode only: mmengine walks all modules before every iteration.
         runner.model.train()
         iterator: Any = iter(self.dataloader) if self._iter < self._max_iters else None
         try:
             while self._iter < self._max_iters:
                 self.run_iter(iterator)
+                if self._validates():
+                    runner.val_loop.run()
         finally:
             # Left to the garbage collector, each worker of a loader that failed takes 5 s to go.
             if hasattr(iterator, '_shutdown_workers'):
@@ -109,6 +116,23 @@ class StepLoop(BaseLoop):
         runner.call_hook('after_train_epoch')
         runner.call_hook('after_train')
         return runner.model
+
+    def _begin_validation(self) -> None:
+        """See that it can be done; make up for one that was interrupted right after its step's checkpoint."""
+        validation = self.runner.val_loop
+        if not isinstance(validation, ValLoop):  # none, or a loop of the user's
+            return
+        validation.check()
+        validation.forget_after(self._iter)
+        missing = [self._iter > 0 and self._validates() and not validation.path().is_file()]
+        broadcast_object_list(missing)
+        if missing[0]:
+            validation.run()
+
+    def _validates(self) -> bool:
+        """Whether there is a validation after the last step."""
+        due = self._iter == self._max_iters or (self.val_interval and self._iter % self.val_interval == 0)
+        return self.runner.val_loop is not None and bool(due)
 
     def run_iter(self, iterator: Any) -> None:
         """One optimizer step.
@@ -160,3 +184,8 @@ class StepLoop(BaseLoop):
                 history, counts = (list(values) for values in old.data)
                 scalars[name] = checkpoint.bounded_buffer(history, counts)
             self._num_scalars = len(scalars)
+
+
+def _check_count(key: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f'train_cfg.{key}={value!r} must be a whole number of at least 1.')

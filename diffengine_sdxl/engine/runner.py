@@ -20,6 +20,7 @@ from torch import nn
 from diffengine_sdxl.datasets import KeyedSampler
 from diffengine_sdxl.engine import checkpoint, identity
 from diffengine_sdxl.engine.config import DEFAULT_HOOKS, resolve
+from diffengine_sdxl.engine.export import load_export
 from diffengine_sdxl.registry import DATASETS, PARAM_SCHEDULERS, RUNNERS, SCOPE
 
 
@@ -43,6 +44,7 @@ class ExperimentRunner(Runner):
         cfg.setdefault('default_scope', SCOPE)
         init_default_scope(cfg.default_scope)
         resolved = resolve(cfg)
+        _fill_loops(resolved)
         _check_needs(resolved)
         seed = identity.claim(resolved)
         randomness = {**(resolved.get('randomness') or {}), 'seed': seed}
@@ -65,6 +67,9 @@ class ExperimentRunner(Runner):
     resolved: Config
     #: Set by the EMA hook.
     ema: Any = None
+    #: What `load_checkpoint` loaded, in words, and the step that it is of, if that is known.
+    loaded: str | None = None
+    loaded_step: int | None = None
 
     @property
     def bare_model(self) -> nn.Module:
@@ -104,14 +109,16 @@ class ExperimentRunner(Runner):
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(lambda record: '\n' not in str(record.msg))
+                # A metric's name starts with whose pictures it is of, so it needs no prefix.
+                handler.addFilter(lambda record: '\n' not in str(record.msg)
+                                  and not str(record.msg).startswith('The prefix is not set in metric class'))
         return logger
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """To its device; DDP over what trains when there are several processes, on CPUs without device ids."""
         from mmengine.device import get_device
         model = model.to(get_device())
-        if not self.distributed:
+        if not self.distributed or self._train_loop is None:
             return model
         # Frozen weights are the same file everywhere: broadcasting SDXL's 7 GB at the start would be waste.
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
@@ -125,6 +132,25 @@ class ExperimentRunner(Runner):
 
     def _init_model_weights(self) -> None:
         """Nothing: an SDXL is whole when it is built, and mmengine's walk takes the mean of every weight."""
+
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        """mmengine's; without training those alone that have something to do in a validation or test.
+
+        The others would average, upload or save what is not there.
+        """
+        super().register_hooks(default_hooks, custom_hooks)
+        if self._train_loop is None:
+            self._hooks = [hook for hook in self._hooks if any(
+                '_val' in stage or '_test' in stage for stage in hook.get_triggered_stages())]
+
+    def dump_config(self) -> None:
+        """mmengine's; without training to `<work_dir>/test/`, as the work_dir may be that of a run."""
+        if self._train_loop is not None:
+            super().dump_config()
+        elif is_main_process():
+            folder = Path(self.work_dir) / 'test'
+            folder.mkdir(exist_ok=True)
+            self.cfg.dump(str(folder / Path(self.cfg.filename or 'config.py').name))
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Ours in place of mmengine's; a value of None takes one out."""
@@ -187,7 +213,8 @@ class ExperimentRunner(Runner):
             'state_dict': dict(self.bare_model.state_dict()),
             'optimizer': self.optim_wrapper.state_dict(),
             'param_schedulers': [s.state_dict() for s in self.param_schedulers or []],
-            'log_scalars': dict(self.message_hub.log_scalars)}
+            # Without those of validations: a run with and one without leave the same checkpoints.
+            'log_scalars': {k: v for k, v in self.message_hub.log_scalars.items() if not k.startswith('val/')}}
 
     def save_checkpoint(self, path: Path) -> None:  # type: ignore[override]
         """Write the run's state to `path`, atomically; the main process alone writes, all learn if it failed.
@@ -252,14 +279,32 @@ class ExperimentRunner(Runner):
         self.logger.info(f"Resumed from '{filename}' after step {meta['step']}.")
 
     def load_checkpoint(self, filename: str, **_: Any) -> None:  # type: ignore[override]
-        """Take the trained weights (the EMA's, if it has one) of another run's checkpoint, strictly.
+        """Take the trained weights (the EMA's, if it has one) of a checkpoint, or of an export's folder, strictly.
 
         Raises:
             ValueError: the file is damaged or its weights don't fit; which keys.
         """
-        state = checkpoint.load(filename)
-        checkpoint.load_strict(self.bare_model, state.get('ema', {}).get('weights') or state['state_dict'], filename)
-        self.logger.info(f"Weights of step {state['meta']['step']} were loaded from '{filename}'.")
+        if Path(filename).is_dir():
+            step, averaged = load_export(self.bare_model, Path(filename))
+        else:
+            state = checkpoint.load(filename)
+            averages = state.get('ema', {}).get('weights')
+            checkpoint.load_strict(self.bare_model, averages or state['state_dict'], filename)
+            step, averaged = state['meta']['step'], bool(averages)
+        self.loaded_step = step
+        self.loaded = f"'{filename}'" + (f', step {step}' if step else '') + (', EMA weights' if averaged else '')
+        self.logger.info(f'Weights were loaded from {self.loaded}.')
+
+
+#: The loop that evaluates where a config names data and metrics but no loop.
+LOOP_TYPES = {'val': 'ValLoop', 'test': 'TestLoop'}
+
+
+def _fill_loops(config: Config) -> None:
+    """`val_cfg` and `test_cfg`, or their types, where they are left out."""
+    for mode, kind in LOOP_TYPES.items():
+        if config.get(f'{mode}_cfg') is not None or config.get(f'{mode}_dataloader') is not None:
+            config[f'{mode}_cfg'] = {'type': kind, **(config.get(f'{mode}_cfg') or {})}
 
 
 def _check_needs(config: Config) -> None:
@@ -274,3 +319,15 @@ def _check_needs(config: Config) -> None:
         for key in ('train_dataloader', 'optim_wrapper'):
             if config.get(key) is None:
                 raise ValueError(f'The config trains, but has no `{key}`.')
+        if config.train_cfg.get('val_interval') is not None and config.get('val_dataloader') is None:
+            raise ValueError('train_cfg.val_interval is set, but the config has no `val_dataloader` to validate on; '
+                             'name one (docs/evaluation.md), or set val_interval=None.')
+    for mode in LOOP_TYPES:
+        keys = [f'{mode}_dataloader', f'{mode}_evaluator']
+        there = [key for key in (*keys, f'{mode}_cfg') if config.get(key) is not None]
+        missing = [key for key in keys if not config.get(key)]
+        if there and missing:
+            raise ValueError(f'The config has `{there[0]}`, but no `{missing[0]}`; an evaluation needs '
+                             f'`{keys[0]}` and `{keys[1]}` (docs/evaluation.md), or neither.')
+        if there and config.model.get('type') == 'SDXL' and not config.model.get('sampler'):
+            raise ValueError(f'The config has `{keys[0]}`, but model.sampler, which makes the pictures, is not set.')

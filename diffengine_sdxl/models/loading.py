@@ -11,7 +11,7 @@ from torch import nn
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.models.single_file import SDXL_FILES, is_single_file, load_single_file, load_single_vae
-from diffengine_sdxl.weights import load_pretrained, said
+from diffengine_sdxl.weights import load_pretrained, said, shipped
 
 MODULES = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
 TOKENIZERS = ('tokenizer', 'tokenizer_2')
@@ -31,7 +31,8 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     """All parts of a base: unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers, scheduler config.
 
     Args:
-        pretrained: folder, hub id or single file; None makes random weights, keyed by `seed`.
+        pretrained: folder, hub id, single file, or 'diffengine_sdxl::<folder>' for what came with this package (so for
+            the other sources, too); None makes random weights, keyed by `seed`.
         vae: folder, hub id or single file of another VAE; None takes the base's own.
         config: folder of component configs for a single file or for random weights; None means SDXL base 1.0's.
         tokenizer: folder or hub id of other tokenizers; None takes the base's own.
@@ -41,6 +42,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     Raises:
         ValueError: something is missing, is not SDXL, or cannot be had without a network.
     """
+    pretrained, vae, config, tokenizer = (shipped(source) for source in (pretrained, vae, config, tokenizer))
     if pretrained is None:
         parts = _random_components(Path(config or SDXL_FILES), dtypes, seed)
     elif is_single_file(pretrained):

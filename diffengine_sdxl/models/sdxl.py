@@ -15,6 +15,7 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.models import loading
 from diffengine_sdxl.models.attention import set_backend
 from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
+from diffengine_sdxl.models.predictions import VARIANTS, predictions, without_adapters
 from diffengine_sdxl.models.text import encode_prompts
 from diffengine_sdxl.registry import ADAPTERS, MODELS, OBJECTIVES, SAMPLERS
 from diffengine_sdxl.schedule import NoiseSchedule
@@ -56,6 +57,8 @@ class SDXL(BaseModel):
     text_encoder: Any
     text_encoder_2: Any
     adapters: Any
+    #: Set by `without_adapters`.
+    alone = False
 
     def __init__(self, pretrained: str | None = None, vae: str | None = None, revision: str | None = None,
                  variant: str | None = None, cache_dir: str | None = None, config: str | None = None,
@@ -82,13 +85,13 @@ class SDXL(BaseModel):
         self.schedule = NoiseSchedule.from_config(self.scheduler_config, prediction_type, zero_terminal_snr)
         self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         set_backend(self.unet, attention)
+        self.objective = OBJECTIVES.build(objective) if objective else None
         self._attach(adapters or {})
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             for part in ('text_encoder', 'text_encoder_2'):
                 if part in self.trainable_parts:
                     getattr(self, part).gradient_checkpointing_enable()
-        self.objective = OBJECTIVES.build(objective) if objective else None
         self.sampler = SAMPLERS.build(sampler) if sampler else None
 
     def _dtypes(self, dtype: str | Mapping[str, str] | None) -> dict[str, torch.dtype]:
@@ -151,8 +154,8 @@ class SDXL(BaseModel):
         return owners
 
     def _unread(self, part: str, name: str) -> bool:
-        if part == 'vae':  # training reads latents, so nothing tells the decoder what was wrong
-            return name.startswith(('decoder.', 'post_quant_conv.'))
+        if part == 'vae':  # an objective that reads latents tells the decoder nothing
+            return name.startswith(('decoder.', 'post_quant_conv.')) and not getattr(self.objective, 'decodes', False)
         if part != 'text_encoder':
             return False
         last = self.text_encoder.config.num_hidden_layers - 1
@@ -176,6 +179,15 @@ class SDXL(BaseModel):
         """Sides of images must be divisible by this, in pixels."""
         return math.lcm(self.vae_factor, *(a.size_divisor for a in self.adapters.values()))
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Whose pictures can be made: 'base', and 'adapted' if there are adapters. A fine-tuned base is 'base'."""
+        return VARIANTS if self.adapters else VARIANTS[:1]
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Inside, the outputs are bitwise those of a model built without adapters. For pictures, not for training."""
+        return without_adapters(self)
+
     def train(self, mode: bool = True) -> SDXL:
         """Training mode for what trains; frozen parts stay in evaluation mode."""
         self.training = mode
@@ -194,6 +206,19 @@ class SDXL(BaseModel):
         """
         if batch.latents is not None:
             return batch.latents
+        dist = self.posterior(batch)
+        noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
+        latents, statistics = dist.mean + dist.std * noise.to(dist.mean), self._statistics(dist.mean)
+        if statistics is None:
+            return latents * self.vae.config.scaling_factor
+        return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
+
+    def posterior(self, batch: Batch) -> Any:
+        """The VAE's distribution of the images' latents, unscaled: `mean`, `std` [B, 4, h, w], `kl()` [B].
+
+        Raises:
+            ValueError: there is no image, or a side cannot be divided.
+        """
         if batch.img is None:
             raise ValueError("The samples hold neither 'img' nor 'latents'; name the column (image_column).")
         height, width = batch.img.shape[-2:]
@@ -204,12 +229,7 @@ class SDXL(BaseModel):
                              f'({said}). Change `resolution`.')
         with torch.set_grad_enabled(torch.is_grad_enabled() and 'vae' in self.trainable_parts):
             with self._safe_vae() as vae:
-                dist = vae.encode(batch.img.to(vae.dtype)).latent_dist
-            noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
-            latents, statistics = dist.mean + dist.std * noise.to(dist.mean), self._statistics(dist.mean)
-            if statistics is None:
-                return latents * self.vae.config.scaling_factor
-            return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
+                return vae.encode(batch.img.to(vae.dtype)).latent_dist
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -252,7 +272,7 @@ class SDXL(BaseModel):
         rows = [self._encode_text(batch, branch) for branch in branches]
         text, pooled, time_ids = (torch.cat([row[i] for row in rows]) for i in range(3))
         adapters = {}
-        for name, adapter in self.adapters.items():
+        for name, adapter in () if self.alone else self.adapters.items():
             tensors = adapter.encode(batch)
             if name in batch.drop:
                 null = adapter.null(tensors)
@@ -326,21 +346,20 @@ class SDXL(BaseModel):
             adapter = self.adapters[name]
             with self._autocast(True):
                 adapter.contribute(call, tensors if conditioning.projected else adapter.project(tensors))
-        with self._autocast(self._unet_mixed):
+        # The base alone computes as it does without an adapter's fp32 weights in it.
+        with self._autocast('unet' in self.trainable_parts if self.alone else self._unet_mixed):
             out = self.unet(**call.kwargs(), return_dict=False)[0]
         call.check_consumed()
         return out
 
-    def forward(self, inputs: Batch, data_samples: Any = None, mode: str = 'loss') -> Any:
-        """'loss': dict of losses; 'predict': a dict a sample (key, seed, prompt, images); mmengine's entry."""
+    def forward(self, inputs: Batch, data_samples: Any = None, mode: str = 'loss',
+                variants: Sequence[str] | None = None) -> Any:
+        """'loss': dict of losses; 'predict': see `models.predictions.predictions`; mmengine's entry."""
         if mode == 'loss':
             assert self.objective is not None, 'the runner checks that a model that trains has an objective'
             return self.objective(self, inputs)
         if mode == 'predict':
-            assert self.sampler is not None, 'the runner checks that a model that samples has a sampler'
-            images = self.decode(self.sampler(self, inputs))
-            return [{'key': inputs.key[i], 'seed': int(inputs.seed[i]), 'prompt': inputs.text[i],
-                     'images': {'adapted': images[i]}} for i in range(len(inputs))]
+            return predictions(self, inputs, variants)
         raise ValueError(f"mode='{mode}' is not known; choose 'loss' or 'predict'.")
 
     def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Loss and learning rate as a picture at the end of a run."""
+"""Loss, learning rate and the results of validations as a picture at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
-from diffengine_sdxl.engine import checkpoint
+from diffengine_sdxl.engine import checkpoint, report
 from diffengine_sdxl.pictures import save_curves
 from diffengine_sdxl.registry import HOOKS
 
@@ -19,7 +19,8 @@ from diffengine_sdxl.registry import HOOKS
 class CurvesHook(Hook):
     """Writes every step's loss and learning rate to `curves.jsonl`, and `curves.png` at the end.
 
-    A resumed run goes on in the same file, from the step that it was resumed at.
+    The picture also has a panel for each metric of a validation. A resumed run goes on in the same file, from the
+    step that it was resumed at.
     """
 
     priority = 'LOW'
@@ -67,6 +68,12 @@ class CurvesHook(Hook):
                 if name != 'step':
                     curves[name][0].append(row['step'])
                     curves[name][1].append(value)
+        for step, file in report.step_files(Path(runner.work_dir) / 'val').items():
+            for variant, metrics in report.read(file).items():
+                for name, found in metrics.items():
+                    if found['value'] is not None:
+                        curves[f'{name}, {variant}'][0].append(step)
+                        curves[f'{name}, {variant}'][1].append(found['value'])
         path = Path(runner.work_dir) / 'curves.png'
         save_curves(path, curves, f'{Path(runner.work_dir).name}, {rows[-1]["step"]} steps')
         runner.logger.info(f"Curves: '{path}'")

@@ -99,7 +99,8 @@ class SampleHook(Hook):
                 shown = [batch.conditions[model.adapters[name].reads][0] for name in given]
                 for k in range(self.num_images):  # one by one: a batch of large pictures may not fit beside training
                     batch.seed = torch.tensor([self.seed + k])
-                    shown.append(model(batch, mode='predict')[0]['images']['adapted'])
+                    made, = model(batch, mode='predict')[0]['images'].values()
+                    shown.append(made)
                 rows.append((batch.text[0], [to_pil(image.float().cpu().numpy()) for image in shown]))
         model.train()
         columns = [*given, *(f'seed {self.seed + k}' for k in range(self.num_images))]

@@ -1,0 +1,30 @@
+"""UNet and text encoders of the shapes world, from random weights, on cached latents: the second step of its base.
+
+The cache is written by `python tools/cache.py shapes_pretrain_data work_dirs/shapes_latents` (docs/shapes.md).
+"""
+_base_ = ['../_base_/models/shapes.py', '../_base_/samplers/shapes.py', '../_base_/schedules/adamw_15k.py',
+          '../_base_/runtime.py']
+resolution = 64
+model = dict(
+    # Random weights of the base's shape; its VAE has been trained already.
+    pretrained=None, config='diffengine_sdxl::shapes/base', vae='diffengine_sdxl::shapes/base/vae',
+    trainable=['unet', 'text_encoder', 'text_encoder_2'],
+    objective=dict(type='Denoise', timesteps=dict(type='UniformTimesteps')), sampler=_base_.sampler)
+train_dataloader = dict(
+    batch_size=32, num_workers=0,
+    dataset=dict(
+        type='CachedLatents', source='work_dirs/shapes_latents',
+        transforms=[
+            # Both nulls are learned: the caption '' and zeros, which stock takes for a missing negative prompt.
+            dict(type='CaptionDrop', prob=0.05),
+            dict(type='CaptionDrop', prob=0.08, to=None)]))
+train_cfg = dict(max_iters=9000)
+optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01))
+param_scheduler = dict(name='cosine', num_warmup_steps=200)
+default_hooks = dict(
+    samples=dict(interval=1000, num_images=6, prompts=[
+        'a striped cyan circle on brown', 'a red triangle on white', 'an outlined yellow star on blue',
+        'a glossy green square on pink', 'a red star on gray', 'a blue square on orange']),
+    logger=dict(interval=50), checkpoint=dict(interval=1000, max_keep_ckpts=2))
+custom_hooks = [dict(type='EMAHook', decay=0.999)]
+randomness = dict(seed=0)

@@ -1,0 +1,95 @@
+"""An image encoder of its own: it learns to see what captions say, and an IP-Adapter reads it later."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.registry import ADAPTERS
+from diffengine_sdxl.structures import Batch
+from diffengine_sdxl.weights import load_pretrained, shipped
+
+#: Of CLIP's image processor (Radford et al. 2021).
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@ADAPTERS.register_module()
+class ImageEncoder(Adapter):
+    """transformers' CLIPVisionModelWithProjection. It adds nothing to the UNet; `ImageTextContrast` trains it.
+
+    Args:
+        weights: folder or hub id; None for fresh weights.
+        subfolder: of `weights`.
+        trainable: see Adapter.
+        image_size, patch_size, hidden_size, num_hidden_layers, num_attention_heads: of fresh weights.
+
+    Raises:
+        ValueError: in `attach`, if `weights` are no CLIP image encoder or project to another width than the base's
+            second text encoder.
+    """
+
+    def __init__(self, weights: str | None = None, subfolder: str | None = None, trainable: bool = True,
+                 image_size: int = 224, patch_size: int = 14, hidden_size: int = 768, num_hidden_layers: int = 12,
+                 num_attention_heads: int = 12) -> None:
+        super().__init__(None, weights, trainable)
+        self.subfolder = subfolder
+        self.shape = {'image_size': image_size, 'patch_size': patch_size, 'hidden_size': hidden_size,
+                      'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads,
+                      'intermediate_size': 4 * hidden_size}
+
+    def attach(self, model: Any) -> None:
+        """Build the encoder; fresh weights depend on (seed, adapter name) alone."""
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+        width = model.text_encoder_2.config.projection_dim
+        if self.weights is not None:
+            self.net = load_pretrained(CLIPVisionModelWithProjection, str(shipped(self.weights)),
+                                       subfolder=self.subfolder)
+        else:
+            self.net = CLIPVisionModelWithProjection(CLIPVisionConfig(**self.shape, projection_dim=width))
+        if self.net.config.projection_dim != width:
+            raise ValueError(f"'{self.weights}' projects images to {self.net.config.projection_dim} numbers; the "
+                             f"base's text_encoder_2 has {width}. Take the one that was trained with it.")
+
+    def detach(self, model: Any) -> None:
+        """Nothing of it lives in the base."""
+        del self.net
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The images' embeddings [B, P], P the width of the base's pooled text.
+
+        Raises:
+            ValueError: the batch has no image.
+        """
+        if batch.img is None:
+            raise ValueError("The samples hold no 'img'; an image encoder cannot learn from cached latents.")
+        size = self.net.config.image_size
+        pixels = batch.img * 0.5 + 0.5
+        if pixels.shape[-2:] != (size, size):
+            pixels = functional.interpolate(pixels, (size, size), mode='bicubic', antialias=True).clamp(0, 1)
+        mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+        embeds: Tensor = self.net(((pixels - mean) / std).to(self.net.dtype)).image_embeds
+        return embeds
+
+    def save(self, folder: str | Path) -> None:
+        """Write transformers' folder, with the settings of the image processor that prepares its input."""
+        from transformers import CLIPImageProcessor
+        size = self.net.config.image_size
+        self.net.save_pretrained(str(folder))
+        CLIPImageProcessor(size={'shortest_edge': size}, crop_size={'height': size, 'width': size}, image_mean=MEAN,
+                           image_std=STD).save_pretrained(str(folder))
+
+    def load(self, source: str | Path) -> None:
+        """Read transformers' folder, in place.
+
+        Raises:
+            ValueError: a key is missing or misnamed, or it is of other widths.
+        """
+        loaded = load_pretrained(type(self.net), str(source))
+        theirs, ours = loaded.config.to_dict(), self.net.config.to_dict()
+        faults = [f'{k}={theirs.get(k)} instead of {ours.get(k)}' for k in (*self.shape, 'projection_dim')
+                  if theirs.get(k) != ours.get(k)]
+        if faults:
+            raise ValueError(f"'{source}' does not fit the image encoder '{self.name}': it has {', '.join(faults)}.")
+        self.net.load_state_dict(loaded.state_dict())

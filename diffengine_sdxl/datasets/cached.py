@@ -1,0 +1,89 @@
+"""Samples whose images were encoded once and for all: what `tools/cache.py` wrote."""
+
+import bisect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffengine_sdxl.datasets.base import MapDataset, Sample, Transform
+from diffengine_sdxl.datasets.sampler import Draw
+from diffengine_sdxl.registry import DATASETS
+
+#: Words of the rows, and what says whose latents they are.
+ROWS, ORIGIN = 'rows.jsonl', 'origin.json'
+
+
+@DATASETS.register_module()
+class CachedLatents(MapDataset):
+    """Rows of a cache: 'latents' [4, h, w], 'time_ids' [6], every condition [C, H, W] in [0, 1], and text.
+
+    A row keeps the key of its source, so noise and timesteps are those of the uncached run.
+
+    Args:
+        source: the folder.
+        transforms: of what is left to change, as CaptionDrop; see `SampleMaker`.
+        max_samples: only the first so many.
+
+    Raises:
+        ValueError: the folder is no cache, or its parts don't fit together.
+    """
+
+    def __init__(self, source: str | Path, transforms: Sequence[dict[str, Any] | Transform] = (),
+                 max_samples: int | None = None) -> None:
+        super().__init__(transforms, 'raise')
+        self.source, folder = str(source), Path(source).expanduser()
+        if not (folder / ROWS).is_file() or not (folder / ORIGIN).is_file():
+            raise ValueError(f"'{source}' holds no {ROWS} and {ORIGIN}, so it is no cache; write one with `python "
+                             f'tools/cache.py CONFIG {source}`.')
+        with (folder / ROWS).open(encoding='utf-8') as lines:
+            self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines][:max_samples]
+        self.shards: list[Path] = sorted(folder.glob('*.safetensors'))
+        #: Number of the first row after each shard.
+        self.ends: list[int] = []
+        for path in self.shards:
+            with said_open(path) as tensors:
+                count = tensors.get_slice('latents').get_shape()[0]
+            self.ends.append(count + (self.ends[-1] if self.ends else 0))
+        if not self.rows or not self.ends or len(self.rows) > self.ends[-1]:
+            raise ValueError(f"The cache '{source}' is incomplete: {len(self.rows)} rows of text, "
+                             f'{self.ends[-1] if self.ends else 0} of latents. Write it again.')
+        self._open: dict[Path, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        """The row's key in the data set that was cached."""
+        return str(self.rows[index]['key'])
+
+    def load(self, index: int, draw: Draw) -> Sample:
+        """Tensors and words of row `index`; images' conditions are kept in 8 bits and come as floats in [0, 1]."""
+        shard = bisect.bisect_right(self.ends, index)
+        path = self.shards[shard]
+        if path not in self._open:  # in the worker that reads it: an open file does not travel
+            self._open[path] = said_open(path)
+        tensors, row = self._open[path], index - (self.ends[shard - 1] if shard else 0)
+        sample: Sample = {k: v for k, v in self.rows[index].items() if k != 'key'}
+        for name in tensors.keys():
+            value = tensors.get_slice(name)[row]
+            sample[name] = value.float() / 255 if value.dtype == torch.uint8 else value.float()
+        return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_open': {}}
+
+
+def said_open(path: Path) -> Any:
+    """`safe_open`, whose errors name the file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return safe_open(path, framework='pt')
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"The cache file '{path}' cannot be read: {error}. Write the cache again.") from error

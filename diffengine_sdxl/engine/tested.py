@@ -1,0 +1,70 @@
+"""From a config that trains to one that tests what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.config import Config
+
+from diffengine_sdxl.engine import checkpoint
+from diffengine_sdxl.engine.export import PIPELINE, read_manifest
+from diffengine_sdxl.registry import nearest
+
+#: In place of a checkpoint: the base alone.
+NONE = 'none'
+#: What only training or validation reads.
+TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'val_dataloader',
+            'val_evaluator', 'val_cfg')
+
+
+def tested(config: Config, name: str) -> Config:
+    """`config` without what trains, and with the weights that `name` stands for.
+
+    Args:
+        config: as `engine.config.load` returned it; changed in place.
+        name: a `step<N>.pth` (its EMA's weights, if it has an EMA); a work_dir, for its latest one; a folder
+            `step<N>`, or that of one adapter in it; or 'none', for the base alone, without the config's adapters.
+
+    Raises:
+        ValueError: the config says nothing of a test, or there is nothing of that name.
+    """
+    for key in ('test_dataloader', 'test_evaluator'):
+        if not config.get(key):
+            hint = ' It has one to validate with: write the same for the test.' if config.get(
+                key.replace('test', 'val')) else ''
+            raise ValueError(f'The config has no `{key}`, so there is nothing to test with; see docs/evaluation.md.'
+                             f'{hint}')
+    for key in TRAINING:
+        config.pop(key, None)
+    config.resume, config.load_from = False, None
+    if name == NONE:
+        config.model.adapters = {}
+        config.test_cfg = {**(config.get('test_cfg') or {}), 'variants': ['base']}
+        return config
+    path = find(name)
+    notes = read_manifest(path) if path.is_dir() else None
+    if notes is not None and PIPELINE in notes['contents']:
+        # The base itself was trained: its folder takes the place of the config's base and VAE.
+        config.model.update(pretrained=str(path / PIPELINE), vae=None, revision=None, variant=None)
+    config.load_from = str(path)
+    return config
+
+
+def find(name: str) -> Path:
+    """The checkpoint's file, or the exported folder, that `name` stands for.
+
+    Raises:
+        ValueError: there is none; what there is.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if not path.exists():
+        there = [p.name for p in checkpoint.found(path.parent)]
+        raise ValueError(f"There is no checkpoint '{name}'.{nearest(path.name, there)} Name a step<N>.pth, a work_dir, "
+                         f"an exported folder, or '{NONE}' for the base alone.")
+    if (latest := checkpoint.latest(path)) is not None:
+        return latest
+    if read_manifest(path) is None and not any(path.glob('*.safetensors')):
+        raise ValueError(f"'{name}' holds neither a checkpoint (step<N>.pth) nor an exported adapter.")
+    return path

@@ -1,0 +1,53 @@
+"""Reconstruction: what trains a VAE."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.registry import OBJECTIVES
+from diffengine_sdxl.structures import Batch
+
+
+@OBJECTIVES.register_module()
+class Reconstruct:
+    """|decode(z) - x|^p + kl_weight * KL(q(z | x) || N(0, 1)), z drawn from q(z | x).
+
+    Source: Kingma & Welling 2014; the small weight of the KL and its sum over a latent's elements as in Rombach et
+    al. 2022 (latent diffusion), without their perceptual and adversarial parts. The sample's noise is a keyed draw.
+
+    Args:
+        kl_weight: of the KL, summed over a sample's latent and averaged over the batch.
+        power: 2 for squares, which PSNR measures, or 1.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    #: Its gradient reaches the VAE's decoder too.
+    decodes = True
+
+    def __init__(self, kl_weight: float = 1e-6, power: int = 2) -> None:
+        if kl_weight < 0 or power not in (1, 2):
+            raise ValueError(f'Reconstruct: kl_weight={kl_weight} must not be negative and power={power} be 1 or 2.')
+        self.kl_weight, self.power = kl_weight, power
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """{'loss_reconstruction': [], 'loss_kl': [], 'psnr': []}: means over the batch; PSNR in dB, not trained on.
+
+        Raises:
+            ValueError: the VAE does not train, something else does, or the batch has no image.
+        """
+        if set(model.trainable_parts) != {'vae'} or len(model.trainables()) > 1:
+            raise ValueError(f'Reconstruct trains the VAE alone, but model.trainable is {list(model.trainable_parts)} '
+                             f"and {', '.join(model.trainables()) or 'nothing'} would train; set trainable=['vae'] and "
+                             'take the adapters out.')
+        posterior = model.posterior(batch)
+        noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', posterior.mean.shape[1:])
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        error = model.vae.decode(latents, return_dict=False)[0].float() - batch.img
+        with torch.no_grad():  # of images in [-1, 1]: the peak is 2
+            psnr = (10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp_min(1e-12))).mean()
+        return {'loss_reconstruction': error.abs().pow(self.power).mean(),
+                'loss_kl': self.kl_weight * posterior.kl().float().mean(), 'psnr': psnr}

@@ -1,0 +1,160 @@
+"""Scenes to pixels: signed distances, so that any size is drawn exactly and edges cover pixels in part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffengine_sdxl.shapes import palette
+from diffengine_sdxl.shapes.scene import Scene
+
+Array = NDArray[np.float64]
+Pixels = NDArray[np.uint8]
+
+#: What a conditioning image can be.
+CONDITIONS = ('outline', 'edge', 'mask', 'depth')
+
+
+def _regular(points: int, outer: float, inner: float, lift: float = 0.0) -> Array:
+    """Corners of a polygon with one corner at the top; `inner` radius in between for a star."""
+    angles = np.arange(2 * points) * np.pi / points
+    radii = np.where(np.arange(2 * points) % 2 == 0, outer, inner)
+    return np.stack([radii * np.sin(angles), lift - radii * np.cos(angles)], axis=-1)
+
+
+# Corners around the origin, y down; the shapes are of about equal area.
+CORNERS = {'square': np.array([[-0.82, -0.82], [0.82, -0.82], [0.82, 0.82], [-0.82, 0.82]]),
+           'triangle': _regular(3, 1.2, 0.6, lift=0.2), 'star': _regular(5, 1.12, 0.52, lift=0.05)}
+CIRCLE_RADIUS = 0.95
+
+
+def signed_distance(shape: str, x: Array, y: Array) -> Array:
+    """Distance to the outline, negative inside, in the units of x and y (the shape's radius is 1).
+
+    Source for polygons: the least distance to an edge, its sign by the even-odd rule.
+    """
+    if shape == 'circle':
+        return np.hypot(x, y) - CIRCLE_RADIUS
+    corners = CORNERS[shape]
+    nearest, inside = np.full(x.shape, np.inf), np.zeros(x.shape, dtype=bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        ex, ey = bx - ax, by - ay
+        along = np.clip(((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey), 0, 1)
+        nearest = np.minimum(nearest, (x - ax - along * ex) ** 2 + (y - ay - along * ey) ** 2)
+        if ay != by:
+            inside ^= ((ay > y) != (by > y)) & (x < ex * (y - ay) / ey + ax)
+    return np.where(inside, -1.0, 1.0) * np.sqrt(nearest)
+
+
+def _coordinates(scene: Scene, size: int) -> tuple[Array, Array]:
+    """Centres of the pixels in units of the shape's radius around its centre, [size, size] twice."""
+    places = (np.arange(size) + 0.5) / size
+    return np.meshgrid((places - scene.x) / scene.radius, (places - scene.y) / scene.radius)
+
+
+def _cover(distance: Array, pixel: float) -> Array:
+    """How much of each pixel lies inside, 0..1; `pixel` is its side in the distance's units."""
+    return np.clip(0.5 - distance / pixel, 0, 1)
+
+
+def _plain(x: Array, y: Array, d: Array, pixel: float) -> Array:
+    return np.zeros_like(d)
+
+
+def _outlined(x: Array, y: Array, d: Array, pixel: float) -> Array:
+    return _cover(-0.14 - d, pixel)
+
+
+def _striped(x: Array, y: Array, d: Array, pixel: float) -> Array:
+    period = 0.62
+    place = np.mod(y + 0.155, period)
+    return _cover(np.abs(place - period / 2) - 0.12, pixel)
+
+
+def _dotted(x: Array, y: Array, d: Array, pixel: float) -> Array:
+    step = 0.56
+    place = np.hypot(np.mod(x + step / 2, step) - step / 2, np.mod(y + step / 2, step) - step / 2)
+    return _cover(place - 0.155, pixel)
+
+
+def _ringed(x: Array, y: Array, d: Array, pixel: float) -> Array:
+    return _cover(np.abs(d + 0.3) - 0.075, pixel)
+
+
+#: Style -> how much of the accent colour lies on each point of the shape.
+PATTERNS: dict[str, Callable[[Array, Array, Array, float], Array]] = {
+    'flat': _plain, 'outlined': _outlined, 'striped': _striped, 'glossy': _plain, 'dotted': _dotted,
+    'ringed': _ringed}
+
+
+def _shine(x: Array, y: Array) -> Array:
+    """The highlight of a glossy shape, up and to the left, 0..1."""
+    return np.exp(-(((x + 0.26) / 0.3) ** 2 + ((y + 0.2) / 0.3) ** 2))
+
+
+def paint(scene: Scene, size: int) -> Array:
+    """The picture, [size, size, 3], sRGB in 0..255 before rounding."""
+    x, y = _coordinates(scene, size)
+    d, pixel = signed_distance(scene.shape, x, y), 1 / (size * scene.radius)
+    ground = np.asarray(palette.COLOURS[scene.ground], dtype=np.float64) * _texture(scene.texture, size)[..., None]
+    shape = np.broadcast_to(np.asarray(palette.COLOURS[scene.fill], dtype=np.float64), ground.shape)
+    shape = _mix(shape, np.asarray(palette.accent(scene.fill)), PATTERNS[scene.style](x, y, d, pixel))
+    if scene.style == 'glossy':
+        shine = 140.0 if scene.fill == 'white' else 255.0
+        shape = _mix(shape, np.full(3, shine), 0.9 * _shine(x, y))
+    return np.clip(_mix(ground, shape, _cover(d, pixel)), 0, 255)
+
+
+def render(scene: Scene, size: int) -> Pixels:
+    """The picture, [size, size, 3], sRGB."""
+    return np.round(paint(scene, size)).astype(np.uint8)
+
+
+def _texture(texture: str, size: int) -> Array:
+    """What the ground's colour is multiplied by, [size, size]."""
+    x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2)
+    if texture == 'shaded':
+        return 1.0 - 0.18 * y
+    if texture == 'wavy':
+        return 0.94 + 0.06 * np.sin(2 * np.pi * (4 * y + 0.6 * np.sin(2 * np.pi * x)))
+    return np.ones((size, size))
+
+
+def _mix(under: Array, over: Array, part: Array) -> Array:
+    return under + (over - under) * part[..., None]
+
+
+def mask(scene: Scene, size: int) -> Array:
+    """How much of each pixel the shape covers, [size, size], 0..1."""
+    x, y = _coordinates(scene, size)
+    return _cover(signed_distance(scene.shape, x, y), 1 / (size * scene.radius))
+
+
+def condition(scene: Scene, size: int, kind: str) -> Pixels:
+    """A conditioning image, [size, size, 3].
+
+    'outline': the shape's outline as a light line on black, as in fusing/fill50k. 'edge': what an edge detector
+    would see, the pattern's edges too. 'mask': the filled shape, white on black. 'depth': near is light; the shape
+    bulges out of a far ground.
+    """
+    x, y = _coordinates(scene, size)
+    d, pixel = signed_distance(scene.shape, x, y), 1 / (size * scene.radius)
+    if kind == 'mask':
+        values = _cover(d, pixel)
+    elif kind == 'outline':
+        values = _cover(np.abs(d) - 0.75 * pixel * max(1.0, size / 64), pixel)
+    elif kind == 'depth':
+        values = np.where(d < 0, 0.55 + 0.45 * np.clip(-d / 0.8, 0, 1), 0.15)
+    else:
+        values = _edges(palette.to_lab(paint(scene, size)))
+    return np.repeat(np.round(255 * values).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _edges(lab: Array) -> Array:
+    """1 where Lab changes by more than 12 between the pixels on both sides, thinned to no less than that."""
+    padded = np.pad(lab, ((1, 1), (1, 1), (0, 0)), mode='edge')
+    across = np.linalg.norm(padded[1:-1, 2:] - padded[1:-1, :-2], axis=-1)
+    down = np.linalg.norm(padded[2:, 1:-1] - padded[:-2, 1:-1], axis=-1)
+    return (np.maximum(across, down) > 12).astype(np.float64)

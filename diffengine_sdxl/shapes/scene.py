@@ -1,0 +1,124 @@
+"""What one picture of the shapes world shows: drawn from (seed, index), and said in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.shapes import palette
+
+SHAPES = ('circle', 'square', 'triangle', 'star')
+#: Styles that the base was trained on, and those withheld from it for adapters to learn.
+BASE_STYLES = ('flat', 'outlined', 'striped', 'glossy')
+WITHHELD_STYLES = ('dotted', 'ringed')
+STYLES = (*BASE_STYLES, *WITHHELD_STYLES)
+TEXTURES = ('plain', 'shaded', 'wavy')
+#: Pairs of fill and shape that the base never saw; two of each shape, eight fills.
+HELD_OUT = (('red', 'star'), ('orange', 'triangle'), ('yellow', 'square'), ('green', 'circle'),
+            ('cyan', 'star'), ('blue', 'square'), ('purple', 'circle'), ('pink', 'triangle'))
+#: Which pairs of fill and shape a sequence is drawn from.
+COMBINATIONS = ('seen', 'held_out', 'all')
+#: Fill and ground, and the fill's accent and ground, lie at least this far apart in Lab.
+MIN_CONTRAST = 30.0
+
+TEMPLATES = ('{a} {look} on {ground}', '{look} on {ground}', '{a} {look} on {a_ground} background',
+             'a picture of {a} {look} on {ground}', '{look}, {ground} background', 'a drawing of {a} {look} on '
+             '{a_ground} ground', '{a} {look} in front of {ground}', 'one {look} on a background of {ground}')
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One shape on one ground.
+
+    Attributes:
+        shape, style, fill, ground, texture: of SHAPES, STYLES, palette.NAMES twice, TEXTURES.
+        x, y: the shape's centre, in parts of the picture's side, from the top left.
+        radius: in parts of the side.
+        template: index of the caption's wording in TEMPLATES.
+        wordy: the caption names what goes without saying (a flat style, a plain ground).
+    """
+
+    shape: str
+    style: str
+    fill: str
+    ground: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+    template: int = 0
+    wordy: bool = False
+
+    @property
+    def caption(self) -> str:
+        """Such as 'a striped cyan circle on brown'."""
+        look = f'{self.fill} {self.shape}' if self.style == 'flat' and not self.wordy else (
+            f'{self.style} {self.fill} {self.shape}')
+        ground = self.ground if self.texture == 'plain' and not self.wordy else f'{self.texture} {self.ground}'
+        return TEMPLATES[self.template].format(a=_article(look), look=look, ground=ground,
+                                               a_ground=f'{_article(ground)} {ground}').replace('{a} ', '')
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All fields as plain values, for a row of metadata."""
+        return asdict(self)
+
+
+def _article(words: str) -> str:
+    return 'an' if words[0] in 'aeiou' else 'a'
+
+
+@cache
+def grounds(fill: str) -> tuple[str, ...]:
+    """The ground colours that stand out from this fill and its accent."""
+    colours = (palette.COLOURS[fill], palette.accent(fill))
+    # A texture darkens its ground in places, down to 0.82.
+    return tuple(name for name, (r, g, b) in palette.COLOURS.items()
+                 if min(palette.distance((k * r, k * g, k * b), own) for own in colours for k in (1.0, 0.82))
+                 >= MIN_CONTRAST)
+
+
+def draw_scene(seed: int, index: int, styles: Sequence[str] = BASE_STYLES, combinations: str = 'seen',
+               split: str = 'train') -> Scene:
+    """The scene of sample `index`; every part of it depends on (seed, split, index) alone.
+
+    Args:
+        styles: to choose from.
+        combinations: 'seen' leaves out the pairs of HELD_OUT, 'held_out' takes only those, 'all' both.
+        split: another split is another sequence.
+    """
+    draws = np.random.default_rng(rng.key_seed('shapes', seed, split, index))
+    pairs = _pairs(combinations)
+    fill, shape = pairs[draws.integers(len(pairs))]
+    ground = str(draws.choice(grounds(fill)))
+    style = str(styles[draws.integers(len(styles))])
+    radius = float(draws.uniform(0.22, 0.38))
+    x, y = (float(v) for v in draws.uniform(1.15 * radius, 1 - 1.15 * radius, size=2))
+    texture = str(draws.choice(TEXTURES, p=(0.5, 0.25, 0.25)))
+    return Scene(shape, style, fill, ground, texture, x, y, radius, int(draws.integers(len(TEMPLATES))),
+                 bool(draws.random() < 0.5))
+
+
+@cache
+def _pairs(combinations: str) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((fill, shape) for fill in palette.NAMES for shape in SHAPES)
+    chosen = {'seen': tuple(p for p in pairs if p not in HELD_OUT), 'held_out': HELD_OUT, 'all': pairs}
+    return chosen[combinations]
+
+
+def reference(scene: Scene, seed: int, index: int) -> Scene:
+    """Another scene in the same colours: what an image prompt shows. Its shape, place, size and style differ."""
+    draws = np.random.default_rng(rng.key_seed('shapes reference', seed, index))
+    other = draw_scene(seed, index, split='reference')
+    shapes = [s for s in SHAPES if s != scene.shape]
+    return replace(other, shape=str(draws.choice(shapes)), fill=scene.fill, ground=scene.ground)
+
+
+def from_facts(facts: Mapping[str, Any]) -> Scene:
+    """The scene that `Scene.facts` describes."""
+    return Scene(**facts)

@@ -1,5 +1,7 @@
-"""The README's commands as they are typed: `mim train` from an empty folder, for a wheel and an editable install."""
+"""The README's commands as they are typed: `mim train` and `mim test` from an empty folder, for a wheel and an editable
+install."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +10,40 @@ from diffusers import T2IAdapter
 from installs import NAME, build, copy_checkout, environment, install, run
 
 CONFIG = 'stable_diffusion_xl_t2i_adapter_fill50k.py'
+
+
+@pytest.mark.parametrize('kind', ['wheel', 'editable'])
+def test_test(kind: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A trained adapter beside its base, the base alone, and two processes; from one small training."""
+    checkout, here = copy_checkout(tmp_path / 'project'), tmp_path / 'empty'
+    here.mkdir()
+    python = environment(tmp_path / 'python')
+    install(python, kind, build('wheel', checkout) if kind == 'wheel' else checkout, tmp_path)
+
+    def mim(what: str, *arguments: str, options: list[str]) -> str:
+        return run([python, '-m', 'mim', what, NAME, 'shapes_t2i_adapter.py', *arguments, '--cfg-options',
+                    f'model.pretrained={tiny_base}', 'model.sampler.num_inference_steps=2', *options], here,
+                   PATH=f'{python.parent}{os.pathsep}{os.environ["PATH"]}', OMP_NUM_THREADS='1')
+
+    mim('train', '--work-dir', 'W', options=['train_cfg.max_iters=2', 'train_dataloader.batch_size=2',
+                                             'default_hooks.samples=None'])
+    run_file = (here / 'W' / 'run.json').read_bytes()
+    options = ['test_dataloader.dataset.length=5', 'test_cfg.seeds=2']
+    found = {}
+    runs = {'W': ['--checkpoint', 'W/step2.pth'], 'WB': ['--checkpoint', 'none']}
+    if kind == 'wheel':
+        runs['W2'] = ['--checkpoint', 'W', '--gpus', '2', '--launcher', 'pytorch']
+    for folder, arguments in runs.items():
+        said = mim('test', *arguments, '--work-dir', folder, options=options)
+        found[folder] = json.loads((here / folder / 'metrics.json').read_text())
+        assert said.count('shape_accuracy') == len(found[folder]) and (here / folder / 'test/pictures.png').is_file()
+    assert list(found['W']) == ['base', 'adapted'] and list(found['WB']) == ['base']
+    assert found['WB']['base'] == found['W']['base'] and found['W']['adapted']['iou']['num_samples'] == 10
+    for variant, metrics in found.get('W2', {}).items():
+        for name, numbers in metrics.items():
+            assert numbers == pytest.approx(found['W'][variant][name], abs=0.02)
+    assert (here / 'W' / 'run.json').read_bytes() == run_file
+    assert {p.name for p in here.iterdir()} == set(runs)
 
 
 @pytest.mark.parametrize('kind', ['wheel', 'editable'])

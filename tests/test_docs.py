@@ -1,6 +1,7 @@
 """The docs are true: the README's tree names every file, and every command and example runs or at least parses."""
 
 import argparse
+import json
 import os
 import re
 import runpy
@@ -135,7 +136,7 @@ def parsed(tool: str, arguments: list[str]) -> argparse.Namespace:
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [tool, *arguments])
-        patch.setattr(launch, 'train', lambda args: found.append(args) or 0)
+        patch.setattr(launch, tool.removesuffix('.py'), lambda args: found.append(args) or 0)
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
     assert found, f'{tool} does not take {arguments}'
@@ -154,7 +155,9 @@ def train(arguments: list[str], place: Path) -> None:
     steps = 4 if args.resume else 2
     own = [f'train_cfg.max_iters={steps}', 'default_hooks.checkpoint.interval=2', 'train_dataloader.num_workers=0',
            'model.sampler.num_inference_steps=2', 'default_hooks.progress=None']
-    if not args.config.startswith('tiny'):
+    if args.config.startswith('shapes'):
+        own += ['model.pretrained=BASE', 'train_dataloader.batch_size=2', 'default_hooks.samples=None']
+    elif not args.config.startswith('tiny'):
         own += ['model.pretrained=BASE', 'model.vae=None', 'train_dataloader.dataset.source=DATA', 'resolution=64',
                 'mixed_precision=no']
     if 'condition' in config.load(args.config):
@@ -165,6 +168,27 @@ def train(arguments: list[str], place: Path) -> None:
     work_dir = launch.prepare(args).work_dir
     assert launch.train(args) == 0
     assert (place / work_dir / f'step{steps}' / 'adapter' / 'config.json').is_file()
+
+
+def evaluate(arguments: list[str], place: Path) -> None:
+    """Check the command as it is written, then run it on four samples. Steps that were not trained are step 2."""
+    if '--gpus' in arguments:
+        at = arguments.index('--gpus')
+        del arguments[at:at + 2]
+    if '--checkpoint' in arguments:  # mim's own, too: it passes the name on
+        at = arguments.index('--checkpoint')
+        arguments[at:at + 2] = arguments[at + 1:at + 2]
+    args = parsed('test.py', arguments)
+    args.checkpoint = re.sub(r'step\d+', 'step2', args.checkpoint)
+    launch.prepare_test(args)
+    if args.launcher != 'none':
+        return
+    args.cfg_options = [*(args.cfg_options or []), 'model.pretrained=BASE', 'test_dataloader.dataset.length=4',
+                        'model.sampler.num_inference_steps=2']
+    work_dir = launch.prepare_test(args).work_dir
+    assert launch.test(args) == 0
+    found = json.loads((place / work_dir / 'metrics.json').read_text())
+    assert list(found) == (['base'] if args.checkpoint == 'none' else ['base', 'adapted'])
 
 
 @pytest.mark.parametrize('page', sorted({page for page, _ in COMMANDS}))
@@ -190,6 +214,10 @@ def run_command(words: list[str], folder: Path) -> None:
         train(words[3:], folder)
     elif words[:2] == ['python', 'tools/train.py']:
         train(words[2:], folder)
+    elif words[:3] == ['mim', 'test', 'diffengine_sdxl']:
+        evaluate(words[3:], folder)
+    elif words[:2] == ['python', 'tools/test.py']:
+        evaluate(words[2:], folder)
     elif words[0] == 'python' and words[1].startswith('benchmarks/'):
         text = (ROOT / words[1]).read_text()
         assert not [w for w in words[2:] if w.startswith('--') and f"'{w}'" not in text], words

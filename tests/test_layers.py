@@ -16,7 +16,7 @@ CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 # From the bottom up. The names of one line don't import each other; a name stands for all below it, unless a longer
 # one is given.
 LAYERS = (
-    ('registry', 'structures', 'rng', 'schedule', 'pictures', 'weights'),
+    ('registry', 'structures', 'rng', 'schedule', 'pictures', 'weights', 'shapes'),
     ('models.attention', 'models.text', 'models.single_file', 'adapters', 'objectives', 'samplers', 'datasets',
      'evaluation'),
     ('models',),
@@ -64,7 +64,7 @@ def layer(name: str) -> tuple[int, str] | None:
 def fault(module: str, imported: str) -> str | None:
     """Why `module` may not import `imported`, or None if it may."""
     if imported.split('.')[0] == 'testing':
-        return None if module in ('testing', 'tools.demo') else f'{module} imports testing, which is for tests'
+        return None if module in ('testing', 'tools.make_shapes_base') else f'{module} imports testing, which is for tests'
     if module == 'testing':
         return None
     here, there = layer(module), layer(imported)
@@ -88,7 +88,7 @@ def parse(path: Path) -> ast.Module:
     ('models.loading', 'models.single_file', True), ('models.single_file', 'models.loading', False),
     ('samplers.sampler', 'objectives.noises', False), ('samplers.sampler', 'samplers.guidance', True),
     ('pictures', 'rng', True), ('pictures', 'datasets', False), ('tools.train', 'engine.launch', True),
-    ('engine.launch', 'tools.train', False), ('tools.demo', 'testing', True), ('engine.hooks.x', 'testing', False),
+    ('engine.launch', 'tools.train', False), ('tools.make_shapes_base', 'testing', True), ('engine.hooks.x', 'testing', False),
     ('datasets.x', 'newfile', False), ('newfile', 'rng', False), ('tools.train', '__version__', True),
 ])
 def test_the_rules_themselves(module: str, imported: str, allowed: bool) -> None:

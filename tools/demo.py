@@ -1,35 +1,55 @@
-"""Train a T2I-Adapter on a tiny SDXL with drawn data, into work_dirs/demo. What `make demo` runs."""
+"""Train a T2I-Adapter on the shapes base, measure it and show it, in work_dirs/demo. What `make demo` runs."""
 
 import argparse
 import shutil
 import sys
 from pathlib import Path
 
+CONFIG = 'shapes_t2i_adapter'
+SCALES = (0.25, 0.5, 1.0, 1.5)
+
 
 def main() -> int:
-    """Write base and data, train, name the picture."""
+    """Train, test, draw the contact sheet, name the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--work-dir', default='work_dirs/demo', help='folder, made anew (default: %(default)s)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override keys of the config')
     args = parser.parse_args()
-    from diffengine_sdxl import testing
     from diffengine_sdxl.engine import launch
     work_dir = Path(args.work_dir)
     if work_dir.exists() and not (work_dir / 'run.json').is_file():
         print(f"error: '{work_dir}' exists and is not a demo's folder; choose another --work-dir.", file=sys.stderr)
         return 1
     shutil.rmtree(work_dir, ignore_errors=True)
-    base, data = work_dir / 'inputs' / 'base', work_dir / 'inputs' / 'data'
-    testing.write_tiny_sdxl(base)
-    testing.write_circles(data, 64)
-    options = [f'model.pretrained={base}', f'train_dataloader.dataset.source={data}', *(args.cfg_options or ())]
-    code = launch.train(argparse.Namespace(config='tiny_t2i_adapter', work_dir=str(work_dir), resume=None,
-                                           launcher='none', cfg_options=options))
-    pictures = sorted((work_dir / 'samples').glob('*.png'), key=lambda p: p.stat().st_mtime)
-    if code == 0 and pictures:
-        print(f'The adapter: {work_dir}/step*/adapter (loads in diffusers). Curves: {work_dir}/curves.png\n'
-              f'The picture: {pictures[-1]}')
+    options = ['test_cfg.seeds=1', *(args.cfg_options or ())]
+    shared = {'config': CONFIG, 'work_dir': str(work_dir), 'launcher': 'none', 'cfg_options': options}
+    code = launch.train(argparse.Namespace(**shared, resume=None))
+    if code == 0:
+        code = launch.test(argparse.Namespace(**shared, checkpoint=str(work_dir)))
+    if code == 0:
+        draw(work_dir, options)
     return code
+
+
+def draw(work_dir: Path, options: list[str]) -> None:
+    """The contact sheet of the last export, and where everything is."""
+    import torch
+
+    from diffengine_sdxl.datasets import Shapes, collate
+    from diffengine_sdxl.engine import config
+    from diffengine_sdxl.engine.scales import scale_sheet
+    from diffengine_sdxl.registry import MODELS
+    exported = max(work_dir.glob('step*/adapter'), key=lambda path: int(path.parent.name[4:]))
+    cfg = config.resolve(config.load(CONFIG, [*options, f'model.adapters.adapter.weights={exported}']))
+    model = MODELS.build({**cfg.model, 'objective': None}).eval()
+    data = Shapes(length=6, split='test', seed=1, truth=False,
+                  transforms=[{'type': 'ComputeTimeIds'}, {'type': 'PackInputs'}])
+    batch = model.data_preprocessor(collate([data[i] for i in range(len(data))]))['inputs']
+    batch.seed = torch.arange(len(batch))
+    path = work_dir / 'contact_sheet.png'
+    scale_sheet(model, batch, 'adapter', SCALES, 'A T2I-Adapter of outlines on the shapes base').save(path)
+    print(f'The adapter: {exported} (loads in diffusers). Figures: {work_dir}/metrics.json\n'
+          f'Pictures: {path}, {work_dir}/test/pictures.png, {work_dir}/curves.png')
 
 
 if __name__ == '__main__':

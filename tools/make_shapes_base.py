@@ -1,13 +1,16 @@
 """Make the tiny base of the shapes world: its components, its latents, and the folder that ships; see docs/shapes.md."""
 
 import argparse
+import json
+import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 # One vocabulary for both encoders: the words of the captions, each a token, and every byte for what is not among them.
 SEQUENCE = 32
-WIDTHS = (48, 96, 128)
+WIDTHS = (32, 64, 128)
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -83,14 +86,93 @@ def write_components(folder: Path) -> None:
         weights.unlink()
 
 
+def take_vae(export: Path, folder: Path, num_images: int = 2048) -> None:
+    """Put the trained VAE of `export` (step<N>) into `folder`/vae, scaled so that latents have a deviation of 1."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from diffengine_sdxl.datasets import Shapes, collate
+    vae = AutoencoderKL.from_pretrained(export / 'pipeline' / 'vae')
+    data = Shapes(length=num_images, conditioning=None, split='scale',
+                  transforms=[{'type': 'ComputeTimeIds'}, {'type': 'PackInputs'}])
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(collate([data[i] for i in range(start, min(start + 64, num_images))])['img'])
+                             .latent_dist.mean for start in range(0, num_images, 64)])
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    vae.save_pretrained(str(folder / 'vae'))
+    print(f'scaling_factor {vae.config.scaling_factor}; means of the channels, scaled: '
+          f'{(latents.mean(dim=(0, 2, 3)) * vae.config.scaling_factor).tolist()}')
+
+
+def record(export: Path) -> dict[str, Any]:
+    """What the base's manifest keeps of the run that `export` came from."""
+    run = json.loads((export / 'manifest.json').read_text())
+    seconds = 0.0
+    for log in sorted(export.parent.glob('*/vis_data/scalars.json')):
+        logged = [json.loads(line) for line in log.read_text().splitlines()]
+        logged = [row for row in logged if 'time' in row and 'step' in row]
+        steps = [row['step'] for row in logged]
+        interval = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=0)
+        seconds += sum(row['time'] * interval for row in logged)
+    return {'step': run['step'], 'seconds': round(seconds), 'ema': run['ema'], 'seed': run['seed'],
+            'time': run['time'], 'git_commit': run['git_commit'], 'versions': run['versions'],
+            'machine': f'{platform.machine()}, {os.cpu_count()} cores, no GPU', 'config': run['config']}
+
+
+def assemble(folder: Path, runs: dict[str, Path]) -> None:
+    """Write the trained parts to `folder` as fp16, and how they came about; refuses more than 20 MB.
+
+    Args:
+        runs: 'vae', 'unet' and 'image_encoder' -> exports (step<N>).
+    """
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    from diffengine_sdxl.models import loading
+    for name in ('unet', 'text_encoder', 'text_encoder_2'):
+        model = loading.module_class(name).from_pretrained(runs['unet'] / 'pipeline', subfolder=name)
+        model.to(torch.float16).save_pretrained(str(folder / name))
+    vae = loading.module_class('vae').from_pretrained(folder, subfolder='vae')
+    vae.to(torch.float16).save_pretrained(str(folder / 'vae'))
+    index = json.loads((folder / 'model_index.json').read_text())
+    if 'image_encoder' in runs:
+        source = runs['image_encoder'] / 'image_encoder'
+        CLIPVisionModelWithProjection.from_pretrained(source).to(torch.float16).save_pretrained(
+            str(folder / 'image_encoder'))
+        CLIPImageProcessor.from_pretrained(source).save_pretrained(str(folder / 'feature_extractor'))
+        index.update(image_encoder=['transformers', 'CLIPVisionModelWithProjection'],
+                     feature_extractor=['transformers', 'CLIPImageProcessor'])
+    (folder / 'model_index.json').write_text(json.dumps(dict(sorted(index.items())), indent=2) + '\n')
+    notes = {'what': 'a tiny SDXL of the shapes world, trained by this package (docs/shapes.md)',
+             'runs': {name: record(path) for name, path in runs.items()}}
+    (folder / 'manifest.json').write_text(json.dumps(notes, indent=1) + '\n')
+    size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+    assert size < 20e6, f'{folder} has {size / 1e6:.1f} MB, more than the 20 that a package may bring'
+    print(f'{folder}: {size / 1e6:.1f} MB')
+
+
 def main() -> int:
     """Parse and do one of the steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
-    command = commands.add_parser('components', help='write configs and tokenizers, without weights')
-    command.add_argument('folder', type=Path)
+    helps = {'components': 'write configs and tokenizers, without weights', 'vae': 'take in a trained VAE',
+             'assemble': 'take in all that was trained, as fp16, with a manifest'}
+    for name, words in helps.items():
+        command = commands.add_parser(name, help=words)
+        command.add_argument('folder', type=Path, help='the base')
+        if name != 'components':
+            command.add_argument('--vae', type=Path, required=True, help='export (step<N>) of shapes_vae')
+        if name == 'assemble':
+            command.add_argument('--unet', type=Path, required=True, help='export of shapes_pretrain')
+            command.add_argument('--image-encoder', type=Path, help='export of shapes_image_encoder')
     args = parser.parse_args()
-    write_components(args.folder)
+    if args.command == 'components':
+        write_components(args.folder)
+    elif args.command == 'vae':
+        take_vae(args.vae, args.folder)
+    else:
+        runs = {'vae': args.vae, 'unet': args.unet, 'image_encoder': args.image_encoder}
+        assemble(args.folder, {name: path for name, path in runs.items() if path})
     return 0
 
 

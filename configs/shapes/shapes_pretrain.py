@@ -9,7 +9,7 @@ model = dict(
     # Random weights of the base's shape; its VAE has been trained already.
     pretrained=None, config='diffengine_sdxl::shapes/base', vae='diffengine_sdxl::shapes/base/vae',
     trainable=['unet', 'text_encoder', 'text_encoder_2'],
-    objective=dict(type='Denoise', timesteps=dict(type='UniformTimesteps')), sampler=_base_.sampler)
+    objective=dict(type='Denoise', timesteps=dict(type='LogitNormalTimesteps', mean=1.0, std=1.0)), sampler=_base_.sampler)
 train_dataloader = dict(
     batch_size=32, num_workers=0,
     dataset=dict(

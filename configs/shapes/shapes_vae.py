@@ -9,7 +9,7 @@ train_dataloader = dict(
     batch_size=16,
     dataset=dict(conditioning=None, styles=['flat', 'outlined', 'striped', 'glossy', 'dotted', 'ringed'],
                  combinations='all'))
-train_cfg = dict(max_iters=3600)
+train_cfg = dict(max_iters=2400)
 optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.0))
 param_scheduler = dict(name='cosine', num_warmup_steps=100)
 default_hooks = dict(samples=None, logger=dict(interval=50), checkpoint=dict(interval=500, max_keep_ckpts=2))

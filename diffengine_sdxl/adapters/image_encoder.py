@@ -59,6 +59,8 @@ class ImageEncoder(Adapter):
     def embed(self, batch: Batch) -> Tensor:
         """The images' embeddings [B, P], P the width of the base's pooled text.
 
+        Source: transformers' CLIPImageProcessor (scaled by the shorter side, the middle cut out), in floats.
+
         Raises:
             ValueError: the batch has no image.
         """
@@ -66,8 +68,12 @@ class ImageEncoder(Adapter):
             raise ValueError("The samples hold no 'img'; an image encoder cannot learn from cached latents.")
         size = self.net.config.image_size
         pixels = batch.img * 0.5 + 0.5
-        if pixels.shape[-2:] != (size, size):
-            pixels = functional.interpolate(pixels, (size, size), mode='bicubic', antialias=True).clamp(0, 1)
+        short = min(pixels.shape[-2:])
+        if short != size:
+            scaled = [size * side // short for side in pixels.shape[-2:]]
+            pixels = functional.interpolate(pixels, scaled, mode='bicubic', antialias=True).clamp(0, 1)
+        top, left = ((side - size) // 2 for side in pixels.shape[-2:])
+        pixels = pixels[..., top:top + size, left:left + size]
         mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
         embeds: Tensor = self.net(((pixels - mean) / std).to(self.net.dtype)).image_embeds
         return embeds

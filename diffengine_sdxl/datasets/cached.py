@@ -29,7 +29,7 @@ class CachedLatents(MapDataset):
         max_samples: only the first so many.
 
     Raises:
-        ValueError: the folder is no cache, or its parts don't fit together.
+        ValueError: the folder is no cache, its parts don't fit together, or max_samples leaves none.
     """
 
     def __init__(self, source: str | Path, transforms: Sequence[dict[str, Any] | Transform] = (),
@@ -39,18 +39,23 @@ class CachedLatents(MapDataset):
         if not (folder / ROWS).is_file() or not (folder / ORIGIN).is_file():
             raise ValueError(f"'{source}' holds no {ROWS} and {ORIGIN}, so it is no cache; write one with `python "
                              f'tools/cache.py CONFIG {source}`.')
-        with (folder / ROWS).open(encoding='utf-8') as lines:
-            self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines][:max_samples]
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f'max_samples={max_samples} leaves no sample.')
+        rows = _rows(folder / ROWS)
         self.shards: list[Path] = sorted(folder.glob('*.safetensors'))
         #: Number of the first row after each shard.
         self.ends: list[int] = []
         for path in self.shards:
             with said_open(path) as tensors:
+                if 'latents' not in list(tensors.keys()):
+                    raise ValueError(f"The file '{path}' holds no latents, so it is no part of a cache. Take it away.")
                 count = tensors.get_slice('latents').get_shape()[0]
             self.ends.append(count + (self.ends[-1] if self.ends else 0))
-        if not self.rows or not self.ends or len(self.rows) > self.ends[-1]:
-            raise ValueError(f"The cache '{source}' is incomplete: {len(self.rows)} rows of text, "
+        # All rows, also where few are wanted: without one shard the others' latents would stand in the wrong rows.
+        if not rows or len(rows) != (self.ends[-1] if self.ends else 0):
+            raise ValueError(f"The cache '{source}' is incomplete: {len(rows)} rows of text, "
                              f'{self.ends[-1] if self.ends else 0} of latents. Write it again.')
+        self.rows = rows[:max_samples]
         self._open: dict[Path, Any] = {}
 
     def __len__(self) -> int:
@@ -61,20 +66,30 @@ class CachedLatents(MapDataset):
         return str(self.rows[index]['key'])
 
     def load(self, index: int, draw: Draw) -> Sample:
-        """Tensors and words of row `index`; images' conditions are kept in 8 bits and come as floats in [0, 1]."""
+        """Tensors and words of row `index`; pictures are kept in 8 bits and come as floats in [0, 1]."""
         shard = bisect.bisect_right(self.ends, index)
         path = self.shards[shard]
         if path not in self._open:  # in the worker that reads it: an open file does not travel
             self._open[path] = said_open(path)
         tensors, row = self._open[path], index - (self.ends[shard - 1] if shard else 0)
         sample: Sample = {k: v for k, v in self.rows[index].items() if k != 'key'}
-        for name in tensors.keys():
+        for name in list(tensors.keys()):
             value = tensors.get_slice(name)[row]
-            sample[name] = value.float() / 255 if value.dtype == torch.uint8 else value.float()
+            sample[name] = value.float() / 255 if value.dtype == torch.uint8 else value
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_open': {}}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding='utf-8', newline='\n') as lines:
+            rows = [json.loads(line) for line in lines]
+        return [{**row, 'key': str(row['key']), 'text': row['text']} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"The cache file '{path}' cannot be read: {type(error).__name__}: {error}. Write the cache "
+                         'again.') from error
 
 
 def said_open(path: Path) -> Any:

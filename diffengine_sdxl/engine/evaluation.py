@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +155,7 @@ class EvalLoop(BaseLoop):
         self._report(numbers, shown)
         return numbers
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Generator[Any, None, None]:
         iterator: Any = iter(self.dataloader)
         try:
             yield from iterator

@@ -124,6 +124,19 @@ def prepare(args: Any) -> Any:
     return cfg
 
 
+def prepare_training(args: Any) -> Any:
+    """As `prepare`.
+
+    Raises:
+        ValueError: the config trains nothing; or see `prepare`.
+    """
+    cfg = prepare(args)
+    if cfg.get('train_cfg') is None:
+        raise ValueError(f"The config '{args.config}' has no `train_cfg`, so it trains nothing; it may be one to test "
+                         'with (mim test).')
+    return cfg
+
+
 def prepare_test(args: Any) -> Any:
     """The config that tests `args.checkpoint` (see `engine.tested.tested`) and trains nothing.
 
@@ -139,7 +152,7 @@ def prepare_test(args: Any) -> Any:
 
 def train(args: Any) -> int:
     """Train as `args` say; the exit code. A user's mistake is a sentence, not a traceback."""
-    return _run(args, prepare, 'train')
+    return _run(args, prepare_training, 'train')
 
 
 def test(args: Any) -> int:
@@ -147,44 +160,82 @@ def test(args: Any) -> int:
     return _run(args, prepare_test, 'test')
 
 
+def cache(args: Any) -> int:
+    """Encode training images as `args` say (see `engine.cache.write_cache`); the exit code, likewise.
+
+    Args:
+        args: config, folder, num_samples, cfg_options; as tools/cache.py parses them.
+    """
+    def work(_: list[Any]) -> None:
+        from diffengine_sdxl.engine import config
+        from diffengine_sdxl.engine.cache import write_cache
+        cfg = config.load(args.config, args.cfg_options or ())
+        _quiet()
+        print(f'{write_cache(cfg, args.folder, args.num_samples)} samples are in {args.folder}.')
+    return _said(work, 'cache')
+
+
+def write_shapes(args: Any) -> int:
+    """Write the shapes world as `args` say (see `engine.write_shapes.write_shapes`); the exit code, likewise.
+
+    Args:
+        args: folder, format, and the arguments of `datasets.Shapes`; as tools/write_shapes.py parses them.
+    """
+    def work(_: list[Any]) -> None:
+        from diffengine_sdxl.datasets import Shapes
+        from diffengine_sdxl.engine.write_shapes import write_shapes
+        data = Shapes(**{k: v for k, v in vars(args).items() if k not in ('folder', 'format')})
+        print(f'{write_shapes(data, args.folder, args.format)} rows are in {args.folder}.')
+    return _said(work, 'shapes')
+
+
 #: What may help where the device has no room, and what is said of a run that was stopped.
 SMALLER = {'train': 'A smaller train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
                     'model.gradient_checkpointing=True or a smaller resolution may help.',
-           'test': 'A smaller test_dataloader.batch_size or a smaller resolution may help.'}
-STOPPED = {'train': 'Stopped. Add --resume to go on from the last checkpoint.', 'test': 'Stopped.'}
+           'test': 'A smaller test_dataloader.batch_size or a smaller resolution may help.',
+           'cache': 'A smaller train_dataloader.batch_size or a smaller resolution may help.', 'shapes': ''}
+STOPPED = {'train': 'Stopped. Add --resume to go on from the last checkpoint.', 'test': 'Stopped.',
+           'cache': 'Stopped; nothing was written.', 'shapes': 'Stopped; nothing was written.'}
 
 
 def _run(args: Any, config_of: Callable[[Any], Any], task: str) -> int:
-    runner = None
-    try:
+    def work(runners: list[Any]) -> None:
         cfg = config_of(args)
         start_processes(args.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg'))
         _quiet()
         from diffengine_sdxl.registry import RUNNERS
-        runner = RUNNERS.build(cfg)
-        getattr(runner, task)()
+        runners.append(RUNNERS.build(cfg))
+        getattr(runners[0], task)()
+    return _said(work, task, args.launcher)
+
+
+def _said(work: Callable[[list[Any]], None], task: str, launcher: str = 'none') -> int:
+    """Do `work`, which lists the runner that it builds; the exit code. What a user can mend is said in a sentence."""
+    runners: list[Any] = []
+    try:
+        work(runners)
     except (ValueError, OSError) as error:
-        _close(runner)
+        _close(runners)
         if isinstance(error, OSError) and error.errno not in NO_ROOM:
             raise
         print(f'error: {sentence(error)}', file=sys.stderr, flush=True)
         # The other processes wait for this one; leaving hard lets the launcher end them.
-        if args.launcher != 'none':
+        if launcher != 'none':
             os._exit(1)
         return 1
     except torch_out_of_memory() as error:
-        _close(runner)
+        _close(runners)
         print(f'error: the device has no memory left ({str(error).splitlines()[0]}). {SMALLER[task]}',
               file=sys.stderr, flush=True)
-        if args.launcher != 'none':
+        if launcher != 'none':
             os._exit(1)
         return 1
     except ImportError as error:
-        _close(runner)
+        _close(runners)
         print(f'error: a package that the config asks for is missing: {error}', file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        _close(runner)
+        _close(runners)
         print(STOPPED[task], file=sys.stderr)
         return 130
     return 0
@@ -196,8 +247,8 @@ def torch_out_of_memory() -> type[BaseException]:
     return torch.OutOfMemoryError
 
 
-def _close(runner: Any) -> None:
-    for hook in getattr(runner, 'hooks', ()):
+def _close(runners: list[Any]) -> None:
+    for hook in (h for runner in runners for h in getattr(runner, 'hooks', ())):
         if hasattr(hook, 'close'):
             hook.close()
 

@@ -62,6 +62,7 @@ class ExperimentRunner(Runner):
         return runner
 
     optim_wrapper: Any
+    _hooks: list[Any]
     _has_loaded: bool
     #: The config with every reference resolved; what manifests record.
     resolved: Config

@@ -7,6 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from diffengine_sdxl.engine import checkpoint
+from diffengine_sdxl.engine.config import RUNNER_KEYS, references
 from diffengine_sdxl.engine.export import PIPELINE, read_manifest
 from diffengine_sdxl.registry import nearest
 
@@ -36,6 +37,10 @@ def tested(config: Config, name: str) -> Config:
                              f'{hint}')
     for key in TRAINING:
         config.pop(key, None)
+    # What only those referred to would be refused where the dumped config is read again.
+    while unread := config.keys() - {*RUNNER_KEYS, *references(config.to_dict())}:
+        for key in unread:
+            config.pop(key)
     config.resume, config.load_from = False, None
     if name == NONE:
         config.model.adapters = {}

@@ -15,7 +15,9 @@ BASE, ADAPTED = VARIANTS = ('base', 'adapted')
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
     """Inside, `model` (an SDXL) is its base alone: what was attached to the base's own modules is switched off too."""
-    held = model.alone
+    if model.alone:
+        yield
+        return
     with ExitStack() as stack:
         for adapter in model.adapters.values():
             stack.enter_context(adapter.disabled())
@@ -23,7 +25,7 @@ def without_adapters(model: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            model.alone = held
+            model.alone = False
 
 
 def predictions(model: Any, batch: Batch, variants: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -31,23 +31,26 @@ class ImageTextContrast:
         self.adapter, self.temperature = adapter, temperature
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """{'loss': [], 'accuracy': []}: the share of images whose own caption is the nearest in the batch, as logged.
+        """{'loss': [], 'accuracy': []}: fp32 (fp64 if the encoder is), and the share of images whose own caption is the
+        nearest in the batch, as logged.
 
         Raises:
             ValueError: there is no such adapter, or it has no image embeddings.
         """
-        encoder = model.adapters[self.adapter] if self.adapter in model.adapters else None
+        encoder = dict(model.adapters.items()).get(self.adapter)
         if not hasattr(encoder, 'embed'):
             raise ValueError(f"ImageTextContrast trains the image encoder '{self.adapter}', but model.adapters holds "
                              f'{", ".join(model.adapters) or "nothing"}.{nearest(self.adapter, list(model.adapters))}')
+        images = encoder.embed(batch)
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        images = functional.normalize(images.to(dtype), dim=-1)
         with torch.no_grad():
-            text = functional.normalize(model.encode(batch).pooled.float(), dim=-1)
-        images = functional.normalize(encoder.embed(batch).float(), dim=-1)
+            text = functional.normalize(model.encode(batch).pooled.to(dtype), dim=-1)
         logits = images @ text.T / self.temperature
         own = torch.arange(len(batch), device=logits.device)
         # A caption that stands twice in a batch is right for both of its images.
         same = torch.tensor([[a == b for b in batch.text] for a in batch.text], device=logits.device)
-        wanted = same / same.sum(dim=1, keepdim=True)
+        wanted = same.to(dtype) / same.sum(dim=1, keepdim=True)
         loss = (functional.cross_entropy(logits, wanted) + functional.cross_entropy(logits.T, wanted)) / 2
         found = same[own, logits.argmax(dim=1)].float().mean()
         return {'loss': loss, 'accuracy': found}

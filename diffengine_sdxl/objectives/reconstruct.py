@@ -36,6 +36,8 @@ class Reconstruct:
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         """{'loss_reconstruction': [], 'loss_kl': [], 'psnr': []}: means over the batch; PSNR in dB, not trained on.
 
+        fp32, or fp64 if the VAE is.
+
         Raises:
             ValueError: the VAE does not train, something else does, or the batch has no image.
         """
@@ -43,11 +45,16 @@ class Reconstruct:
             raise ValueError(f'Reconstruct trains the VAE alone, but model.trainable is {list(model.trainable_parts)} '
                              f"and {', '.join(model.trainables()) or 'nothing'} would train; set trainable=['vae'] and "
                              'take the adapters out.')
+        if batch.img is None:
+            raise ValueError("The samples hold no 'img', which Reconstruct compares with; a VAE cannot learn from "
+                             'cached latents.')
         posterior = model.posterior(batch)
         noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', posterior.mean.shape[1:])
         latents = posterior.mean + posterior.std * noise.to(posterior.mean)
-        error = model.vae.decode(latents, return_dict=False)[0].float() - batch.img
+        decoded = model.vae.decode(latents, return_dict=False)[0]
+        dtype = torch.promote_types(decoded.dtype, torch.float32)
+        error = decoded.to(dtype) - batch.img
         with torch.no_grad():  # of images in [-1, 1]: the peak is 2
             psnr = (10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp_min(1e-12))).mean()
         return {'loss_reconstruction': error.abs().pow(self.power).mean(),
-                'loss_kl': self.kl_weight * posterior.kl().float().mean(), 'psnr': psnr}
+                'loss_kl': self.kl_weight * posterior.kl().to(dtype).mean(), 'psnr': psnr}

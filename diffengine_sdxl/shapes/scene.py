@@ -21,6 +21,8 @@ TEXTURES = ('plain', 'shaded', 'wavy')
 #: Pairs of fill and shape that the base never saw; two of each shape, eight fills.
 HELD_OUT = (('red', 'star'), ('orange', 'triangle'), ('yellow', 'square'), ('green', 'circle'),
             ('cyan', 'star'), ('blue', 'square'), ('purple', 'circle'), ('pink', 'triangle'))
+#: The split whose captions are kept from all others.
+TEST = 'test'
 #: Which pairs of fill and shape a sequence is drawn from.
 COMBINATIONS = ('seen', 'held_out', 'all')
 #: Fill and ground, and the fill's accent and ground, lie at least this far apart in Lab.
@@ -61,7 +63,7 @@ class Scene:
             f'{self.style} {self.fill} {self.shape}')
         ground = self.ground if self.texture == 'plain' and not self.wordy else f'{self.texture} {self.ground}'
         return TEMPLATES[self.template].format(a=_article(look), look=look, ground=ground,
-                                               a_ground=f'{_article(ground)} {ground}').replace('{a} ', '')
+                                               a_ground=f'{_article(ground)} {ground}')
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -85,15 +87,33 @@ def grounds(fill: str) -> tuple[str, ...]:
 
 def draw_scene(seed: int, index: int, styles: Sequence[str] = BASE_STYLES, combinations: str = 'seen',
                split: str = 'train') -> Scene:
-    """The scene of sample `index`; every part of it depends on (seed, split, index) alone.
+    """The scene of sample `index`; it depends on the arguments alone.
+
+    In all splits but 'test', two lists of several styles give scenes that differ in style and wording only.
 
     Args:
         styles: to choose from.
         combinations: 'seen' leaves out the pairs of HELD_OUT, 'held_out' takes only those, 'all' both.
-        split: another split is another sequence.
+        split: another split is another sequence; 'test' has captions of its own, which no other split shows.
     """
     draws = np.random.default_rng(rng.key_seed('shapes', seed, split, index))
-    pairs = _pairs(combinations)
+    while True:
+        scene = _draw(draws, styles, _pairs(combinations))
+        # One by one: nearly always the first will do.
+        wordings = (replace(scene, template=t, wordy=w) for w in (scene.wordy, not scene.wordy)
+                    for t in (*range(scene.template, len(TEMPLATES)), *range(scene.template)))
+        # Every other split avoids the test's captions by another wording, and the test draws until it has one.
+        for worded in wordings if split != TEST else [scene]:
+            if kept_for_test(worded.caption) == (split == TEST):
+                return worded
+
+
+def kept_for_test(caption: str) -> bool:
+    """Whether this caption stands in the split 'test' only: one in eight, by its hash."""
+    return rng.key_seed('shapes caption', caption) % 8 == 0
+
+
+def _draw(draws: np.random.Generator, styles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Scene:
     fill, shape = pairs[draws.integers(len(pairs))]
     ground = str(draws.choice(grounds(fill)))
     style = str(styles[draws.integers(len(styles))])
@@ -112,7 +132,9 @@ def _pairs(combinations: str) -> tuple[tuple[str, str], ...]:
 
 
 def reference(scene: Scene, seed: int, index: int) -> Scene:
-    """Another scene in the same colours: what an image prompt shows. Its shape, place, size and style differ."""
+    """Another scene in the same colours: what an image prompt shows. Its shape differs; place, size, texture and style
+    (of BASE_STYLES) are drawn anew. Fill and shape may be a pair of HELD_OUT.
+    """
     draws = np.random.default_rng(rng.key_seed('shapes reference', seed, index))
     other = draw_scene(seed, index, split='reference')
     shapes = [s for s in SHAPES if s != scene.shape]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 
 import diffengine_sdxl.engine  # noqa: F401  (fill the registries)
 from diffengine_sdxl.engine import checkpoint, config, launch
-from diffengine_sdxl.registry import HOOKS, RUNNERS
+from diffengine_sdxl.registry import HOOKS, METRICS, RUNNERS
 
 CONFIG = 'tiny_t2i_adapter'
 #: Logged, but of the clock and the machine.
@@ -151,3 +152,54 @@ def first_gradients(runner: Any) -> dict[str, torch.Tensor]:
     runner.build_optim_wrapper = watched
     runner.train()
     return held
+
+
+@METRICS.register_module(force=True)
+class Brightness(BaseMetric):
+    """Mean value of the pictures, with their range as the interval; `kept` holds what it was given."""
+
+    kept: list[tuple[Any, Any]] = []
+
+    def __init__(self, name: str = 'brightness', prefix: str | None = None) -> None:
+        super().__init__(prefix=prefix)
+        self.name = name
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        Brightness.kept.append((data_batch, data_samples))
+        self.results += [(variant, sample['key'], sample['seed'], float(image.double().mean()))
+                         for sample in data_samples for variant, image in sample['images'].items()]
+
+    def compute_metrics(self, results: list[tuple[str, str, int, float]]) -> dict[str, float]:
+        assert len({r[:3] for r in results}) == len(results), 'a picture was counted twice'
+        found: dict[str, float] = {}
+        for variant in dict.fromkeys(r[0] for r in results):
+            values = sorted(r[3] for r in results if r[0] == variant)
+            name = f'{variant}/{self.name}'
+            found |= {name: sum(values) / len(values), f'{name}/low': values[0], f'{name}/high': values[-1],
+                      f'{name}/num_samples': len(values)}
+        return found
+
+
+def evaluation(mode: str, source: Any, num: int = 5, batch_size: int = 2, **cfg: Any) -> dict[str, Any]:
+    """Options that add a validation or test on the first `num` circles, measured by Brightness."""
+    dataset = dict(type='HFDataset', source=str(source), max_samples=num,
+                   conditioning_image_column='conditioning_image',
+                   transforms=[dict(type='Resize', size='$resolution'), dict(type='ComputeTimeIds'),
+                               dict(type='PackInputs')])
+    return {f'{mode}_dataloader': dict(batch_size=batch_size, num_workers=0, dataset=dataset),
+            f'{mode}_evaluator': [dict(type='Brightness')], f'{mode}_cfg': cfg}
+
+
+def command_test(work_dir: Path, options: Mapping[str, Any], checkpoint: str | Path, name: str = CONFIG) -> int:
+    """The exit code of tools/test.py, without its process."""
+    options = {**options, 'experiment_name': f'test{next(_numbers)}'}
+    return launch.test(argparse.Namespace(config=name, checkpoint=str(checkpoint), work_dir=str(work_dir),
+                                          launcher='none', cfg_options=plain_arguments(options)))
+
+
+def numbers(path: Path) -> dict[str, Any]:
+    """What an evaluation wrote, in the one form that there is."""
+    found = json.loads(path.read_text())
+    for metrics in found.values():
+        assert metrics and all(list(m) == ['value', 'low', 'high', 'num_samples'] for m in metrics.values())
+    return found

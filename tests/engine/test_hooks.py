@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.helpers import build, curves, train, weights
+from engine.helpers import build, curves, evaluation, train, weights
 from mmengine.hooks import Hook
 from PIL import Image
 
@@ -127,6 +127,22 @@ def test_pictures_change_no_weight(tmp_path: Path, tiny: dict[str, Any]) -> None
     assert all(p.shape == pictures[0].shape for p in pictures) and not np.array_equal(pictures[0], pictures[4])
 
 
+@pytest.mark.parametrize('adapters', [True, False])
+def test_a_picture_is_paid_for_once(adapters: bool, tmp_path: Path, tiny: dict[str, Any],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the model as it stands, with adapters or, where the base itself trains, without."""
+    options = sample_options(tiny, num_from_dataset=1)
+    if not adapters:
+        options |= {'model.adapters.adapter': None, 'model.trainable': ['unet']}
+    runner = build(tmp_path, options)
+    sampler, calls = runner.model.sampler, []
+    monkeypatch.setattr(runner.model, 'sampler', lambda *args: calls.append(args) or sampler(*args))
+    runner.train()
+    assert len(calls) == 2  # two seeds
+    columns = sheet(tmp_path / 'samples' / 'step4.png').shape[1] // 128
+    assert columns == (3 if adapters else 2)
+
+
 def test_pictures_need_a_sampler_and_whole_lists(circles: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
     path = str(circles / 'conditioning_images' / '00000.png')
     options = sample_options(tiny, prompts=['a', 'b', 'c'], conditions=dict(adapter=[path, path]))
@@ -221,6 +237,41 @@ def test_progress_gives_the_terminal_back_when_training_fails(tmp_path: Path, ti
         text = shown_on(leader)
     os.close(leader)
     assert 'Training stopped at step 2' in text and text.count('\x1b[?25h') >= text.count('\x1b[?25l')
+
+
+def test_progress_of_a_validation_and_a_test(tmp_path: Path, tiny: dict[str, Any], circles: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second bar beside the training's, of pictures; one of its own in a test. The table stands above, whole."""
+    leader, follower = pty.openpty()
+    options = {**tiny, **evaluation('val', circles, 3, seeds=2), **evaluation('test', circles, 2)}
+    with os.fdopen(follower, 'w') as terminal:
+        monkeypatch.setattr(sys, 'stderr', terminal)
+        monkeypatch.setenv('TERM', 'xterm-256color')
+        out = sys.stdout
+        runner = build(tmp_path, options)
+        hook = next(h for h in runner.hooks if isinstance(h, ProgressHook))
+        runner.train()
+        assert hook.bar is None and sys.stdout is out
+        terminal.flush()
+        text = shown_on(leader)
+        assert 'training' in text and 'validation' in text and '6/6' in text and 'pictures' in text
+        assert 'adapted  brightness' in text
+        runner.test()
+        assert hook.bar is None and sys.stdout is out
+        terminal.flush()
+        text = shown_on(leader)
+        assert 'training' not in text and 'test' in text and '4/4' in text
+    os.close(leader)
+
+
+def test_an_evaluation_without_a_terminal(tmp_path: Path, tiny: dict[str, Any], circles: Path,
+                                          capfd: pytest.CaptureFixture[str]) -> None:
+    """A line every `interval` batches."""
+    train(tmp_path, {**tiny, **evaluation('val', circles, 5), 'default_hooks.logger.interval': 2})
+    captured = capfd.readouterr()
+    lines = [line for line in (captured.out + captured.err).splitlines() if 'Iter(val)' in line]
+    assert len(lines) == 1 and '[2/3]' in lines[0] and 'eta:' in lines[0]
+    assert '\x1b[' not in captured.out
 
 
 def test_plain_lines_without_a_terminal(tmp_path: Path, tiny: dict[str, Any],

@@ -223,7 +223,7 @@ def test_predict_mode_returns_what_the_parts_give(tiny_base: Path) -> None:
     assert done == [(1, 2), (2, 2)]
     for i, item in enumerate(out):
         assert (item['key'], item['seed'], item['prompt']) == (f'prompt {i}', SEEDS[i], PROMPTS[i])
-        assert list(item['images']) == ['adapted'] and torch.equal(item['images']['adapted'], expected[i])
+        assert list(item['images']) == ['base'] and torch.equal(item['images']['base'], expected[i])
     assert 0 <= expected.min() and expected.max() <= 1 and len(out) == 3
     with pytest.raises(ValueError, match="mode='los' is not known"):
         model(batch, mode='los')

@@ -112,6 +112,7 @@ class ProgressHook(hooks.Hook):
     @master_only
     def _after_evaluation(self) -> None:
         if self.bar is not None:
+            self.bar.refresh()  # a short one would not be seen at all
             self.bar.remove_task(self.pictures)
             if self.alone:
                 self.close()

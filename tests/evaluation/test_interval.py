@@ -1,0 +1,119 @@
+"""Intervals: known values, other ways to compute the same, and how often they hold the truth."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from diffengine_sdxl.evaluation import interval
+from diffengine_sdxl.evaluation.interval import Z
+
+
+@pytest.mark.parametrize(('share', 'n', 'low', 'high'), [
+    # Newcombe, Two-sided confidence intervals for the single proportion (1998), table I, method 3.
+    (81 / 263, 263, 0.2553, 0.3662), (15 / 148, 148, 0.0624, 0.1605), (0 / 20, 20, 0.0, 0.1611),
+    (1 / 29, 29, 0.0061, 0.1718)])
+def test_known_wilson_intervals(share: float, n: int, low: float, high: float) -> None:
+    assert interval.wilson(share, n) == pytest.approx((low, high), abs=5e-5)
+    assert interval.wilson(1 - share, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+@pytest.mark.parametrize(('share', 'n'), [(0.5, 10), (0.9, 33.3), (0.02, 400), (0.0, 7), (1.0, 2)])
+def test_the_ends_are_where_the_score_test_changes_its_mind(share: float, n: float) -> None:
+    for end in interval.wilson(share, n):
+        assert abs(share - end) == pytest.approx(Z * np.sqrt(end * (1 - end) / n), abs=1e-9)
+        assert 0 <= end <= 1 and (end in (0, 1)) == (end == share)
+
+
+def draws(num: int, size: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Values around a mean of their cluster, and the names of the clusters, shuffled."""
+    rng = np.random.default_rng(seed)
+    values = (rng.normal(size=(num, 1)) + rng.normal(size=(num, size))).ravel()
+    order = rng.permutation(num * size)
+    return values[order], [f'prompt {i // size}' for i in order]
+
+
+def test_variance_against_the_sum_over_pairs() -> None:
+    """The formula of the sandwich, pair by pair; clusters of several sizes."""
+    values, clusters = draws(9, 4)
+    values, clusters = values[:29], clusters[:29]
+    off = values - values.mean()
+    pairs = sum(off[i] * off[j] for i, j in product(range(29), repeat=2) if clusters[i] == clusters[j])
+    assert interval.variance_of_mean(values.tolist(), clusters) == pytest.approx(9 / 8 * pairs / 29 ** 2)
+
+
+@pytest.mark.parametrize('size', [1, 5])
+def test_variance_of_equal_clusters_is_that_of_their_means(size: int) -> None:
+    values, clusters = draws(12, size)
+    means = [np.mean([v for v, c in zip(values, clusters, strict=True) if c == name]) for name in set(clusters)]
+    assert interval.variance_of_mean(values.tolist(), clusters) == pytest.approx(np.var(means, ddof=1) / 12)
+
+
+def test_one_cluster_says_nothing_of_others() -> None:
+    assert interval.mean([0.4, 0.6], ['a', 'a']) == (0.5, 0.0, 1.0, 2)
+    assert interval.share([1, 0, 1], ['a'] * 3) == (2 / 3, *interval.wilson(2 / 3, 1), 3)
+
+
+def test_independent_values_have_the_plain_wilson_interval() -> None:
+    values = [1.0] * 31 + [0.0] * 9
+    assert interval.share(values, list(range(40))) == pytest.approx((0.775, *interval.wilson(0.775, 40), 40))
+
+
+def test_values_that_repeat_in_their_cluster_count_once() -> None:
+    """Four equal values of each of 40 prompts are worth 40 values, not 160."""
+    values, clusters = [1.0] * 31 + [0.0] * 9, list(range(40))
+    assert interval.share(values * 4, clusters * 4)[:3] == interval.share(values, clusters)[:3]
+    assert interval.mean(values * 4, clusters * 4)[:3] == pytest.approx(interval.mean(values, clusters)[:3])
+
+
+@pytest.mark.parametrize('value', [0.0, 1.0])
+def test_equal_values_are_worth_their_clusters(value: float) -> None:
+    found = interval.share([value] * 60, [i % 20 for i in range(60)])
+    assert found == (value, *interval.wilson(value, 20), 60) and found.high - found.low > 0.1
+
+
+def test_never_more_than_the_values() -> None:
+    """Each prompt right in one of two: no variance between prompts at all."""
+    values, clusters = [1.0, 0.0] * 25, [i // 2 for i in range(50)]
+    assert interval.variance_of_mean(values, clusters) == 0
+    assert interval.share(values, clusters) == pytest.approx((0.5, *interval.wilson(0.5, 50), 50))
+
+
+def coverage(truth: float, correlation: float, num: int = 60, size: int = 4, runs: int = 1500) -> tuple[float, float]:
+    """How often the interval of a share holds the truth: ours, and Wilson's as if all values were independent.
+
+    Chances of the prompts are beta distributed; `correlation` is that of two values of one prompt.
+    """
+    rng = np.random.default_rng(1)
+    scale = (1 - correlation) / correlation
+    clusters, hits = [i // size for i in range(num * size)], np.zeros(2)
+    for _ in range(runs):
+        chances = rng.beta(truth * scale, (1 - truth) * scale, size=num).repeat(size)
+        values = (rng.random(num * size) < chances).astype(float)
+        found, (low, high) = interval.share(values.tolist(), clusters), interval.wilson(values.mean(), num * size)
+        hits += (found.low <= truth <= found.high, low <= truth <= high)
+    return hits[0] / runs, hits[1] / runs
+
+
+@pytest.mark.parametrize('truth', [0.5, 0.85, 0.95])
+@pytest.mark.parametrize('correlation', [0.05, 0.5, 0.9])
+def test_share_holds_the_truth_in_95_of_100(truth: float, correlation: float) -> None:
+    ours, naive = coverage(truth, correlation)
+    assert 0.925 <= ours <= 0.985
+    if correlation >= 0.5:
+        assert naive < 0.88
+
+
+def test_mean_holds_the_truth_in_95_of_100() -> None:
+    rng, hits = np.random.default_rng(2), 0
+    clusters = [i // 4 for i in range(240)]
+    for _ in range(1500):
+        values = np.clip(0.8 + 0.05 * rng.normal(size=60).repeat(4) + 0.05 * rng.normal(size=240), 0, 1)
+        found = interval.mean(values.tolist(), clusters)
+        hits += found.low <= 0.8 <= found.high
+    assert 0.925 <= hits / 1500 <= 0.965
+
+
+def test_mean_stays_between_0_and_1() -> None:
+    values, clusters = [1.0, 1.0, 1.0, 0.0], list(range(4))
+    assert interval.mean(values, clusters).high == 1 and interval.mean([1 - v for v in values], clusters).low == 0

@@ -1,0 +1,268 @@
+"""The metrics of the shapes world: true pictures, wrong ones, batches that lack something, two processes."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.evaluator import Evaluator
+
+from diffengine_sdxl.datasets import collate
+from diffengine_sdxl.evaluation import base, interval
+from diffengine_sdxl.evaluation.base import observed
+from diffengine_sdxl.registry import METRICS
+from diffengine_sdxl.shapes import draw
+from diffengine_sdxl.shapes.measure import iou
+from diffengine_sdxl.shapes.scene import STYLES, Scene, draw_scene
+
+NAMES = {'ShapeAccuracy': 'shape_accuracy', 'FillAccuracy': 'fill_accuracy', 'GroundAccuracy': 'ground_accuracy',
+         'StyleScore': 'style_score', 'MaskIoU': 'iou'}
+SCENE = Scene('star', 'dotted', 'red', 'white', 'plain', 0.55, 0.45, 0.3)
+WRONG = {'ShapeAccuracy': replace(SCENE, shape='circle'), 'FillAccuracy': replace(SCENE, fill='blue'),
+         'GroundAccuracy': replace(SCENE, ground='yellow'), 'StyleScore': replace(SCENE, style='ringed'),
+         'MaskIoU': replace(SCENE, x=0.4, y=0.6)}
+
+
+def tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def picture(scene: Scene, size: int = 64) -> torch.Tensor:
+    return tensor(draw.render(scene, size))
+
+
+def batch(scenes: Sequence[Scene], size: int = 64, first: int = 0) -> dict[str, Any]:
+    """As the data set Shapes with truth=True gives it, through our own collate."""
+    return collate([{'key': f'test/{first + i}', 'text': scene.caption, 'shape': scene.shape, 'style': scene.style,
+                     'fill': scene.fill, 'ground': scene.ground, 'num_skipped': 0,
+                     'shape_mask': tensor(draw.condition(scene, size, 'mask'))} for i, scene in enumerate(scenes)])
+
+
+def made(data: dict[str, Any], seed: int = 0, **images: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+    """What the model hands over."""
+    return [{'key': key, 'seed': seed, 'prompt': data['text'][i],
+             'images': {variant: pictures[i] for variant, pictures in images.items()}}
+            for i, key in enumerate(data['key'])]
+
+
+def metric(kind: str, **options: Any) -> Any:
+    return METRICS.build(dict(type=kind, **options))
+
+
+@pytest.mark.parametrize('kind', NAMES)
+def test_right_and_wrong_pictures(kind: str) -> None:
+    found, data = metric(kind), batch([SCENE])
+    found.process(data, made(data, base=[picture(WRONG[kind])], adapted=[picture(SCENE)]))
+    numbers, name = found.evaluate(1), NAMES[kind]
+    parts = ('', '/low', '/high', '/num_samples')
+    assert list(numbers) == [f'{variant}/{name}{part}' for variant in ('base', 'adapted') for part in parts]
+    assert numbers[f'adapted/{name}'] == pytest.approx(1, abs=0.03) and numbers[f'base/{name}'] < 0.5
+    if kind != 'MaskIoU':
+        assert (numbers[f'adapted/{name}'], numbers[f'base/{name}']) == (1, 0)
+    assert {type(value) for value in numbers.values()} == {float, int} and numbers[f'base/{name}/num_samples'] == 1
+    assert all(numbers[f'{v}/{name}/low'] <= numbers[f'{v}/{name}'] <= numbers[f'{v}/{name}/high']
+               for v in ('base', 'adapted'))
+
+
+@pytest.mark.parametrize('kind', NAMES)
+def test_one_wrong_thing_is_wrong_in_its_metric_only(kind: str) -> None:
+    data = batch([SCENE])
+    for other in NAMES:
+        if other == 'MaskIoU' and kind == 'ShapeAccuracy':
+            continue  # another shape covers other pixels
+        found = metric(other)
+        found.process(data, made(data, base=[picture(WRONG[kind])]))
+        value = found.evaluate(1)[f'base/{NAMES[other]}']
+        assert value < 0.5 if other == kind else value > 0.97, (other, kind, value)
+
+
+def test_all_metrics_on_many_pictures_by_mmengines_evaluator() -> None:
+    scenes = [draw_scene(3, i, STYLES, 'all', 'metrics') for i in range(24)]
+    evaluator = Evaluator([metric(kind) for kind in NAMES])
+    wrong = scenes[1:] + scenes[:1]
+    for first in range(0, 24, 8):
+        data = batch(scenes[first:first + 8], first=first)
+        evaluator.process(made(data, adapted=[picture(s) for s in scenes[first:first + 8]],
+                               base=[picture(s) for s in wrong[first:first + 8]]), data)
+    numbers = evaluator.evaluate(24)
+    assert len(numbers) == 2 * 5 * 4
+    for name in NAMES.values():
+        assert numbers[f'adapted/{name}'] > 0.98 and numbers[f'adapted/{name}/num_samples'] == 24
+        assert numbers[f'base/{name}'] < 0.5
+    for word in ('shape', 'fill', 'ground'):
+        assert numbers[f'base/{word}_accuracy'] == pytest.approx(
+            np.mean([getattr(a, word) == getattr(b, word) for a, b in pairwise([*scenes, scenes[0]])]))
+
+
+@pytest.mark.parametrize('kind', NAMES)
+def test_what_the_batch_lacks_is_named(kind: str) -> None:
+    data = batch([SCENE])
+    for name in ('key', *metric(kind).needs):
+        lacking = {key: value for key, value in data.items() if key != name}
+        with pytest.raises(ValueError, match=rf"{kind} needs '{name}' .*'Shapes' gives it with truth=True"):
+            metric(kind).process(lacking, made(data, base=[picture(SCENE)]))
+
+
+@pytest.mark.parametrize(('kind', 'word'), [('ShapeAccuracy', 'shape'), ('FillAccuracy', 'fill'),
+                                            ('GroundAccuracy', 'ground'), ('StyleScore', 'style')])
+def test_a_word_that_cannot_be_seen_is_refused(kind: str, word: str) -> None:
+    data = batch([SCENE])
+    data[word] = [{'shape': 'sqare', 'style': 'stripped', 'fill': 'grey', 'ground': 'grey'}[word]]
+    with pytest.raises(ValueError, match=rf"{kind}: the {word} '.*' of 'test/0' .*Did you mean"):
+        metric(kind).process(data, made(data, base=[picture(SCENE)]))
+
+
+def test_a_picture_that_is_not_finite_is_refused() -> None:
+    data, broken = batch([SCENE]), picture(SCENE)
+    broken[0, 3, 3] = float('nan')
+    with pytest.raises(ValueError, match="'adapted' of sample 'test/0' is not finite"):
+        metric('GroundAccuracy').process(data, made(data, adapted=[broken]))
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    data = batch([SCENE], size=32)
+    with pytest.raises(ValueError, match=r"shape_mask of sample 'test/0' is \[32, 32\] and its picture \[64, 64\]"):
+        metric('MaskIoU').process(data, made(data, base=[picture(SCENE)]))
+
+
+def test_values_outside_0_to_1_are_cut() -> None:
+    assert observed(picture(SCENE) * 1.5 - 0.2).shape == 'star'
+    bright = observed(torch.full((3, 16, 16), 9.0))
+    assert bright.ground == 'white' and not bright.mask.any()
+
+
+def test_one_style_may_be_wanted_of_all() -> None:
+    scenes = [replace(SCENE, style=style) for style in STYLES]
+    data, pictures = batch(scenes), [picture(scene) for scene in scenes]
+    dotted, own = metric('StyleScore', style='dotted'), metric('StyleScore')
+    for found in (dotted, own):
+        found.process(data, made(data, adapted=pictures))
+    assert dotted.evaluate(6)['adapted/style_score'] == pytest.approx(1 / 6)
+    assert own.evaluate(6)['adapted/style_score'] == 1
+    lacking = {key: value for key, value in data.items() if key != 'style'}
+    metric('StyleScore', style='dotted').process(lacking, made(data, adapted=pictures))
+    with pytest.raises(ValueError, match="'doted' of the config .*Did you mean 'dotted'"):
+        metric('StyleScore', style='doted')
+
+
+def test_a_prefix_keeps_two_of_a_kind_apart() -> None:
+    data = batch([SCENE])
+    evaluator = Evaluator([metric('StyleScore'), metric('StyleScore', style='flat', prefix='flat')])
+    evaluator.process(made(data, base=[picture(SCENE)]), data)
+    numbers = evaluator.evaluate(1)
+    assert (numbers['base/style_score'], numbers['flat/base/style_score']) == (1, 0)
+
+
+def test_no_warning_of_a_missing_prefix(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    assert metric('ShapeAccuracy').prefix is None
+    assert 'prefix' not in caplog.text + ''.join(capsys.readouterr())
+
+
+def test_a_picture_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+    observe = base.observe
+    monkeypatch.setattr(base, 'observe', lambda pixels: seen.append(pixels) or observe(pixels))
+    monkeypatch.setattr(base, '_seen', type(base._seen)())
+    scenes = [replace(SCENE, x=0.5 + 0.01 * i) for i in range(3)]
+    data = batch(scenes)
+    for kind in NAMES:
+        metric(kind).process(data, made(data, adapted=[picture(s) for s in scenes], base=[picture(SCENE)] * 3))
+    assert len(seen) == 4
+    monkeypatch.setattr(base, 'KEPT', 2)
+    observed(picture(WRONG['ShapeAccuracy']))
+    assert len(base._seen) == 2 and len(seen) == 5
+    # A picture with the same bytes in another shape is another one.
+    flat = torch.zeros(3, 4, 16)
+    assert [observed(p).mask.shape for p in (flat, flat.reshape(3, 8, 8))] == [(4, 16), (8, 8)]
+
+
+def test_seeds_of_a_prompt_are_one_cluster() -> None:
+    scenes = [replace(SCENE, x=0.5 + 0.01 * i) for i in range(6)]
+    data, accuracy, overlap = batch(scenes), metric('ShapeAccuracy'), metric('MaskIoU')
+    right = [scene if i % 3 else replace(scene, shape='circle') for i, scene in enumerate(scenes)]
+    for seed in range(4):
+        for found in (accuracy, overlap):
+            found.process(data, made(data, seed, base=[picture(scene) for scene in right]))
+    numbers = {**accuracy.evaluate(sys.maxsize), **overlap.evaluate(sys.maxsize)}
+    assert numbers['base/shape_accuracy/num_samples'] == numbers['base/iou/num_samples'] == 24
+    assert (numbers['base/shape_accuracy/low'], numbers['base/shape_accuracy/high']) == interval.wilson(2 / 3, 6)
+    ious = [iou(observed(picture(shown)).mask, draw.mask(scene, 64) >= 0.5)
+            for shown, scene in zip(right, scenes, strict=True)]
+    half = 1.959964 * np.std(ious, ddof=1) / np.sqrt(6)
+    assert numbers['base/iou/low'] == pytest.approx(np.mean(ious) - half)
+
+
+def test_no_results_are_no_numbers() -> None:
+    assert metric('MaskIoU').compute_metrics([]) == {}
+
+
+def test_a_variant_that_only_some_samples_have() -> None:
+    data, found = batch([SCENE, SCENE]), metric('FillAccuracy')
+    samples = made(data, base=[picture(SCENE), picture(SCENE)])
+    samples[1]['images']['adapted'] = picture(WRONG['FillAccuracy'])
+    found.process(data, samples)
+    numbers = found.evaluate(2)
+    assert (numbers['base/fill_accuracy/num_samples'], numbers['adapted/fill_accuracy/num_samples']) == (2, 1)
+    assert (numbers['base/fill_accuracy'], numbers['adapted/fill_accuracy']) == (1, 0)
+
+
+TWO = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from evaluation.test_metrics import NAMES, batch, made, metric, mixed, picture
+rank, folder = int(sys.argv[2]), sys.argv[3]
+torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+numbers = {}
+for kind in NAMES:
+    found = metric(kind, collect_dir=f'{folder}/parts')
+    for i in range(rank, 6, 2):
+        scenes, shown = mixed(i)
+        data = batch(scenes, first=i)
+        found.process(data, made(data, base=[picture(s) for s in shown]))
+    numbers |= found.evaluate(6)
+open(f'{folder}/{rank}.json', 'w').write(json.dumps(numbers))
+torch.distributed.destroy_process_group()
+"""
+
+
+def mixed(i: int) -> tuple[list[Scene], list[Scene]]:
+    """What sample i is and what its picture shows; every third is wrong."""
+    scene = draw_scene(5, i, STYLES, 'all', 'two')
+    return [scene], [scene if i % 3 else draw_scene(6, i, STYLES, 'all', 'two')]
+
+
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    tests = Path(__file__).resolve().parents[1]
+    # Not pipes: the first process could fill its own while the second is waited for.
+    logs = [(tmp_path / f'{rank}.log').open('w+') for rank in range(2)]
+    running = [subprocess.Popen([sys.executable, '-c', TWO, str(tests), str(rank), str(tmp_path)], cwd=tmp_path,
+                                stdout=logs[rank], stderr=subprocess.STDOUT,
+                                env={**os.environ, 'OMP_NUM_THREADS': '1'}) for rank in range(2)]
+    try:
+        codes = [process.wait(120) for process in running]
+    finally:
+        for process, log in zip(running, logs, strict=True):
+            process.kill()
+            log.close()
+    assert codes == [0, 0], ''.join(Path(log.name).read_text() for log in logs)[-3000:]
+    one: dict[str, Any] = {}
+    for kind in NAMES:
+        found = metric(kind)
+        for i in range(6):
+            scenes, shown = mixed(i)
+            data = batch(scenes, first=i)
+            found.process(data, made(data, base=[picture(s) for s in shown]))
+        assert pickle.loads(pickle.dumps(found.results)) == found.results
+        one |= found.evaluate(6)
+    two = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
+    assert two[0] == two[1] and two[0] == pytest.approx(one, abs=1e-12)
+    assert not (tmp_path / '.dist_test').exists()

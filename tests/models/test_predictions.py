@@ -1,0 +1,129 @@
+"""Pictures of the base alone are those of a model built without adapters, bitwise; the adapted ones are as ever."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import PROMPTS, images, make_batch, picture_batch, t2i
+from torch import Tensor, nn
+
+from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.registry import ADAPTERS
+from diffengine_sdxl.structures import Batch
+
+SAMPLER = dict(type='Sampler', num_inference_steps=2)
+SEEDS = [3, 8]
+
+
+@ADAPTERS.register_module(force=True)
+class LivesInTheUNet(Adapter):
+    """What a LoRA does: fp32 weights inside the base, which act wherever the base runs."""
+
+    def attach(self, model: Any) -> None:
+        self.on = True
+        model.unet.conv_in.register_parameter('extra', nn.Parameter(torch.full((1,), 0.3)))
+        self.unet = [model.unet]  # in a list: the UNet is not its child
+        model.unet.conv_in.register_forward_hook(
+            lambda module, _, out: out + module.extra.to(out.dtype) if self.on else out)
+
+    def trainables(self) -> list[nn.Parameter]:
+        return [self.unet[0].conv_in.extra]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+
+ADAPTERS_OF = {'none': {}, 't2i': dict(a=t2i()), 'in the unet': dict(b=dict(type='LivesInTheUNet')),
+               'both': dict(a=t2i(), b=dict(type='LivesInTheUNet')), 'frozen': dict(a=t2i(trainable=False))}
+
+
+def batch() -> Batch:
+    return picture_batch(PROMPTS[:2], SEEDS, conditions={'conditioning_image': images(2)})
+
+
+def stacked(made: list[dict[str, Any]], variant: str) -> Tensor:
+    return torch.stack([sample['images'][variant] for sample in made])
+
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+@pytest.mark.parametrize('kind', [k for k in ADAPTERS_OF if k != 'none'])
+def test_both_variants_are_bitwise_what_one_would_build(tiny_base: Path, kind: str, precision: str) -> None:
+    """From the same noise, in any order; with fp32 weights in a bf16 UNet too."""
+    base = SDXL(pretrained=str(tiny_base), sampler=SAMPLER, mixed_precision=precision)
+    model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF[kind], sampler=SAMPLER, mixed_precision=precision)
+    expected = base.decode(base.sampler(base, batch()))
+    before = model.decode(model.sampler(model, batch()))
+    assert not torch.equal(expected, before)
+    for variants in (('base', 'adapted'), ('adapted', 'base')):
+        made = model(batch(), mode='predict', variants=variants)
+        assert tuple(made[0]['images']) == variants
+        assert torch.equal(stacked(made, 'base'), expected) and torch.equal(stacked(made, 'adapted'), before)
+    assert torch.equal(stacked(model(batch(), mode='predict', variants=['base']), 'base'), expected)
+    assert torch.equal(stacked(base(batch(), mode='predict'), 'base'), expected)
+
+
+def test_what_a_prediction_says(tiny_base: Path) -> None:
+    model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF['t2i'], sampler=SAMPLER)
+    assert model.variants == ('base', 'adapted')
+    made = model(batch(), mode='predict')
+    # The model as it stands: one picture, and nobody pays for two.
+    assert [list(sample) for sample in made] == [['key', 'seed', 'prompt', 'images']] * 2
+    assert [(s['key'], s['seed'], s['prompt'], list(s['images'])) for s in made] == [
+        (f'prompt {i}', SEEDS[i], PROMPTS[i], ['adapted']) for i in range(2)]
+    image = made[0]['images']['adapted']
+    assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
+
+
+def test_a_model_without_adapters_is_its_base(tiny_base: Path) -> None:
+    model = SDXL(pretrained=str(tiny_base), sampler=SAMPLER, trainable=['unet'], objective=dict(type='Denoise'))
+    assert model.variants == ('base',)
+    before = stacked(model(batch(), mode='predict'), 'base')
+    with torch.no_grad():
+        next(iter(model.unet.parameters())).add_(0.1)
+    # As it stands, with what was trained.
+    assert not torch.equal(stacked(model(batch(), mode='predict'), 'base'), before)
+    with pytest.raises(ValueError, match="no adapters, so there are no pictures 'adapted'"):
+        model(batch(), mode='predict', variants=['adapted'])
+    with pytest.raises(ValueError, match="variant 'bases' is not known; choose of 'base', 'adapted'"):
+        model(batch(), mode='predict', variants=['bases'])
+
+
+def test_the_base_is_left_again(tiny_base: Path) -> None:
+    """Also after an error inside, and where contexts are nested; an adapter's input need not be there."""
+    model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF['both'], sampler=SAMPLER)
+    before = model.decode(model.sampler(model, batch()))
+    without = picture_batch(PROMPTS[:2], SEEDS)
+    with pytest.raises(ValueError, match="'a' reads 'conditioning_image'"):
+        model(without, mode='predict')
+    assert len(model(without, mode='predict', variants=['base'])) == 2
+    with pytest.raises(RuntimeError, match='inside'), model.without_adapters():
+        with model.without_adapters():
+            pass
+        assert model.alone and not model.adapters['b'].on
+        raise RuntimeError('inside')
+    assert not model.alone and model.adapters['b'].on
+    assert torch.equal(model.decode(model.sampler(model, batch())), before)
+
+
+def test_training_does_not_know_of_it(tiny_base: Path) -> None:
+    """Gradients before and after pictures of the base are the same, bitwise."""
+    model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF['both'], sampler=SAMPLER,
+                 objective=dict(type='Denoise'))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(make_batch(), mode='loss')['loss'].backward()
+        return [p.grad.clone() for owned in model.trainables().values() for _, p in owned if p.grad is not None]
+    before = gradients()
+    model(batch(), mode='predict', variants=model.variants)
+    after = gradients()
+    assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

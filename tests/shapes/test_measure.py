@@ -1,0 +1,285 @@
+"""Measuring pictures: against scenes whose truth is known, and against pictures that show none."""
+
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffengine_sdxl.shapes import draw, measure, palette
+from diffengine_sdxl.shapes.measure import Observation, observe
+from diffengine_sdxl.shapes.scene import SHAPES, STYLES, Scene, draw_scene
+
+WORDS = ('shape', 'fill', 'ground', 'style')
+SCENE = Scene('star', 'flat', 'red', 'green', 'plain', 0.55, 0.45, 0.3)
+
+
+def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of [H, W, C], borders repeated."""
+    reach = int(4 * sigma) + 1
+    kernel = np.exp(-np.arange(-reach, reach + 1) ** 2 / (2 * sigma ** 2))
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        padded = np.pad(image.astype(float), [(reach, reach) if a == axis else (0, 0) for a in range(3)], mode='edge')
+        image = sum(k * np.take(padded, range(i, i + image.shape[axis]), axis) for i, k in enumerate(kernel))
+    return image
+
+
+def degraded(image: np.ndarray, seed: int, sigma: float = 0.7, noise: float = 5.0) -> np.ndarray:
+    """Roughly what a VAE does to a picture."""
+    noisy = blurred(image, sigma) + np.random.default_rng(seed).normal(0, noise, image.shape)
+    return np.clip(noisy.round(), 0, 255).astype(np.uint8)
+
+
+@cache
+def scenes(num: int) -> list[Scene]:
+    return [draw_scene(7, i, STYLES, 'all', 'measure') for i in range(num)]
+
+
+@cache
+def observations(num: int, size: int, worse: bool) -> list[Observation]:
+    pictures = [draw.render(scene, size) for scene in scenes(num)]
+    return [observe(degraded(picture, i) if worse else picture) for i, picture in enumerate(pictures)]
+
+
+def accuracy(seen: list[Observation], true: list[Scene], word: str) -> float:
+    return float(np.mean([getattr(o, word) == getattr(s, word) for o, s in zip(seen, true, strict=True)]))
+
+
+CASES = [(300, 64, False, 0.995, 0.99), (300, 64, True, 0.97, 0.975), (60, 96, True, 0.97, 0.985),
+         (50, 128, False, 0.995, 0.995)]
+
+
+@pytest.mark.parametrize(('num', 'size', 'worse', 'least', 'least_iou'), CASES)
+def test_true_pictures_are_measured_right(num: int, size: int, worse: bool, least: float, least_iou: float) -> None:
+    seen, true = observations(num, size, worse), scenes(num)
+    assert {word: a for word in WORDS if (a := accuracy(seen, true, word)) < least} == {}
+    ious = [measure.iou(o.mask, draw.mask(s, size) >= 0.5) for o, s in zip(seen, true, strict=True)]
+    assert np.mean(ious) >= least_iou and min(ious) >= 0.85
+    assert min(o.fit for o in seen) >= 0.85
+    places = np.array([o.place for o in seen]) - [(s.x, s.y, s.radius) for s in true]
+    assert np.quantile(abs(places), 0.99) < 1 / size
+
+
+@pytest.mark.parametrize('word', WORDS)
+def test_other_pictures_are_right_by_chance_only(word: str) -> None:
+    """Each picture against the scene after it, which is independent of it."""
+    seen, true = observations(300, 64, False), scenes(300)
+    known = {'shape': SHAPES, 'style': STYLES}.get(word, palette.NAMES)
+    shares = np.array([np.mean([getattr(scene, word) == name for scene in true]) for name in known])
+    chance = float((shares ** 2).sum())
+    found = accuracy(seen, true[1:] + true[:1], word)
+    assert abs(chance - 1 / len(known)) < 0.03
+    assert abs(found - chance) < 4 * np.sqrt(chance * (1 - chance) / len(seen))
+
+
+def test_masks_of_other_pictures_hardly_overlap() -> None:
+    seen, true = observations(300, 64, False), scenes(300)
+    ious = [measure.iou(o.mask, draw.mask(s, 64) >= 0.5) for o, s in zip(seen, true[1:] + true[:1], strict=True)]
+    assert np.mean(ious) < 0.4
+
+
+X, Y = np.meshgrid(*[(np.arange(64) + 0.5) / 64 - 0.5] * 2)
+
+
+def two_colours(mask: np.ndarray) -> np.ndarray:
+    return np.where(mask[..., None], palette.COLOURS['red'], palette.COLOURS['green']).astype(np.uint8)
+
+
+def turned(degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    angle = np.radians(degrees)
+    return X * np.cos(angle) + Y * np.sin(angle), Y * np.cos(angle) - X * np.sin(angle)
+
+
+def polygon(shape: str, degrees: float) -> np.ndarray:
+    x, y = turned(degrees)
+    return draw.signed_distance(shape, x / 0.32, y / 0.32) < 0
+
+
+NO_SHAPE: dict[str, Callable[[], np.ndarray]] = {
+    'half disc': lambda: (np.hypot(X, Y) < 0.33) & (X < 0),
+    'lower half disc': lambda: (np.hypot(X, Y) < 0.33) & (Y < 0),
+    'three quarters of a disc': lambda: (np.hypot(X, Y) < 0.33) & ~((X > 0) & (Y < 0)),
+    'flat ellipse': lambda: np.hypot(X, Y / 0.6) < 0.33, 'flat rectangle': lambda: (abs(X) < 0.3) & (abs(Y) < 0.2),
+    'bar': lambda: (abs(X) < 0.05) & (abs(Y) < 0.35),
+    'cross': lambda: (np.minimum(abs(X), abs(Y)) < 0.1) & (np.maximum(abs(X), abs(Y)) < 0.32),
+    'L': lambda: (np.maximum(abs(X), abs(Y)) < 0.28) & ~((X > -0.05) & (Y < 0.05)),
+    'flower': lambda: np.hypot(X, Y) < 0.28 * (1 + 0.35 * np.cos(6 * np.arctan2(Y, X))),
+    'triangle on its head': lambda: polygon('triangle', 180), 'turned triangle': lambda: polygon('triangle', 15),
+    'star on its head': lambda: polygon('star', 180), 'turned star': lambda: polygon('star', 10),
+    'two discs': lambda: (np.hypot(X + 0.22, Y) < 0.18) | (np.hypot(X - 0.22, Y) < 0.18),
+    'a disc and a smaller one': lambda: (np.hypot(X + 0.22, Y) < 0.2) | (np.hypot(X - 0.25, Y) < 0.11),
+    'a square grown into a disc': lambda: (np.maximum(abs(X + 0.1), abs(Y)) < 0.2) | (np.hypot(X - 0.2, Y) < 0.2)}
+
+
+@pytest.mark.parametrize('name', NO_SHAPE)
+def test_other_figures_are_no_shape(name: str) -> None:
+    mask = NO_SHAPE[name]()
+    seen = observe(two_colours(mask))
+    assert (seen.shape, seen.style, seen.fill, seen.ground) == (None, None, 'red', 'green')
+    assert measure.iou(seen.mask, mask) > 0.97 and 0 < seen.fit < measure.FLOOR
+
+
+def noise(sigma: float, seed: int) -> np.ndarray:
+    field = np.random.default_rng(seed).normal(size=(64, 64, 3))
+    field = blurred(field, sigma) if sigma else field
+    return np.clip(128 + 60 * field / field.std(), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize('sigma', [0.0, 1.0, 3.0, 6.0])
+def test_noise_shows_no_shape(sigma: float) -> None:
+    assert [observe(noise(sigma, seed)).shape for seed in range(15)] == [None] * 15
+
+
+@pytest.mark.parametrize('colour', palette.NAMES)
+@pytest.mark.parametrize('texture', ['plain', 'shaded', 'wavy'])
+def test_a_ground_alone_is_only_ground(colour: str, texture: str) -> None:
+    picture = np.asarray(palette.COLOURS[colour]) * draw._texture(texture, 64)[..., None]
+    seen = observe(degraded(picture, 0, noise=3))
+    assert not seen.mask.any() and seen.mask.shape == (64, 64)
+    assert (seen.ground, seen.fill, seen.shape, seen.style, seen.fit, seen.place) == (colour, *[None] * 3, 0.0, None)
+
+
+def test_specks_are_left_out_and_larger_pieces_are_not() -> None:
+    disc = np.hypot(X + 0.15, Y + 0.1) < 0.28
+    for radius, stays in ((0.03, False), (0.1, True)):
+        spot = np.hypot(X - 0.35, Y - 0.35) < radius
+        seen = observe(two_colours(disc | spot))
+        assert seen.shape == 'circle' and seen.mask[spot].all() == stays == seen.mask[spot].any()
+
+
+def test_a_highlight_in_the_grounds_colour_is_no_hole() -> None:
+    disc, hole = np.hypot(X, Y) < 0.3, np.hypot(X + 0.1, Y + 0.1) < 0.06
+    seen = observe(two_colours(disc & ~hole))
+    assert seen.shape == 'circle' and measure.iou(seen.mask, disc) > 0.98
+
+
+def test_a_shape_may_reach_over_the_border() -> None:
+    disc = np.hypot(X - 0.38, Y) < 0.3
+    seen = observe(two_colours(disc))
+    assert seen.shape == 'circle' and measure.iou(seen.mask, disc) > 0.98
+
+
+def test_what_covers_nearly_everything_or_nearly_nothing_is_no_figure() -> None:
+    for mask in (np.maximum(abs(X), abs(Y)) < 0.45, np.hypot(X, Y) < 0.03, np.minimum(abs(X), abs(Y)) < 0.1):
+        seen = observe(two_colours(mask))
+        assert seen.shape is None and not seen.mask.any()
+
+
+@pytest.mark.parametrize('style', STYLES)
+@pytest.mark.parametrize('shift', [(0.08, 0.0), (0.0, 0.08)])
+def test_a_pattern_may_lie_a_little_off_its_place(style: str, shift: tuple[float, float]) -> None:
+    """The inside of a circle whose centre lies by `shift` radii off, cut out by the circle in its place."""
+    scene = Scene('circle', style, 'blue', 'yellow', 'plain', 0.5, 0.5, 0.3)
+    moved = draw.render(Scene('circle', style, 'blue', 'yellow', 'plain', 0.5 + 0.3 * shift[0], 0.5 + 0.3 * shift[1],
+                              0.33 if style == 'flat' else 0.3), 64)
+    inside = (draw.mask(scene, 64) >= 0.5) & (palette.nearest(palette.to_lab(moved)) != palette.NAMES.index('yellow'))
+    seen = observe(np.where(inside[..., None], moved, palette.COLOURS['yellow']).astype(np.uint8))
+    assert (seen.shape, seen.style, seen.fill) == ('circle', style, 'blue')
+
+
+def test_pictures_need_not_be_square() -> None:
+    wide = np.concatenate([draw.render(SCENE, 64), two_colours(np.zeros((64, 40), dtype=bool))], axis=1)
+    for picture in (wide, np.swapaxes(wide, 0, 1)):
+        seen = observe(picture)
+        assert seen.mask.shape == picture.shape[:2] and (seen.fill, seen.ground) == ('red', 'green')
+    seen = observe(wide)
+    assert (seen.shape, seen.style) == ('star', 'flat')
+    assert seen.place == pytest.approx([64 * v / 104 for v in (0.55, 0.45, 0.3)], abs=0.005)
+
+
+def test_nothing_is_changed_and_everything_repeats() -> None:
+    picture = draw.render(SCENE, 64)
+    before, first, second = picture.copy(), observe(picture), observe(picture)
+    assert (picture == before).all() and (first.mask == second.mask).all()
+    assert first.__dict__.keys() == second.__dict__.keys()
+    assert [first.__dict__[k] for k in first.__dict__ if k != 'mask'] == [second.__dict__[k] for k in first.__dict__
+                                                                        if k != 'mask']
+
+
+SIZES = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (8, 8), (8, 64), (300, 4), (17, 33), (64, 64)]
+
+
+def pictures(size: tuple[int, int], seed: int) -> list[np.ndarray]:
+    """Of every kind: one colour, noise, blocks, stripes, a chess board, a gradient, few colours, one other pixel."""
+    draws = np.random.default_rng(seed)
+    rows, columns = np.indices(size)
+    flat = np.broadcast_to(draws.integers(0, 256, 3), (*size, 3))
+    other = draws.integers(0, 256, 3)
+    masks = [rows > draws.integers(0, size[0] + 1), columns % 2 == 0, (rows + columns) % 2 == 0,
+             (rows // 3 + columns // 3) % 2 == 0, (rows == size[0] // 2) & (columns == size[1] // 2),
+             np.maximum(abs(rows - size[0] // 2), abs(columns - size[1] // 2)) < max(size) // 4,
+             draws.random(size) < draws.random()]
+    gradient = rows[..., None] * draws.normal(size=3) * 9 + columns[..., None] * draws.normal(size=3) * 9 + 128
+    made = [flat, np.zeros((*size, 3)), np.full((*size, 3), 255), draws.integers(0, 256, (*size, 3)),
+            draws.integers(0, 2, (*size, 3)) * 255, gradient, *(np.where(mask[..., None], other, flat)
+                                                                for mask in masks)]
+    return [np.clip(picture, 0, 255).astype(np.uint8) for picture in made]
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.filterwarnings('error')
+def test_no_picture_is_refused(size: tuple[int, int]) -> None:
+    for picture in [p for seed in range(3) for p in pictures(size, seed)]:
+        seen = observe(picture)
+        assert seen.mask.shape == size and seen.mask.dtype == bool and 0 <= seen.fit <= 1
+        assert seen.ground in palette.NAMES and (seen.fill in palette.NAMES) == seen.mask.any()
+        assert (seen.shape is None) == (seen.style is None) and seen.shape in (None, *SHAPES)
+
+
+@pytest.mark.parametrize('bad', [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8),
+                                 np.zeros((0, 8, 3), np.uint8)])
+def test_what_is_no_picture_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r'uint8 of \[H, W, 3\]'):
+        observe(bad)
+
+
+def test_iou_by_hand() -> None:
+    one = np.array([[True, True, False, False]])
+    assert measure.iou(one, np.array([[False, True, True, False]])) == pytest.approx(1 / 3)
+    assert measure.iou(one, one) == 1 and measure.iou(one, ~one) == 0
+    assert measure.iou(one & False, one & False) == 1 and measure.iou(one, one & False) == 0
+    with pytest.raises(ValueError, match='cannot be compared'):
+        measure.iou(one, one.T)
+
+
+def walked(mask: np.ndarray, diagonals: bool) -> np.ndarray:
+    """Components by breadth-first search."""
+    labels = np.full(mask.shape, -1)
+    steps = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i or j) and (diagonals or not (i and j))]
+    for start in np.argwhere(mask):
+        if labels[tuple(start)] >= 0:
+            continue
+        label = start[0] * mask.shape[1] + start[1]
+        labels[tuple(start)] = label
+        queue = deque([tuple(start)])
+        while queue:
+            r, c = queue.popleft()
+            for i, j in steps:
+                at = (r + i, c + j)
+                if 0 <= at[0] < mask.shape[0] and 0 <= at[1] < mask.shape[1] and mask[at] and labels[at] < 0:
+                    labels[at] = label
+                    queue.append(at)
+    return labels
+
+
+def spiral(size: int) -> np.ndarray:
+    """One long path."""
+    mask = np.zeros((size, size), dtype=bool)
+    top, left, bottom, right = 0, 0, size - 1, size - 1
+    while top <= bottom and left <= right:
+        mask[top, left:right + 1] = mask[top:bottom + 1, right] = mask[bottom, left:right + 1] = True
+        mask[top + 2:bottom + 1, left] = True
+        mask[min(top + 2, size - 1), left:left + 2] = True
+        top, left, bottom, right = top + 2, left + 2, bottom - 2, right - 2
+    return mask
+
+
+@pytest.mark.parametrize('diagonals', [False, True])
+def test_components_against_a_search(diagonals: bool) -> None:
+    draws = np.random.default_rng(0)
+    masks = [draws.random((20, 31)) < part for part in (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)]
+    for mask in [*masks, spiral(33), np.indices((9, 9)).sum(0) % 2 == 0, np.ones((1, 5), dtype=bool)]:
+        assert (measure.components(mask, diagonals) == walked(mask, diagonals)).all()

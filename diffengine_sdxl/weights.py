@@ -6,7 +6,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-
 #: What a source begins with that came with this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
 SHIPPED = 'diffengine_sdxl::'
 

@@ -156,7 +156,7 @@ def train(arguments: list[str], place: Path) -> None:
     own = [f'train_cfg.max_iters={steps}', 'default_hooks.checkpoint.interval=2', 'train_dataloader.num_workers=0',
            'model.sampler.num_inference_steps=2', 'default_hooks.progress=None']
     if args.config.startswith('shapes'):
-        own += ['model.pretrained=BASE', 'train_dataloader.batch_size=2', 'default_hooks.samples=None']
+        own += ['train_dataloader.batch_size=2', 'default_hooks.samples=None']
     elif not args.config.startswith('tiny'):
         own += ['model.pretrained=BASE', 'model.vae=None', 'train_dataloader.dataset.source=DATA', 'resolution=64',
                 'mixed_precision=no']
@@ -167,7 +167,10 @@ def train(arguments: list[str], place: Path) -> None:
     args.cfg_options = [*(args.cfg_options or []), *own]
     work_dir = launch.prepare(args).work_dir
     assert launch.train(args) == 0
-    assert (place / work_dir / f'step{steps}' / 'adapter' / 'config.json').is_file()
+    exported = place / work_dir / f'step{steps}'
+    assert (exported / 'manifest.json').is_file()
+    assert any((exported / name).is_file() for name in (
+        'adapter/config.json', 'pipeline/model_index.json', 'image_encoder/config.json'))
 
 
 def evaluate(arguments: list[str], place: Path) -> None:
@@ -183,12 +186,27 @@ def evaluate(arguments: list[str], place: Path) -> None:
     launch.prepare_test(args)
     if args.launcher != 'none':
         return
-    args.cfg_options = [*(args.cfg_options or []), 'model.pretrained=BASE', 'test_dataloader.dataset.length=4',
+    args.cfg_options = [*(args.cfg_options or []), 'test_dataloader.dataset.length=4',
                         'model.sampler.num_inference_steps=2']
     work_dir = launch.prepare_test(args).work_dir
     assert launch.test(args) == 0
     found = json.loads((place / work_dir / 'metrics.json').read_text())
     assert list(found) == (['base'] if args.checkpoint == 'none' else ['base', 'adapted'])
+
+
+def run_tool(words: list[str], folder: Path) -> None:
+    """A tool of another kind, in this process; where it would take minutes, with small numbers."""
+    tool, arguments = words[1], [re.sub(r'step\d+', 'step2', word) for word in words[2:]]
+    if '--num-samples' in arguments:
+        arguments[arguments.index('--num-samples') + 1] = '4'
+    if tool == 'tools/demo.py':
+        arguments += ['--cfg-options', 'train_cfg.max_iters=2', 'test_dataloader.dataset.length=4',
+                      'default_hooks.samples=None', 'model.sampler.num_inference_steps=2',
+                      'train_dataloader.batch_size=2']
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, 'argv', [tool, *arguments])
+        runpy.run_path(str(ROOT / tool), run_name='__main__')
+    assert not ended.value.code, words
 
 
 @pytest.mark.parametrize('page', sorted({page for page, _ in COMMANDS}))
@@ -218,6 +236,8 @@ def run_command(words: list[str], folder: Path) -> None:
         evaluate(words[3:], folder)
     elif words[:2] == ['python', 'tools/test.py']:
         evaluate(words[2:], folder)
+    elif words[0] == 'python' and words[1].startswith('tools/'):
+        run_tool(words, folder)
     elif words[0] == 'python' and words[1].startswith('benchmarks/'):
         text = (ROOT / words[1]).read_text()
         assert not [w for w in words[2:] if w.startswith('--') and f"'{w}'" not in text], words

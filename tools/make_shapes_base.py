@@ -123,7 +123,7 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
     """Write the trained parts to `folder` as fp16, and how they came about; refuses more than 20 MB.
 
     Args:
-        runs: 'vae', 'unet' and 'image_encoder' -> exports (step<N>).
+        runs: 'vae', 'decoder', 'unet', 'image_encoder' -> exports (step<N>); the VAE's weights are in `folder` already.
     """
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -163,6 +163,7 @@ def main() -> int:
         if name != 'components':
             command.add_argument('--vae', type=Path, required=True, help='export (step<N>) of shapes_vae')
         if name == 'assemble':
+            command.add_argument('--decoder', type=Path, help='export of shapes_vae_decoder, for the manifest')
             command.add_argument('--unet', type=Path, required=True, help='export of shapes_pretrain')
             command.add_argument('--image-encoder', type=Path, help='export of shapes_image_encoder')
     args = parser.parse_args()
@@ -171,7 +172,7 @@ def main() -> int:
     elif args.command == 'vae':
         take_vae(args.vae, args.folder)
     else:
-        runs = {'vae': args.vae, 'unet': args.unet, 'image_encoder': args.image_encoder}
+        runs = {'vae': args.vae, 'decoder': args.decoder, 'unet': args.unet, 'image_encoder': args.image_encoder}
         assemble(args.folder, {name: path for name, path in runs.items() if path})
     return 0
 

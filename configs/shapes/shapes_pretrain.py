@@ -9,7 +9,9 @@ model = dict(
     # Random weights of the base's shape; its VAE has been trained already.
     pretrained=None, config='diffengine_sdxl::shapes/base', vae='diffengine_sdxl::shapes/base/vae',
     trainable=['unet', 'text_encoder', 'text_encoder_2'],
-    objective=dict(type='Denoise', timesteps=dict(type='LogitNormalTimesteps', mean=1.0, std=1.0)), sampler=_base_.sampler)
+    # Shapes are decided on the noisy side of the middle, where places are known and outlines are not.
+    objective=dict(type='Denoise', timesteps=dict(type='LogitNormalTimesteps', mean=1.0, std=1.0)),
+    sampler=_base_.sampler)
 train_dataloader = dict(
     batch_size=32, num_workers=0,
     dataset=dict(
@@ -18,7 +20,7 @@ train_dataloader = dict(
             # Both nulls are learned: the caption '' and zeros, which stock takes for a missing negative prompt.
             dict(type='CaptionDrop', prob=0.05),
             dict(type='CaptionDrop', prob=0.08, to=None)]))
-train_cfg = dict(max_iters=9000)
+train_cfg = dict(max_iters=7000)
 optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01))
 param_scheduler = dict(name='cosine', num_warmup_steps=200)
 default_hooks = dict(

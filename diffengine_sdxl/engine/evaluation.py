@@ -238,11 +238,14 @@ class EvalLoop(BaseLoop):
     @property
     def step(self) -> int:
         """The optimizer step that the weights are of; 0 if that is not known."""
-        return self.runner.iter
+        return self.runner.iter or self.runner.loaded_step or 0
 
     def said(self) -> str:
         """What is evaluated, in words."""
-        raise NotImplementedError
+        if self.runner.iter > 0:
+            return f'step {self.step}{", EMA weights" if self.runner.ema is not None else ""}'
+        return self.runner.loaded or ('the weights of the config' if self.runner.bare_model.adapters else
+                                      'the base alone')
 
     def path(self) -> Path:
         """Where the JSON goes."""
@@ -261,10 +264,6 @@ class ValLoop(EvalLoop):
     def defaults(self, variants: tuple[str, ...]) -> tuple[str, ...]:
         """The model as it stands: a frozen base alone gives the same every time."""
         return variants[-1:]
-
-    def said(self) -> str:
-        """The step."""
-        return f'step {self.step}{", EMA weights" if self.runner.ema is not None else ""}'
 
     def path(self) -> Path:
         """One for each step."""
@@ -288,16 +287,6 @@ class TestLoop(EvalLoop):
     """The evaluation of `mim test`, to `metrics.json`."""
 
     mode = 'test'
-
-    @property
-    def step(self) -> int:
-        """That of the checkpoint."""
-        return self.runner.loaded_step or self.runner.iter
-
-    def said(self) -> str:
-        """What was loaded."""
-        return self.runner.loaded or ('the weights of the config' if self.runner.bare_model.adapters else
-                                      'the base alone')
 
     def path(self) -> Path:
         """One for each work_dir."""

@@ -155,7 +155,7 @@ class SDXL(BaseModel):
 
     def _unread(self, part: str, name: str) -> bool:
         if part == 'vae':  # an objective that reads latents tells the decoder nothing
-            return name.startswith(('decoder.', 'post_quant_conv.')) and not getattr(self.objective, 'decodes', False)
+            return not name.startswith(getattr(self.objective, 'vae_parts', ('encoder.', 'quant_conv.')))
         if part != 'text_encoder':
             return False
         last = self.text_encoder.config.num_hidden_layers - 1
@@ -227,9 +227,9 @@ class SDXL(BaseModel):
             said = ', '.join(f'{who} {divisor}' for who, divisor in needs.items() if divisor > 1)
             raise ValueError(f"'img' is {height} x {width}; its sides must be divisible by {self.size_divisor} "
                              f'({said}). Change `resolution`.')
-        with torch.set_grad_enabled(torch.is_grad_enabled() and 'vae' in self.trainable_parts):
-            with self._safe_vae() as vae:
-                return vae.encode(batch.img.to(vae.dtype)).latent_dist
+        trains = 'vae' in self.trainable_parts
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self._safe_vae() as vae:
+            return vae.encode(batch.img.to(vae.dtype)).latent_dist
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.registry import OBJECTIVES
 from diffengine_sdxl.structures import Batch
 
+#: What the names of an AutoencoderKL's weights begin with.
+ENCODER, DECODER = ('encoder.', 'quant_conv.'), ('decoder.', 'post_quant_conv.')
+
 
 @OBJECTIVES.register_module()
 class Reconstruct:
@@ -20,23 +23,23 @@ class Reconstruct:
     Args:
         kl_weight: of the KL, summed over a sample's latent and averaged over the batch.
         power: 2 for squares, which PSNR measures, or 1.
+        decoder_only: leave the encoder, and so the latents that a UNet works on, as they are; there is no KL then.
 
     Raises:
         ValueError: a number is out of range.
     """
 
-    #: Its gradient reaches the VAE's decoder too.
-    decodes = True
-
-    def __init__(self, kl_weight: float = 1e-6, power: int = 2) -> None:
+    def __init__(self, kl_weight: float = 1e-6, power: int = 2, decoder_only: bool = False) -> None:
         if kl_weight < 0 or power not in (1, 2):
             raise ValueError(f'Reconstruct: kl_weight={kl_weight} must not be negative and power={power} be 1 or 2.')
-        self.kl_weight, self.power = kl_weight, power
+        self.kl_weight, self.power, self.decoder_only = kl_weight, power, decoder_only
+        #: The VAE's weights that it has a gradient for begin with these.
+        self.vae_parts = DECODER if decoder_only else (*ENCODER, *DECODER)
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """{'loss_reconstruction': [], 'loss_kl': [], 'psnr': []}: means over the batch; PSNR in dB, not trained on.
+        """{'loss_reconstruction': [], 'loss_kl': [] (with the encoder), 'psnr': []}: means over the batch.
 
-        fp32, or fp64 if the VAE is.
+        PSNR is in dB and not trained on. fp32, or fp64 if the VAE is.
 
         Raises:
             ValueError: the VAE does not train, something else does, or the batch has no image.
@@ -48,7 +51,8 @@ class Reconstruct:
         if batch.img is None:
             raise ValueError("The samples hold no 'img', which Reconstruct compares with; a VAE cannot learn from "
                              'cached latents.')
-        posterior = model.posterior(batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
+            posterior = model.posterior(batch)
         noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', posterior.mean.shape[1:])
         latents = posterior.mean + posterior.std * noise.to(posterior.mean)
         decoded = model.vae.decode(latents, return_dict=False)[0]
@@ -56,5 +60,7 @@ class Reconstruct:
         error = decoded.to(dtype) - batch.img
         with torch.no_grad():  # of images in [-1, 1]: the peak is 2
             psnr = (10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp_min(1e-12))).mean()
-        return {'loss_reconstruction': error.abs().pow(self.power).mean(),
-                'loss_kl': self.kl_weight * posterior.kl().to(dtype).mean(), 'psnr': psnr}
+        losses = {'loss_reconstruction': error.abs().pow(self.power).mean()}
+        if not self.decoder_only:
+            losses['loss_kl'] = self.kl_weight * posterior.kl().to(dtype).mean()
+        return {**losses, 'psnr': psnr}

@@ -72,7 +72,7 @@ def observe(image: Pixels) -> Observation:
     inner = inner if inner.any() else mask
     fill = palette.majority(lab[inner])
     window, side = _window(mask), max(mask.shape)
-    shape, (x, y, radius), fit = max((_fitted(shape, mask[window]) for shape in SHAPES), key=lambda found: found[-1])
+    shape, (x, y, radius), fit = _fitted(mask[window])
     style = None if fit < FLOOR else _style(lab, inner, window, (shape, fill, ground), (x, y, radius))
     place = ((x + window[1].start) / side, (y + window[0].start) / side, radius / side)
     return Observation(mask, ground, fill, None if fit < FLOOR else shape, style, fit, place)
@@ -216,27 +216,39 @@ def _window(mask: Bools) -> tuple[slice, slice]:
     return spans[0], spans[1]
 
 
-def _fitted(shape: str, mask: Bools) -> tuple[str, Place, float]:
-    """The shape, where it covers the mask best (x, y, radius in pixels), and its IoU there.
+def _fitted(mask: Bools) -> tuple[str, Place, float]:
+    """The shape that covers the mask best, where it does so (x, y, radius in pixels), and its IoU there."""
+    found = {shape: _searched(shape, mask, _starts(shape, mask), (0.12, 0.06)) for shape in SHAPES}
+    best = max(score for _, score in found.values())
+    # Finer steps win a few hundredths; they cannot help what is further behind.
+    found = {shape: _searched(shape, mask, place[None], (0.06, 0.03, 0.015))
+             for shape, (place, score) in found.items() if score > best - 0.1}
+    shape = max(found, key=lambda shape: found[shape][1])
+    place, score = found[shape]
+    return shape, (float(place[0]), float(place[1]), float(place[2])), score
 
-    A pattern search with shrinking steps, from the centroid and area of the mask or from the centre and size of its
-    bounding box, whichever is better.
-    """
+
+def _starts(shape: str, mask: Bools) -> Array:
+    """Two guesses of the place: from the mask's centroid and area, and from its bounding box, [2, 3]."""
     down, across = np.nonzero(mask)
     (left, top, right, bottom), (x, y, area) = _unit(shape)[1:]
     radius = np.sqrt(len(down) / area)
-    starts = [(across.mean() + 0.5 - x * radius, down.mean() + 0.5 - y * radius, radius)]
-    radius = (np.ptp(across) + np.ptp(down) + 2) / (right - left + bottom - top)
-    starts.append(((across.min() + across.max() + 1 - (left + right) * radius) / 2,
-                   (down.min() + down.max() + 1 - (top + bottom) * radius) / 2, radius))
+    size = (np.ptp(across) + np.ptp(down) + 2) / (right - left + bottom - top)
+    return np.array([(across.mean() + 0.5 - x * radius, down.mean() + 0.5 - y * radius, radius),
+                     ((across.min() + across.max() + 1 - (left + right) * size) / 2,
+                      (down.min() + down.max() + 1 - (top + bottom) * size) / 2, size)])
+
+
+def _searched(shape: str, mask: Bools, places: Array, steps: tuple[float, ...]) -> tuple[Array, float]:
+    """The best place [3] near the best of `places` [N, 3] and its IoU: a pattern search with steps in radii."""
     moves = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3), axis=-1).reshape(-1, 3)
-    best, score, tried = np.array(starts[0]), -1.0, np.array(starts)
-    for step in (0.12, 0.06, 0.06, 0.03, 0.015, 0.0):
-        scores = _overlaps(shape, mask, tried)
+    best, score = places[0], -1.0
+    for step in (*steps, 0.0):
+        scores = _overlaps(shape, mask, places)
         if scores.max() > score:
-            best, score = tried[scores.argmax()], float(scores.max())
-        tried = best + step * best[2] * moves
-    return shape, (float(best[0]), float(best[1]), float(best[2])), score
+            best, score = places[scores.argmax()], float(scores.max())
+        places = best + step * best[2] * moves
+    return best, score
 
 
 def _overlaps(shape: str, mask: Bools, places: Array) -> Array:

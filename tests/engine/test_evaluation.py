@@ -335,3 +335,12 @@ def test_an_error_in_a_validation_costs_no_step(tmp_path: Path, circles: Path, t
     assert 'row 3' in capfd.readouterr().err
     assert [p.name for p in (tmp_path / 'run').glob('step*.pth')] == ['step2.pth']
     assert weights(tmp_path / 'run', 2) and not (tmp_path / 'run' / 'val').exists()
+
+
+def test_a_test_right_after_training(tmp_path: Path, validated: dict[str, Any], circles: Path,
+                                     capfd: pytest.CaptureFixture[str]) -> None:
+    """By one runner: of the weights as they are, the averages, which it says."""
+    runner = train(tmp_path, {**validated, **EMA, **evaluation('test', circles, 5, variants=['adapted'])})
+    capfd.readouterr()
+    assert runner.test() == numbers(tmp_path / 'val' / 'step4.json') == numbers(tmp_path / 'metrics.json')
+    assert 'step 4, EMA weights, 5 samples' in capfd.readouterr().out

@@ -71,6 +71,17 @@ def test_both_variants_are_bitwise_what_one_would_build(tiny_base: Path, kind: s
     assert torch.equal(stacked(base(batch(), mode='predict'), 'base'), expected)
 
 
+def test_the_base_is_not_autocast_for_an_adapters_sake(tiny_base: Path) -> None:
+    """fp32 weights of an adapter in a bf16 UNet need autocast; on a GPU that changes what the base alone gives."""
+    model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF['in the unet'], sampler=SAMPLER,
+                 mixed_precision='bf16')
+    seen: dict[str, set[bool]] = {'base': set(), 'adapted': set()}
+    model.unet.register_forward_pre_hook(
+        lambda *_: seen['base' if model.alone else 'adapted'].add(torch.is_autocast_enabled('cpu')))
+    model(batch(), mode='predict', variants=model.variants)
+    assert seen == {'base': {False}, 'adapted': {True}}
+
+
 def test_what_a_prediction_says(tiny_base: Path) -> None:
     model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF['t2i'], sampler=SAMPLER)
     assert model.variants == ('base', 'adapted')

@@ -150,6 +150,23 @@ def test_specks_are_left_out_and_larger_pieces_are_not() -> None:
         assert seen.shape == 'circle' and seen.mask[spot].all() == stays == seen.mask[spot].any()
 
 
+def test_a_thin_slanted_line_is_one_piece() -> None:
+    line = (np.indices((64, 64))[0] == np.indices((64, 64))[1]) & (abs(X) < 0.35)
+    seen = observe(two_colours(line))
+    assert (seen.mask == line).all() and seen.fill == 'red' and seen.shape is None
+
+
+def test_a_shape_on_a_blotchy_ground() -> None:
+    """Unevenness of 8/255 over a few pixels, in every colour: far more than the textures have."""
+    true, seen = scenes(60), []
+    for seed, scene in enumerate(true):
+        blotches = blurred(np.random.default_rng(seed).normal(size=(64, 64, 3)), 2)
+        picture = draw.render(scene, 64) + 8 * blotches / blotches.std()
+        seen.append(observe(np.clip(picture.round(), 0, 255).astype(np.uint8)))
+    assert min(accuracy(seen, true, word) for word in WORDS) >= 0.97
+    assert np.mean([measure.iou(o.mask, draw.mask(s, 64) >= 0.5) for o, s in zip(seen, true, strict=True)]) > 0.97
+
+
 def test_a_highlight_in_the_grounds_colour_is_no_hole() -> None:
     disc, hole = np.hypot(X, Y) < 0.3, np.hypot(X + 0.1, Y + 0.1) < 0.06
     seen = observe(two_colours(disc & ~hole))

@@ -33,7 +33,9 @@ class EMAHook(Hook):
         self.parameters: dict[str, torch.nn.Parameter] = {}
 
     def before_run(self, runner: Any) -> None:
-        """Make room, which a resumed run fills."""
+        """Make room, which a resumed run fills; not again where the same runner tests what it has trained."""
+        if runner.ema is self:
+            return
         runner.ema = self
         # Kept: asking the model for them walks through all of it.
         self.parameters = {n: p for owned in runner.bare_model.trainables().values() for n, p in owned}

@@ -157,6 +157,7 @@ def train(arguments: list[str], place: Path) -> None:
            'model.sampler.num_inference_steps=2', 'default_hooks.progress=None']
     if args.config.startswith('shapes'):
         own += ['train_dataloader.batch_size=2', 'default_hooks.samples=None']
+        own += ['load_from=work_dirs/pretrain/step2.pth'] if 'fine' in args.config else []
     elif not args.config.startswith('tiny'):
         own += ['model.pretrained=BASE', 'model.vae=None', 'train_dataloader.dataset.source=DATA', 'resolution=64',
                 'mixed_precision=no']

@@ -123,7 +123,8 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
     """Write the trained parts to `folder` as fp16, and how they came about; refuses more than 20 MB.
 
     Args:
-        runs: 'vae', 'decoder', 'unet', 'image_encoder' -> exports (step<N>); the VAE's weights are in `folder` already.
+        runs: 'vae', 'decoder', 'pretrain', 'unet', 'image_encoder' -> exports (step<N>), of which 'unet' and
+            'image_encoder' are taken; the VAE is in `folder` already.
     """
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -164,7 +165,8 @@ def main() -> int:
             command.add_argument('--vae', type=Path, required=True, help='export (step<N>) of shapes_vae')
         if name == 'assemble':
             command.add_argument('--decoder', type=Path, help='export of shapes_vae_decoder, for the manifest')
-            command.add_argument('--unet', type=Path, required=True, help='export of shapes_pretrain')
+            command.add_argument('--pretrain', type=Path, help='export of shapes_pretrain, for the manifest')
+            command.add_argument('--unet', type=Path, required=True, help='export of shapes_pretrain_fine')
             command.add_argument('--image-encoder', type=Path, help='export of shapes_image_encoder')
     args = parser.parse_args()
     if args.command == 'components':
@@ -172,7 +174,7 @@ def main() -> int:
     elif args.command == 'vae':
         take_vae(args.vae, args.folder)
     else:
-        runs = {'vae': args.vae, 'decoder': args.decoder, 'unet': args.unet, 'image_encoder': args.image_encoder}
+        runs = {name: getattr(args, name) for name in ('vae', 'decoder', 'pretrain', 'unet', 'image_encoder')}
         assemble(args.folder, {name: path for name, path in runs.items() if path})
     return 0
 

@@ -205,7 +205,9 @@ class SDXL(BaseModel):
             ValueError: there is neither image nor latents, or a side cannot be divided.
         """
         if batch.latents is not None:
-            return batch.latents
+            # As they leave the VAE's attention in memory: the UNet's kernels depend on it, and with them the last bits.
+            layout = torch.channels_last if len(batch) > 1 else torch.contiguous_format
+            return batch.latents.contiguous(memory_format=layout)
         dist = self.posterior(batch)
         noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
         latents, statistics = dist.mean + dist.std * noise.to(dist.mean), self._statistics(dist.mean)

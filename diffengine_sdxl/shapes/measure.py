@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffengine_sdxl.shapes import draw, palette
-from diffengine_sdxl.shapes.scene import SHAPES, STYLES, Scene
+from diffengine_sdxl.shapes.scene import MIN_CONTRAST, SHAPES, STYLES, Scene
 
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -20,9 +20,9 @@ Place = tuple[float, float, float]
 MIN_AREA = 0.005
 #: A foreground larger than this part is none: the largest shape of the world covers 0.41.
 MAX_AREA = 0.7
-#: Bounds of the Lab distance from which on a pixel is not ground: half of scene.MIN_CONTRAST, and so much below it that
-#: the faintest shape still stands out. Where the ground is uneven, the distance lies between them.
-TAU = (15.0, 25.0)
+#: A pixel whose Lab distance from the ground is at least this is no ground. Shapes are MIN_CONTRAST away and more, and
+#: what decoded latents look like needs a little room.
+CONTRAST = 0.9 * MIN_CONTRAST
 #: The least IoU with a template that makes a foreground a shape. True shapes reach 0.9 under a blur of 0.7 pixels with
 #: noise of 5/255; a half disc reaches 0.75, a triangle turned by 10 degrees 0.78, a star turned by 36 degrees 0.68. A
 #: square on its corner (a circle of 0.84) and an ellipse of 4:5 (0.88) pass, as they do to the eye at a few pixels.
@@ -94,21 +94,18 @@ def iou(first: Bools, second: Bools) -> float:
 def foreground(image: Pixels) -> Bools:
     """What is not ground, [H, W], without its specks and with its holes filled; empty if that is no figure.
 
-    A pixel is ground if its colour is near the ground's, or nearer to it than half of the strongest difference
-    around it: then an edge lies at half coverage, whether it is sharp or blurred. Of these only what is connected
-    with the picture's border is ground; the rest are holes, such as a highlight of the ground's colour.
+    A pixel is ground if its colour is near the ground's (see `_unlike`), or nearer to it than half of the strongest
+    difference around it: then an edge lies at half coverage, whether it is sharp or blurred. Of these only what is
+    connected with the picture's border is ground; the rest are holes, such as a highlight of the ground's colour.
     """
-    rgb = image.astype(np.float64)
+    rgb, lab = image.astype(np.float64), palette.to_lab(image)
     around = _ground(rgb)
     strength = np.linalg.norm(rgb - around, axis=-1)
-    distance = np.linalg.norm(palette.to_lab(rgb) - palette.to_lab(around), axis=-1)
-    frame = _frame(*distance.shape)
-    # Most of the frame is ground; 2.5 medians of its distance lie above noise, and above a wave's crest.
-    tau = np.clip(2.5 * np.median(distance[frame]), *TAU)
     # 3 x 3, because an outline narrower than the window would be taken for an edge of the fill inside it.
     # And a pixel of ground must lie beside it, or a dim stripe would be an edge of the bright ones along it.
     most, least = _highest(strength), -_highest(-strength)
-    low = (distance < tau) | (strength < 0.5 * most) & (least < 0.25 * most)
+    edge = (strength < 0.5 * most) & (least < 0.25 * most)
+    low = ~_unlike(lab, np.linalg.norm(lab - palette.to_lab(around), axis=-1)) | edge
     labels = components(low, diagonals=False)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     mask = ~np.isin(labels, border[border >= 0])
@@ -119,6 +116,24 @@ def foreground(image: Pixels) -> Bools:
     if mask.mean() > MAX_AREA or all(sides):
         return np.zeros_like(mask)
     return mask
+
+
+def _unlike(lab: Array, distance: Array) -> Bools:
+    """Where the Lab colours [H, W, 3] are not the ground's, from which they have this distance [H, W]; [H, W].
+
+    From CONTRAST on they are not. Fainter pixels are not if they are nearer to such a one within 2 pixels than to the
+    ground: those are parts of an edge, and the others are unevenness of the ground, as a decoder leaves it.
+    """
+    far = distance >= CONTRAST
+    # Below half of CONTRAST the ground is nearer whatever the others are (triangle inequality).
+    rows, columns = np.nonzero((distance < CONTRAST) & (distance >= CONTRAST / 2))
+    down, across = np.indices((5, 5)).reshape(2, 1, 25)
+    i, j = rows[:, None] + down, columns[:, None] + across
+    away = np.linalg.norm(np.pad(lab, ((2, 2), (2, 2), (0, 0)))[i, j] - lab[rows, columns][:, None], axis=-1)
+    nearest = np.where(np.pad(far, 2)[i, j], away, np.inf).min(axis=1)
+    unlike = far.copy()
+    unlike[rows, columns] = nearest < distance[rows, columns]
+    return unlike
 
 
 def components(mask: Bools, diagonals: bool) -> NDArray[np.intp]:
@@ -266,7 +281,7 @@ def _overlaps(shape: str, mask: Bools, places: Array) -> Array:
 def _style(lab: Array, inner: Bools, window: tuple[slice, slice], looks: tuple[str, str, str], place: Place) -> str:
     """The style whose rendering is nearest to the picture, by mean Lab distance over `inner` [H, W].
 
-    A pattern may lie up to 2 pixels of 64 off its place: the least distance of these counts.
+    A pattern may lie up to 4 pixels of 64 off its place, across and down: the least distance of these counts.
 
     Args:
         window: where in the picture to draw.
@@ -274,12 +289,16 @@ def _style(lab: Array, inner: Bools, window: tuple[slice, slice], looks: tuple[s
         place: x, y and radius in pixels of the window.
     """
     shape, fill, ground = looks
-    steps = [_pixels(inner) * i for i in range(-2, 3)]
-    seen = np.stack([np.roll(lab, (i, j), (0, 1))[inner] for i in steps for j in steps]).astype(np.float32)
+    shifts = [(_pixels(inner) * i, _pixels(inner) * j) for i in (-4, -2, 0, 2, 4) for j in (-4, -2, 0, 2, 4)]
+    # What is shifted in from outside is no part of the pattern; of a small shape that could be nearly all.
+    part = np.stack([np.roll(inner, shift, (0, 1))[inner] for shift in shifts]).astype(np.float32)
+    kept = part.mean(axis=1) >= 0.5
+    seen = np.stack([np.roll(lab, shift, (0, 1))[inner] for shift, k in zip(shifts, kept, strict=True) if k])
+    seen, part = seen.astype(np.float32), part[kept] / part[kept].sum(axis=1, keepdims=True)
     height, width = inner[window].shape
     side, off = max(height, width), {}
     for style in STYLES:
         scene = Scene(shape, style, fill, ground, 'plain', *(value / side for value in place))
         drawn = palette.to_lab(draw.paint(scene, side)[:height, :width][inner[window]]).astype(np.float32)
-        off[style] = float(np.sqrt(((seen - drawn) ** 2).sum(axis=-1)).mean(axis=-1).min())
+        off[style] = float((part * np.sqrt(((seen - drawn) ** 2).sum(axis=-1))).sum(axis=1).min())
     return min(off, key=lambda style: off[style])

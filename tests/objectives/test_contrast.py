@@ -1,15 +1,15 @@
-"""The contrast of images and captions against transformers' CLIP loss and a loop; that it learns, and alone."""
+"""The contrast of images and captions against the CLIP paper's pseudocode and a loop; that it learns, and alone."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from engine.helpers import curves, train
 from parity import assert_same, make_batch, t2i
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.models.clip.modeling_clip import clip_loss
 
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import OBJECTIVES
@@ -43,6 +43,12 @@ def similarity(base: Path, model: SDXL, batch: Batch) -> Tensor:
     assert batch.img is not None
     images = model.adapters['image_encoder'].net((batch.img.double() * 0.5 + 0.5 - mean) / std).image_embeds
     return (images / images.norm(dim=1, keepdim=True)) @ (text / text.norm(dim=1, keepdim=True)).T
+
+
+def clip_loss(logits: Tensor) -> Tensor:
+    """Radford et al. 2021, figure 3: the right label of a row and of a column is its own number."""
+    labels = torch.arange(len(logits))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 @pytest.mark.parametrize('temperature', [0.05, 1.0])

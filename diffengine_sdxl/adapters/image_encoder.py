@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,7 +68,7 @@ class ImageEncoder(Adapter):
         if batch.img is None:
             raise ValueError("The samples hold no 'img'; an image encoder cannot learn from cached latents.")
         size = self.net.config.image_size
-        pixels = batch.img * 0.5 + 0.5
+        pixels = batch.img.to(torch.promote_types(self.net.dtype, torch.float32)) * 0.5 + 0.5
         short = min(pixels.shape[-2:])
         if short != size:
             scaled = [size * side // short for side in pixels.shape[-2:]]

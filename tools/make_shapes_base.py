@@ -1,6 +1,7 @@
 """Make the tiny base of the shapes world: its components, its latents, and the folder that ships; see docs/shapes.md."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     tokens, merges = [*characters, *[c + '</w>' for c in characters]], []
     parts = [[*word[:-1], word[-1] + '</w>'] for word in words]
     while any(len(p) > 1 for p in parts):
-        counts = Counter(pair for p in parts for pair in zip(p, p[1:], strict=False))
+        counts = Counter(pair for p in parts for pair in itertools.pairwise(p))
         best = max(sorted(counts), key=counts.__getitem__)
         merges.append(best)
         if ''.join(best) not in tokens:
@@ -112,7 +113,7 @@ def record(export: Path) -> dict[str, Any]:
         logged = [json.loads(line) for line in log.read_text().splitlines()]
         logged = [row for row in logged if 'time' in row and 'step' in row]
         steps = [row['step'] for row in logged]
-        interval = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=0)
+        interval = min((b - a for a, b in itertools.pairwise(steps)), default=0)
         seconds += sum(row['time'] * interval for row in logged)
     return {'step': run['step'], 'seconds': round(seconds), 'ema': run['ema'], 'seed': run['seed'],
             'time': run['time'], 'git_commit': run['git_commit'], 'versions': run['versions'],

@@ -289,16 +289,16 @@ def _style(lab: Array, inner: Bools, window: tuple[slice, slice], looks: tuple[s
         place: x, y and radius in pixels of the window.
     """
     shape, fill, ground = looks
-    shifts = [(_pixels(inner) * i, _pixels(inner) * j) for i in (-4, -2, 0, 2, 4) for j in (-4, -2, 0, 2, 4)]
-    # What is shifted in from outside is no part of the pattern; of a small shape that could be nearly all.
-    part = np.stack([np.roll(inner, shift, (0, 1))[inner] for shift in shifts]).astype(np.float32)
-    kept = part.mean(axis=1) >= 0.5
-    seen = np.stack([np.roll(lab, shift, (0, 1))[inner] for shift, k in zip(shifts, kept, strict=True) if k])
-    seen, part = seen.astype(np.float32), part[kept] / part[kept].sum(axis=1, keepdims=True)
+    # No shift comes first.
+    shifts = [(_pixels(inner) * i, _pixels(inner) * j) for i in (0, -4, -2, 2, 4) for j in (0, -4, -2, 2, 4)]
+    seen = np.stack([np.roll(lab, shift, (0, 1))[inner] for shift in shifts]).astype(np.float32)
+    within = np.stack([np.roll(inner, shift, (0, 1))[inner] for shift in shifts])
     height, width = inner[window].shape
     side, off = max(height, width), {}
     for style in STYLES:
         scene = Scene(shape, style, fill, ground, 'plain', *(value / side for value in place))
         drawn = palette.to_lab(draw.paint(scene, side)[:height, :width][inner[window]]).astype(np.float32)
-        off[style] = float((part * np.sqrt(((seen - drawn) ** 2).sum(axis=-1))).sum(axis=1).min())
+        away = np.sqrt(((seen - drawn) ** 2).sum(axis=-1))
+        # Where a shift brings in what lies outside the shape, the pattern stays.
+        off[style] = float(np.where(within, away, away[0]).mean(axis=-1).min())
     return min(off, key=lambda style: off[style])

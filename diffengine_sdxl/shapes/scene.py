@@ -114,9 +114,9 @@ def kept_for_test(caption: str) -> bool:
 
 
 def _draw(draws: np.random.Generator, styles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Scene:
-    fill, shape = pairs[draws.integers(len(pairs))]
+    fill, shape = pairs[int(draws.integers(len(pairs)))]
     ground = str(draws.choice(grounds(fill)))
-    style = str(styles[draws.integers(len(styles))])
+    style = styles[int(draws.integers(len(styles)))]
     radius = float(draws.uniform(0.22, 0.38))
     x, y = (float(v) for v in draws.uniform(1.15 * radius, 1 - 1.15 * radius, size=2))
     texture = str(draws.choice(TEXTURES, p=(0.5, 0.25, 0.25)))

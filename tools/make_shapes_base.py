@@ -1,4 +1,4 @@
-"""Make the tiny base of the shapes world: its components, its latents, and the folder that ships; see docs/shapes.md."""
+"""Make the tiny base of the shapes world: its components, its VAE, and the folder that ships; see docs/shapes.md."""
 
 import argparse
 import itertools

@@ -38,7 +38,7 @@ class ImageTextContrast:
             ValueError: there is no such adapter, or it has no image embeddings.
         """
         encoder = dict(model.adapters.items()).get(self.adapter)
-        if not hasattr(encoder, 'embed'):
+        if encoder is None or not hasattr(encoder, 'embed'):
             raise ValueError(f"ImageTextContrast trains the image encoder '{self.adapter}', but model.adapters holds "
                              f'{", ".join(model.adapters) or "nothing"}.{nearest(self.adapter, list(model.adapters))}')
         images = encoder.embed(batch)

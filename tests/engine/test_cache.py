@@ -268,7 +268,7 @@ def test_the_command_line(tiny_base: Path, circles: Path, tmp_path: Path, capfd:
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'a').touch()
     for arguments, words in (((str(tmp_path / 'mine'), *options), 'exists and is no cache'),
-                             ((str(folder), *options[:1], 'model.pretrained=/nowhere'), "no file or folder '/nowhere'"),
+                             ((str(folder), *options, 'model.vae=/nowhere'), "no file or folder '/nowhere'"),
                              ((str(folder), *options, 'resolutoin=32'), "Did you mean 'resolution'"),
                              ((str(folder), '--num-samples', '0', *options), 'num_samples=0')):
         assert run_tool('tiny_t2i_adapter', *arguments) == 1

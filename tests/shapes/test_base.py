@@ -33,7 +33,8 @@ def test_it_is_a_diffusers_folder_of_half_precision_below_20_mb() -> None:
     assert {p.parent.name for p in weights} == {'unet', 'vae', 'text_encoder', 'text_encoder_2', 'image_encoder'}
     for path in weights:
         with safe_open(path, 'pt') as tensors:
-            assert {str(tensors.get_slice(k).get_dtype()) for k in tensors.keys()} <= {'F16', 'I64'}, path
+            names = tensors.keys()
+            assert {str(tensors.get_slice(name).get_dtype()) for name in names} <= {'F16', 'I64'}, path
 
 
 def test_the_manifest_says_how_it_came_about() -> None:

@@ -154,7 +154,9 @@ def train(arguments: list[str], place: Path) -> None:
         return
     steps = 4 if args.resume else 2
     own = [f'train_cfg.max_iters={steps}', 'default_hooks.checkpoint.interval=2', 'train_dataloader.num_workers=0',
-           'model.sampler.num_inference_steps=2', 'default_hooks.progress=None']
+           'default_hooks.progress=None']
+    if config.load(args.config).model.get('sampler'):
+        own += ['model.sampler.num_inference_steps=2']
     if args.config.startswith('shapes'):
         own += ['train_dataloader.batch_size=2', 'default_hooks.samples=None']
         own += ['load_from=work_dirs/pretrain/step2.pth'] if 'fine' in args.config else []

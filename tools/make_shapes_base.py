@@ -145,6 +145,11 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
         index.update(image_encoder=['transformers', 'CLIPVisionModelWithProjection'],
                      feature_extractor=['transformers', 'CLIPImageProcessor'])
     (folder / 'model_index.json').write_text(json.dumps(dict(sorted(index.items())), indent=2) + '\n')
+    for config in folder.glob('*/config.json'):
+        # transformers loads in the dtype that the config names, diffusers in fp32: together they must agree.
+        values = json.loads(config.read_text())
+        if 'dtype' in values:
+            config.write_text(json.dumps({**values, 'dtype': 'float32'}, indent=2) + '\n')
     notes = {'what': 'a tiny SDXL of the shapes world, trained by this package (docs/shapes.md)',
              'runs': {name: record(path) for name, path in runs.items()}}
     (folder / 'manifest.json').write_text(json.dumps(notes, indent=1) + '\n')

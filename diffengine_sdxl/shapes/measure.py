@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffengine_sdxl.shapes import draw, palette
-from diffengine_sdxl.shapes.scene import MIN_CONTRAST, SHAPES, STYLES, Scene
+from diffengine_sdxl.shapes.scene import MIN_CONTRAST, SHAPES, STYLES
 
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -73,9 +73,11 @@ def observe(image: Pixels) -> Observation:
     fill = palette.majority(lab[inner])
     window, side = _window(mask), max(mask.shape)
     shape, (x, y, radius), fit = _fitted(mask[window])
-    style = None if fit < FLOOR else _style(lab, inner, window, (shape, fill, ground), (x, y, radius))
     place = ((x + window[1].start) / side, (y + window[0].start) / side, radius / side)
-    return Observation(mask, ground, fill, None if fit < FLOOR else shape, style, fit, place)
+    if fit < FLOOR:
+        return Observation(mask, ground, fill, None, None, fit, place)
+    style = _style(lab[inner], inner[window], shape, fill, (x, y, radius), 4 * _pixels(mask))
+    return Observation(mask, ground, fill, shape, style, fit, place)
 
 
 def iou(first: Bools, second: Bools) -> float:
@@ -278,27 +280,38 @@ def _overlaps(shape: str, mask: Bools, places: Array) -> Array:
     return both / (covered.sum(axis=1) + own.sum() - both)
 
 
-def _style(lab: Array, inner: Bools, window: tuple[slice, slice], looks: tuple[str, str, str], place: Place) -> str:
-    """The style whose rendering is nearest to the picture, by mean Lab distance over `inner` [H, W].
+def _style(seen: Array, inner: Bools, shape: str, fill: str, place: Place, slack: int) -> str:
+    """The style that comes nearest to the picture, by mean Lab distance inside the shape.
 
-    A pattern may lie up to 4 pixels of 64 off its place, across and down: the least distance of these counts.
+    A pattern may lie off its place, which is still the pattern: the least distance of all its shifts counts.
 
     Args:
-        window: where in the picture to draw.
-        looks: shape, fill and ground.
-        place: x, y and radius in pixels of the window.
+        seen: Lab of the N pixels inside.
+        inner: which pixels those are, [H, W].
+        place: x, y and radius in pixels of `inner`.
+        slack: how far a pattern may be shifted across and down, in pixels.
     """
-    shape, fill, ground = looks
-    # No shift comes first.
-    shifts = [(_pixels(inner) * i, _pixels(inner) * j) for i in (0, -4, -2, 2, 4) for j in (0, -4, -2, 2, 4)]
-    seen = np.stack([np.roll(lab, shift, (0, 1))[inner] for shift in shifts]).astype(np.float32)
-    within = np.stack([np.roll(inner, shift, (0, 1))[inner] for shift in shifts])
-    height, width = inner[window].shape
-    side, off = max(height, width), {}
+    x, y, radius = place
+    rows, columns = np.nonzero(inner)
+    # The pattern is drawn beyond the shape, so that every shift has a colour for each pixel.
+    right, below = np.meshgrid(*[(np.arange(-slack, length + slack) + 0.5 - centre) / radius
+                                 for length, centre in zip(inner.shape[::-1], (x, y), strict=True)])
+    distance = draw.signed_distance(shape, right, below)
+    shifts = np.unique(np.linspace(-slack, slack, 5).astype(np.intp))
+    down, across = (grid.reshape(-1, 1) + slack for grid in np.meshgrid(shifts, shifts))
+    off = {}
     for style in STYLES:
-        scene = Scene(shape, style, fill, ground, 'plain', *(value / side for value in place))
-        drawn = palette.to_lab(draw.paint(scene, side)[:height, :width][inner[window]]).astype(np.float32)
-        away = np.sqrt(((seen - drawn) ** 2).sum(axis=-1))
-        # Where a shift brings in what lies outside the shape, the pattern stays.
-        off[style] = float(np.where(within, away, away[0]).mean(axis=-1).min())
+        drawn = palette.to_lab(_surface(style, fill, right, below, distance, 1 / radius)).astype(np.float32)
+        away = drawn[rows + down, columns + across] - seen.astype(np.float32)
+        off[style] = float(np.sqrt((away ** 2).sum(axis=-1)).mean(axis=-1).min())
     return min(off, key=lambda style: off[style])
+
+
+def _surface(style: str, fill: str, x: Array, y: Array, distance: Array, pixel: float) -> Array:
+    """The colours that `draw.paint` gives the inside of a shape, for places in and around it, [..., 3]."""
+    colour = np.asarray(palette.COLOURS[fill], dtype=np.float64)
+    part = draw.PATTERNS[style](x, y, distance, pixel)[..., None]
+    colours = colour + part * (np.asarray(palette.accent(fill)) - colour)
+    if style == 'glossy':
+        colours = colours + 0.9 * draw._shine(x, y)[..., None] * ((140.0 if fill == 'white' else 255.0) - colours)
+    return colours

@@ -102,6 +102,9 @@ def test_nothing_that_trains_is_needed(options: dict[str, Any], work_dir: Path, 
                    dict(type='EMAHook'), dict(type='PushToHubHook')]}
     assert command_test(tmp_path, changed, work_dir / 'step2') == 0
     assert list(numbers(tmp_path / 'metrics.json')) == ['base', 'adapted']
+    # Nor are the adapters, for the base alone.
+    changed['model.adapters.adapter.weights'] = '/no/such/weights'
+    assert command_test(tmp_path, changed, 'none') == 0 and list(numbers(tmp_path / 'metrics.json')) == ['base']
 
 
 def test_a_base_that_was_fine_tuned(options: dict[str, Any], tmp_path: Path) -> None:
@@ -220,7 +223,7 @@ def test_help_comes_at_once(tmp_path: Path) -> None:
 
 def test_two_processes_are_one(options: dict[str, Any], work_dir: Path, circles: Path, tmp_path: Path) -> None:
     """The same numbers from five samples, each made by one of two processes, and the same contact sheet."""
-    changed = {**plain(options), **plain(evaluation('test', circles, 5)), 'test_cfg.seeds': 2,
+    changed = {**plain(options), **plain(evaluation('test', circles, 5)), 'test_cfg.seeds': 2, 'test_cfg.num_pictures': 3,
                'custom_imports': dict(imports=['engine.helpers'])}
     arguments = ['tiny_t2i_adapter', work_dir / 'step4.pth', '--cfg-options', *plain_arguments(changed)]
     with socket.socket() as probe:
@@ -243,6 +246,11 @@ def test_two_processes_are_one(options: dict[str, Any], work_dir: Path, circles:
     assert sheets[0].size == sheets[1].size
     assert sorted(p.name for p in tmp_path.iterdir()) == ['one', 'two']
     assert not list((tmp_path / 'two').glob('.*'))
+    # Without adapters there is no parameter that trains, which DDP would not take.
+    two = tool(arguments[0], 'none', '--work-dir', 'base', '--launcher', 'pytorch', *arguments[2:], cwd=tmp_path,
+               launcher=launcher)
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert numbers(tmp_path / 'base' / 'metrics.json') == {'base': found[1]['base']}
     # A mistake ends both with a sentence.
     two = tool(arguments[0], 'nowhere.pth', '--work-dir', 'none', '--launcher', 'pytorch', *arguments[2:], cwd=tmp_path,
                launcher=launcher)

@@ -49,8 +49,8 @@ def adapter_rows(name: str, checkpoint: str, aim: float, folder: Path, options: 
     yield f'{name}: IoU', adapted['iou']['value'], shown(adapted['iou']), aim
     yield f'{name}: IoU of the base alone', base['iou']['value'], shown(base['iou']), None
     for key in ('shape_accuracy', 'fill_accuracy', 'ground_accuracy'):
-        change = adapted[key]['value'] - base[key]['value']
-        yield f'{name}: {key}, change from the base', change, shown(adapted[key]), -0.03
+        own = base[key]['value']
+        yield f'{name}: {key} (base: {own:.3f})', adapted[key]['value'], shown(adapted[key]), round(own - 0.03, 3)
 
 
 def vae_rows(num_images: int) -> Iterator[Row]:
@@ -72,7 +72,7 @@ def vae_rows(num_images: int) -> Iterator[Row]:
         error = (decoded - (batch.img * 0.5 + 0.5)).square().mean(dim=(1, 2, 3))
         values.append(-10 * torch.log10(error))
     psnr = torch.cat(values)
-    margin = 1.96 * float(psnr.std()) / len(psnr) ** 0.5
+    margin = 1.96 * float(psnr.std(correction=0)) / len(psnr) ** 0.5
     yield ('VAE: PSNR, dB', float(psnr.mean()),
            f'{psnr.mean() - margin:.2f} to {psnr.mean() + margin:.2f}, {len(psnr)} images', 30.0)
 

@@ -117,7 +117,7 @@ def record(export: Path) -> dict[str, Any]:
         seconds += sum(row['time'] * interval for row in logged)
     return {'step': run['step'], 'seconds': round(seconds), 'ema': run['ema'], 'seed': run['seed'],
             'time': run['time'], 'git_commit': run['git_commit'], 'versions': run['versions'],
-            'machine': f'{platform.machine()}, {os.cpu_count()} cores, no GPU', 'config': run['config']}
+            'config': run['config']}
 
 
 def assemble(folder: Path, runs: dict[str, Path]) -> None:
@@ -130,6 +130,7 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
     import torch
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+    from diffengine_sdxl.engine.export import git_commit
     from diffengine_sdxl.models import loading
     for name in ('unet', 'text_encoder', 'text_encoder_2'):
         model = loading.module_class(name).from_pretrained(runs['unet'] / 'pipeline', subfolder=name)
@@ -151,6 +152,7 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
         if 'dtype' in values:
             config.write_text(json.dumps({**values, 'dtype': 'float32'}, indent=2) + '\n')
     notes = {'what': 'a tiny SDXL of the shapes world, trained by this package (docs/shapes.md)',
+             'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'put_together_at': git_commit(),
              'runs': {name: record(path) for name, path in runs.items()}}
     (folder / 'manifest.json').write_text(json.dumps(notes, indent=1) + '\n')
     size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())

@@ -1,4 +1,4 @@
-"""A T2I-Adapter on the shapes base, from outlines, in about four minutes on two cores: what `make demo` runs."""
+"""A T2I-Adapter on the shapes base, from outlines, in about two minutes on two cores: what `make demo` runs."""
 _base_ = ['../_base_/models/shapes.py', '../_base_/adapters/t2i_adapter.py', '../_base_/objectives/t2i_adapter.py',
           '../_base_/samplers/shapes.py', '../_base_/datasets/shapes.py', '../_base_/evaluation/shapes.py',
           '../_base_/schedules/adamw_15k.py', '../_base_/runtime.py']

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from diffengine_sdxl.datasets.base import MapDataset, Sample, Transform
 from diffengine_sdxl.datasets.sampler import Draw
 from diffengine_sdxl.registry import DATASETS
+from diffengine_sdxl.weights import fingerprint
 
 #: Words of the rows, and what says whose latents they are.
 ROWS, ORIGIN = 'rows.jsonl', 'origin.json'
@@ -21,7 +22,8 @@ ROWS, ORIGIN = 'rows.jsonl', 'origin.json'
 class CachedLatents(MapDataset):
     """Rows of a cache: 'latents' [4, h, w], 'time_ids' [6], every condition [C, H, W] in [0, 1], and text.
 
-    A row keeps the key of its source, so noise and timesteps are those of the uncached run.
+    A row of the first pass keeps the key of its source, so its noise and timesteps are those of the uncached run;
+    random transforms and the VAE's own draw are those of the first epoch for ever.
 
     Args:
         source: the folder.
@@ -58,6 +60,19 @@ class CachedLatents(MapDataset):
         self.rows = rows[:max_samples]
         self._open: dict[Path, Any] = {}
 
+    def check_model(self, model: Any) -> None:
+        """Refuse to train `model` (an SDXL) on latents of another VAE.
+
+        Raises:
+            ValueError: its VAE's encoder or scaling factor is another.
+        """
+        origin = json.loads((Path(self.source).expanduser() / ORIGIN).read_text())
+        factors = origin['scaling_factor'], model.vae.config.scaling_factor
+        if origin['encoder'] != encoder_of(model) or factors[0] != factors[1]:
+            whose = origin['vae'] or origin['pretrained']
+            raise ValueError(f"The cache '{self.source}' holds latents of another VAE ({whose}, scaling factor "
+                             f"{factors[0]}; the model's has {factors[1]}). Write the cache again.")
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -90,6 +105,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The cache file '{path}' cannot be read: {type(error).__name__}: {error}. Write the cache "
                          'again.') from error
+
+
+def encoder_of(model: Any) -> str:
+    """What tells the encoder of an SDXL's VAE from others."""
+    return fingerprint(model.vae, ('encoder.', 'quant_conv.'))
 
 
 def said_open(path: Path) -> Any:

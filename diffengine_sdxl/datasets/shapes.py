@@ -22,7 +22,8 @@ class Shapes(MapDataset):
 
     Args:
         length: rows.
-        seed, split: which sequence of scenes; two splits share none of their draws.
+        seed, split: which sequence of scenes; two splits share none of their draws, and 'test' alone has wordings
+            that no other split shows.
         size: side of the pictures, pixels.
         conditioning: 'outline', 'edge', 'mask' or 'depth', under the key 'conditioning_image'; None for none.
         styles: of the shapes; by default those that the shipped base was trained on.
@@ -43,9 +44,19 @@ class Shapes(MapDataset):
                  combinations: str = 'seen', oversize: float = 0.0, reference: bool = False, truth: bool = False,
                  transforms: Sequence[dict[str, Any] | Transform] = ()) -> None:
         super().__init__(transforms, 'raise')
+        for key, value in {'length': length, 'seed': seed, 'size': size}.items():
+            if type(value) is not int:
+                raise ValueError(f'Shapes: {key}={value!r} must be a whole number.')
+        if not isinstance(oversize, int | float) or not isinstance(split, str) or not split:
+            raise ValueError(f'Shapes: oversize={oversize!r} must be a number and split={split!r} a word.')
         if length < 1 or size < 8 or not 0 <= oversize <= 1:
             raise ValueError(f'Shapes: length={length} must be at least 1, size={size} at least 8 pixels, and '
                              f'oversize={oversize} lie in [0, 1].')
+        if not isinstance(styles, str | list | tuple):
+            raise ValueError(f'Shapes: styles={styles!r} must be a list of {", ".join(STYLES)}.')
+        if oversize and transforms and not any('Crop' in str(t) for t in transforms):
+            raise ValueError(f'Shapes: oversize={oversize} draws pictures of several sizes; put a Crop of {size} '
+                             'pixels among the transforms.')
         styles = (styles,) if isinstance(styles, str) else tuple(styles)
         for key, names, known in (('conditioning', [conditioning] if conditioning else [], pencil.CONDITIONS),
                                   ('styles', styles, STYLES), ('combinations', [combinations], COMBINATIONS)):
@@ -82,7 +93,7 @@ class Shapes(MapDataset):
         if self.conditioning:
             sample['conditioning_image'] = Image.fromarray(pencil.condition(scene, size, self.conditioning))
         if self.reference:
-            sample['reference'] = Image.fromarray(pencil.render(reference(scene, self.seed, index), size))
+            sample['reference'] = Image.fromarray(pencil.render(reference(scene, self.seed, index, self.split), size))
         if self.truth:
             sample.update(shape=scene.shape, style=scene.style, fill=scene.fill, ground=scene.ground,
                           texture=scene.texture, shape_mask=Image.fromarray(pencil.condition(scene, size, 'mask')))

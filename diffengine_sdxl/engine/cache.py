@@ -13,7 +13,7 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 
 from diffengine_sdxl.datasets import Draw, collate
-from diffengine_sdxl.datasets.cached import ORIGIN, ROWS
+from diffengine_sdxl.datasets.cached import ORIGIN, ROWS, encoder_of
 from diffengine_sdxl.engine.checkpoint import replacing
 from diffengine_sdxl.engine.config import resolve, to_plain
 from diffengine_sdxl.registry import DATASETS, MODELS
@@ -51,8 +51,11 @@ def write_cache(config: Config, folder: Path, num_samples: int | None = None, sh
         if not cfg.get(key):
             raise ValueError(f"The config has no '{key}', so there is nothing to cache.")
     seed = int((cfg.get('randomness') or {}).get('seed') or 0)
+    for key in ('dataset', 'batch_size'):
+        if not cfg.train_dataloader.get(key):
+            raise ValueError(f"The config has no 'train_dataloader.{key}', so there is nothing to cache.")
     data: Any = cfg.train_dataloader.dataset
-    data['transforms'] = [t for t in data.get('transforms') or () if t.get('type') != 'CaptionDrop']
+    data['transforms'] = [t for t in data.get('transforms') or () if str(t.get('type')).split('.')[-1] != 'CaptionDrop']
     dataset: Any = DATASETS.build(data)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise ValueError('A stream cannot be cached; name a data set of numbered rows (type HFDataset).')
@@ -66,6 +69,7 @@ def write_cache(config: Config, folder: Path, num_samples: int | None = None, sh
         samples = (dataset[Draw(i % len(dataset), i // len(dataset), seed)] for i in range(total))
         _write(model, samples, total, cfg.train_dataloader.batch_size, shard_size, temporary)
         origin = {'num_samples': total, 'seed': seed, 'pretrained': model.pretrained, 'vae': cfg.model.get('vae'),
+                  'encoder': encoder_of(model),
                   'scaling_factor': model.vae.config.scaling_factor, 'dataset': to_plain(cfg)['train_dataloader']
                   ['dataset']}
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1) + '\n')

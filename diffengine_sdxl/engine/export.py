@@ -97,6 +97,11 @@ def load_export(model: Any, folder: Path) -> tuple[int | None, bool]:
         if name is None:
             raise ValueError(f"'{folder}' is the folder of one adapter, but the config has {len(names)} adapters"
                              f"{' (' + ', '.join(names) + ')' if names else ''} and none is named '{folder.name}'.")
+        others = [other for other in names if other != name and model.adapters[other].trainables()]
+        if others:
+            raise ValueError(f"'{folder}' holds the weights of '{name}' only, and the config also trains "
+                             f'{", ".join(others)}. Name the folder step<N> that holds all, or give the others their '
+                             '`weights` and trainable=False.')
         model.adapters[name].load(folder)
         with suppress(ValueError):  # it need not be ours
             notes = read_manifest(folder.parent)

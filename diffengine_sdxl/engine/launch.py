@@ -189,13 +189,28 @@ def write_shapes(args: Any) -> int:
     return _said(work, 'shapes')
 
 
+def scales(args: Any) -> int:
+    """Draw an adapter's contact sheet at several scales (see `engine.scales.write_sheet`); the exit code, likewise.
+
+    Args:
+        args: config, cfg_options, work_dir (of a training), adapter, scales.
+    """
+    def work(_: list[Any]) -> None:
+        from diffengine_sdxl.engine import config
+        from diffengine_sdxl.engine.scales import write_sheet
+        _quiet()
+        write_sheet(config.load(args.config, args.cfg_options or ()), Path(args.work_dir), args.adapter, args.scales)
+    return _said(work, 'scales')
+
+
 #: What may help where the device has no room, and what is said of a run that was stopped.
 SMALLER = {'train': 'A smaller train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
                     'model.gradient_checkpointing=True or a smaller resolution may help.',
            'test': 'A smaller test_dataloader.batch_size or a smaller resolution may help.',
-           'cache': 'A smaller train_dataloader.batch_size or a smaller resolution may help.', 'shapes': ''}
+           'cache': 'A smaller train_dataloader.batch_size or a smaller resolution may help.', 'shapes': '',
+           'scales': ''}
 STOPPED = {'train': 'Stopped. Add --resume to go on from the last checkpoint.', 'test': 'Stopped.',
-           'cache': 'Stopped; nothing was written.', 'shapes': 'Stopped; nothing was written.'}
+           'cache': 'Stopped; nothing was written.', 'shapes': 'Stopped; nothing was written.', 'scales': 'Stopped.'}
 
 
 def _run(args: Any, config_of: Callable[[Any], Any], task: str) -> int:

@@ -96,6 +96,8 @@ class StepLoop(BaseLoop):
     def run(self) -> torch.nn.Module:
         """Train to the end; the model."""
         runner = self.runner
+        if hasattr(self.dataloader.dataset, 'check_model'):
+            self.dataloader.dataset.check_model(runner.bare_model)
         runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
         self._begin_validation()

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.config import Config
 from PIL import Image
 
+from diffengine_sdxl.datasets import Draw, collate
+from diffengine_sdxl.engine.checkpoint import replacing
+from diffengine_sdxl.engine.config import resolve
 from diffengine_sdxl.models.predictions import ADAPTED, BASE, predictions
 from diffengine_sdxl.pictures import labelled_grid, to_pil
+from diffengine_sdxl.registry import DATASETS, MODELS
 from diffengine_sdxl.structures import Batch
 
 
@@ -36,3 +43,29 @@ def scale_sheet(model: Any, batch: Batch, name: str, scales: Sequence[float], ti
     rows = [(prompt, [to_pil(images[i].float().cpu().numpy()) for images in columns.values()])
             for i, prompt in enumerate(batch.text)]
     return labelled_grid(rows, list(columns), title)
+
+
+def write_sheet(config: Config, work_dir: Path, name: str, scales: Sequence[float], num_samples: int = 6) -> Path:
+    """Write `work_dir`/contact_sheet.png: the first test samples by the last exported adapter `name`; its path.
+
+    Args:
+        config: as `engine.config.load` gives it, that of the training, with a `test_dataloader`.
+
+    Raises:
+        ValueError: nothing was exported there, the config has no such adapter, or something cannot be built.
+    """
+    from mmengine.device import get_device
+    exports = sorted(work_dir.glob(f'step*/{name}'), key=lambda path: int(path.parent.name[4:]))
+    if not exports or name not in (config.model.get('adapters') or {}):
+        raise ValueError(f"'{work_dir}' holds no exported adapter '{name}' of this config; train it first.")
+    cfg = resolve(config)
+    cfg.model.adapters[name].weights = str(exports[-1])
+    model: Any = MODELS.build({**cfg.model, 'objective': None}).to(get_device()).eval()
+    dataset: Any = DATASETS.build(cfg.test_dataloader.dataset)
+    samples = [dataset[Draw(i, 0, 0)] for i in range(min(num_samples, len(dataset)))]
+    batch = model.data_preprocessor(collate(samples))['inputs']
+    batch.seed = torch.arange(len(batch))
+    path = work_dir / 'contact_sheet.png'
+    with torch.no_grad(), replacing(path) as temporary:
+        scale_sheet(model, batch, name, scales, f"'{exports[-1]}'").save(temporary, format='PNG')
+    return path

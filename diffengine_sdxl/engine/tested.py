@@ -48,6 +48,9 @@ def tested(config: Config, name: str) -> Config:
         return config
     path = find(name)
     notes = read_manifest(path) if path.is_dir() else None
+    above = read_manifest(path.parent) if notes is None and path.is_dir() else None
+    if above is not None and PIPELINE in above['contents']:
+        raise ValueError(f"'{name}' was trained together with its base; name '{path.parent}', which holds both.")
     if notes is not None and PIPELINE in notes['contents']:
         # The base itself was trained: its folder takes the place of the config's base and VAE.
         config.model.update(pretrained=str(path / PIPELINE), vae=None, revision=None, variant=None)

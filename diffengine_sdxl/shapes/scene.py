@@ -131,12 +131,12 @@ def _pairs(combinations: str) -> tuple[tuple[str, str], ...]:
     return chosen[combinations]
 
 
-def reference(scene: Scene, seed: int, index: int) -> Scene:
+def reference(scene: Scene, seed: int, index: int, split: str = 'train') -> Scene:
     """Another scene in the same colours: what an image prompt shows. Its shape differs; place, size, texture and style
     (of BASE_STYLES) are drawn anew. Fill and shape may be a pair of HELD_OUT.
     """
-    draws = np.random.default_rng(rng.key_seed('shapes reference', seed, index))
-    other = draw_scene(seed, index, split='reference')
+    draws = np.random.default_rng(rng.key_seed('shapes reference', seed, split, index))
+    other = draw_scene(seed, index, split=f'{split} reference')
     shapes = [s for s in SHAPES if s != scene.shape]
     return replace(other, shape=str(draws.choice(shapes)), fill=scene.fill, ground=scene.ground)
 

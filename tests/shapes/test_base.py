@@ -38,10 +38,11 @@ def test_it_is_a_diffusers_folder_of_half_precision_below_20_mb() -> None:
 
 
 def test_the_manifest_says_how_it_came_about() -> None:
-    runs = json.loads((BASE / 'manifest.json').read_text())['runs']
-    assert set(runs) >= {'vae', 'unet', 'image_encoder'}
+    manifest = json.loads((BASE / 'manifest.json').read_text())
+    runs = manifest['runs']
+    assert manifest['machine'] and manifest['put_together_at'] and set(runs) >= {'vae', 'unet', 'image_encoder'}
     for run in runs.values():
-        assert run['step'] > 0 and run['seconds'] > 0 and run['machine'] and run['versions']['torch']
+        assert run['step'] > 0 and run['seconds'] > 0 and run['versions']['torch']
         assert run['config']['train_dataloader']['dataset'] and run['seed'] is not None
 
 

@@ -107,7 +107,12 @@ def take_vae(export: Path, folder: Path, num_images: int = 2048) -> None:
 
 def record(export: Path) -> dict[str, Any]:
     """What the base's manifest keeps of the run that `export` came from."""
-    run = json.loads((export / 'manifest.json').read_text())
+    text = (export / 'manifest.json').read_text()
+    # Where the runs lay on one machine is nothing to anybody else.
+    folders = {str(export.resolve().parents[1]): 'work_dirs', str(Path(__file__).resolve().parents[1]) + '/': ''}
+    for folder, name in folders.items():
+        text = text.replace(folder, name)
+    run = json.loads(text)
     seconds = 0.0
     for log in sorted(export.parent.glob('*/vis_data/scalars.json')):
         logged = [json.loads(line) for line in log.read_text().splitlines()]

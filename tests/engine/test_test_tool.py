@@ -223,7 +223,8 @@ def test_help_comes_at_once(tmp_path: Path) -> None:
 
 def test_two_processes_are_one(options: dict[str, Any], work_dir: Path, circles: Path, tmp_path: Path) -> None:
     """The same numbers from five samples, each made by one of two processes, and the same contact sheet."""
-    changed = {**plain(options), **plain(evaluation('test', circles, 5)), 'test_cfg.seeds': 2, 'test_cfg.num_pictures': 3,
+    changed = {**plain(options), **plain(evaluation('test', circles, 5)), 'test_cfg.seeds': 2,
+               'test_cfg.num_pictures': 3,
                'custom_imports': dict(imports=['engine.helpers'])}
     arguments = ['tiny_t2i_adapter', work_dir / 'step4.pth', '--cfg-options', *plain_arguments(changed)]
     with socket.socket() as probe:

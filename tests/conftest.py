@@ -23,3 +23,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder of 16 circles of 64 pixels with their outlines and captions. Don't write into it."""
     return write_circles(tmp_path_factory.mktemp('circles') / 'data')
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Functions by their name: with their address, as pytest has them, two workers would not find the same tests."""
+    return getattr(val, '__qualname__', None) if callable(val) and not isinstance(val, type) else None

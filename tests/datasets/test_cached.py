@@ -131,7 +131,7 @@ FIRST, MIDDLE, LAST = (f'{n:09d}.safetensors' for n in (0, 3, 4))
     (cut(MIDDLE, 300), rf"cache file '.*{MIDDLE}' cannot be read: .*Write the cache again"),
     (cut(LAST, 0), rf"{LAST}' cannot be read"),
     (lambda folder: save_file({'x': torch.ones(1)}, folder / MIDDLE), rf"{MIDDLE}' holds no latents"),
-], ids=str)
+])
 @pytest.mark.parametrize('max_samples', [None, 1])
 def test_what_is_not_whole_is_refused(cache: Path, tmp_path: Path, change: Any, words: str,
                                       max_samples: int | None) -> None:

@@ -77,6 +77,9 @@ def test_never_more_than_the_values() -> None:
     values, clusters = [1.0, 0.0] * 25, [i // 2 for i in range(50)]
     assert interval.variance_of_mean(values, clusters) == 0
     assert interval.share(values, clusters) == pytest.approx((0.5, *interval.wilson(0.5, 50), 50))
+    values[0] = 0.0
+    assert 0 < interval.variance_of_mean(values, clusters) < 0.49 * 0.51 / 50
+    assert interval.share(values, clusters) == pytest.approx((0.48, *interval.wilson(0.48, 50), 50))
 
 
 def coverage(truth: float, correlation: float, num: int = 60, size: int = 4, runs: int = 1500) -> tuple[float, float]:

@@ -114,7 +114,7 @@ def test_oversize_is_cut_to_size_and_the_time_ids_are_true() -> None:
     other = [tuple(data[Draw(i, epoch, seed)]['time_ids'].tolist()) for epoch, seed in ((1, 7), (2, 7), (1, 8))
              for i in range(20)]
     assert other[:20] != other[20:40] != other[40:] != other[:20]
-    with pytest.raises(ValueError, match='different sizes'):
+    with pytest.raises(ValueError, match='put a Crop of 32 pixels'):
         uncut = Shapes(length=20, size=32, oversize=0.5, transforms=PACK)
         collate([uncut[i] for i in range(20)])
 
@@ -155,3 +155,13 @@ def test_what_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as error:
         Shapes(**options)
     assert 'Shapes' in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(('options', 'words'), [
+    (dict(length='abc'), "length='abc' must be a whole number"), (dict(size=64.5), 'size=64.5 must be a whole number'),
+    (dict(oversize='x'), "oversize='x'"), (dict(split=''), "split=''"), (dict(styles=3), 'styles=3 must be a list'),
+    (dict(oversize=0.5, transforms=[dict(type='PackInputs')]), 'put a Crop of 64 pixels'),
+])
+def test_wrong_types_are_said(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Shapes(**options)

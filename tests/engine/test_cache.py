@@ -280,3 +280,21 @@ def test_the_command_line(tiny_base: Path, circles: Path, tmp_path: Path, capfd:
     monkeypatch.setattr(SDXL, 'latents', interrupt)
     assert run_tool('tiny_t2i_adapter', str(folder), *options) == 130
     assert capfd.readouterr().err.strip() == 'Stopped; nothing was written.' and len(CachedLatents(folder)) == 3
+
+
+def test_a_model_with_another_vae_is_refused(cache: Path, tiny_base: Path) -> None:
+    """The encoder's weights decide, in whatever precision, and the factor that its latents are scaled by."""
+    data, model = CachedLatents(cache), SDXL(pretrained=str(tiny_base))
+    data.check_model(model)
+    model.vae.half()
+    data.check_model(model)
+    model.vae.float().decoder.conv_out.weight.data.add_(1)
+    data.check_model(model)
+    held = model.vae.config.scaling_factor
+    model.vae.register_to_config(scaling_factor=2 * held)
+    with pytest.raises(ValueError, match='latents of another VAE'):
+        data.check_model(model)
+    model.vae.register_to_config(scaling_factor=held)
+    model.vae.encoder.conv_in.weight.data[0, 0, 0, 0] += 0.5
+    with pytest.raises(ValueError, match='latents of another VAE'):
+        data.check_model(model)

@@ -45,18 +45,18 @@ def test_a_row_is_the_scene_of_its_number(kind: str) -> None:
 
 
 def test_all_that_a_row_can_hold_becomes_a_batch() -> None:
-    data = Shapes(length=4, size=32, conditioning='mask', reference=True, truth=True, transforms=PACK)
+    data = Shapes(length=4, split='val', size=32, conditioning='mask', reference=True, truth=True, transforms=PACK)
     samples = [data[i] for i in range(4)]
     batch = pack(collate(samples))
     assert batch.img is not None and batch.img.shape == (4, 3, 32, 32) and batch.img.min() >= -1
     assert set(batch.conditions) == {'conditioning_image', 'reference', 'shape_mask'}
     assert torch.equal(batch.conditions['shape_mask'], batch.conditions['conditioning_image'])
-    assert batch.time_ids.tolist() == [[32, 32, 0, 0, 32, 32]] * 4 and batch.key == [f'train/{i}' for i in range(4)]
+    assert batch.time_ids.tolist() == [[32, 32, 0, 0, 32, 32]] * 4 and batch.key == [f'val/{i}' for i in range(4)]
     for i, sample in enumerate(samples):
         scene = data.scene(i)
         assert {k: sample[k] for k in ('shape', 'style', 'fill', 'ground', 'texture', 'text')} == {
             **{k: getattr(scene, k) for k in ('shape', 'style', 'fill', 'ground', 'texture')}, 'text': batch.text[i]}
-        other = torch.from_numpy(draw.render(reference(scene, 0, i), 32)).permute(2, 0, 1) / 255
+        other = torch.from_numpy(draw.render(reference(scene, 0, i, 'val'), 32)).permute(2, 0, 1) / 255
         assert torch.equal(batch.conditions['reference'][i], other)
         assert torch.equal((batch.img[i] * 127.5 + 127.5).round().byte().permute(1, 2, 0),
                            torch.from_numpy(draw.render(scene, 32)))

@@ -157,6 +157,11 @@ def test_a_thin_slanted_line_is_one_piece() -> None:
     assert (seen.mask == line).all() and seen.fill == 'red' and seen.shape is None
 
 
+def test_a_thin_slanted_outline_is_closed() -> None:
+    away = sum(abs(index - 32) for index in np.indices((64, 64)))
+    assert (observe(two_colours(away == 20)).mask == (away <= 20)).all()
+
+
 def test_a_shape_on_a_blotchy_ground() -> None:
     """Unevenness of 8/255 over a few pixels, in every colour: far more than the textures have."""
     true, seen = scenes(60), []

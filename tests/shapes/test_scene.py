@@ -157,7 +157,8 @@ def test_a_reference_has_the_colours_and_another_shape(scenes: list[Scene]) -> N
         assert (other.x, other.y, other.radius) != (scene.x, scene.y, scene.radius)
     assert {(s.shape, o.shape) for s, o in zip(scenes, found, strict=False)} == set(itertools.permutations(SHAPES, 2))
     assert {other.style for other in found} == set(BASE_STYLES)
-    assert reference(scenes[0], 1, 0) != found[0] != reference(scenes[0], 0, 1)
+    others = [reference(scenes[0], *key) for key in ((0, 0, 'train'), (1, 0), (0, 1), (0, 0, 'test'), (0, 0, 'val'))]
+    assert others[0] == found[0] and len({(other.x, other.y, other.radius) for other in others}) == 5
 
 
 def test_facts_are_plain_and_give_the_scene_back(scenes: list[Scene]) -> None:

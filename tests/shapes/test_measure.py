@@ -123,6 +123,19 @@ def test_other_figures_are_no_shape(name: str) -> None:
     assert measure.iou(seen.mask, mask) > 0.97 and 0 < seen.fit < measure.FLOOR
 
 
+@pytest.mark.parametrize('name', ['half disc', 'three quarters of a disc', 'L', 'flat ellipse', 'turned triangle',
+                                  'flower', 'a square grown into a disc'])
+def test_no_place_nearby_fits_much_better(name: str) -> None:
+    """The search against every place of a grid, for figures that no shape covers."""
+    mask = NO_SHAPE[name]()
+    fit = measure._fitted(mask)[2]
+    for shape in SHAPES:
+        start = measure._starts(shape, mask)[0]
+        x, y, radius = (start[i] + reach * np.linspace(-1, 1, 17) for i, reach in enumerate((5, 5, 0.25 * start[2])))
+        grid = np.stack(np.meshgrid(x, y, radius), axis=-1).reshape(17, -1, 3)
+        assert max(measure._overlaps(shape, mask, places).max() for places in grid) < fit + 0.008
+
+
 def noise(sigma: float, seed: int) -> np.ndarray:
     field = np.random.default_rng(seed).normal(size=(64, 64, 3))
     field = blurred(field, sigma) if sigma else field
@@ -177,6 +190,14 @@ def test_a_highlight_in_the_grounds_colour_is_no_hole() -> None:
     disc, hole = np.hypot(X, Y) < 0.3, np.hypot(X + 0.1, Y + 0.1) < 0.06
     seen = observe(two_colours(disc & ~hole))
     assert seen.shape == 'circle' and measure.iou(seen.mask, disc) > 0.98
+
+
+@pytest.mark.parametrize('texture', ['plain', 'shaded', 'wavy'])
+def test_the_ground_is_found_where_a_figure_takes_much_of_the_frame(texture: str) -> None:
+    band = (X < -0.25) & (Y < 0.3)
+    ground = np.asarray(palette.COLOURS['cyan']) * draw._texture(texture, 64)[..., None]
+    seen = observe(np.where(band[..., None], palette.COLOURS['red'], ground).astype(np.uint8))
+    assert (seen.ground, seen.fill) == ('cyan', 'red') and measure.iou(seen.mask, band) > 0.99
 
 
 def test_a_shape_may_reach_over_the_border() -> None:

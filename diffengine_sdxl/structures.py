@@ -117,6 +117,26 @@ def where(drop: Tensor, other: Tensor, kept: Tensor) -> Tensor:
 
 
 @dataclass
+class ImageTokens:
+    """One image prompt (IP-Adapter) in one call of the UNet; read by the processors of `models.attention`.
+
+    Attributes:
+        tokens: [B, n, T, D], n images of T tokens.
+        to_k, to_v: name of a cross-attention ('down_blocks.1.attentions.0.transformer_blocks.0.attn2') -> the linear
+            layer that makes its keys or values of tokens.
+        scale: name of a cross-attention -> how strongly it acts there: a number, or [B, 1, 1].
+        mask: [B, n, H, W] in [0, 1], where in the picture each image acts; None: everywhere, all images' tokens in one
+            attention.
+    """
+
+    tokens: Tensor
+    to_k: Mapping[str, Any]
+    to_v: Mapping[str, Any]
+    scale: Mapping[str, float | Tensor]
+    mask: Tensor | None = None
+
+
+@dataclass
 class UNetCall:
     """One call of the UNet, to which each adapter adds its part.
 
@@ -136,6 +156,8 @@ class UNetCall:
     time_ids: Tensor
     training: bool = False
     _residuals: list[Tensor] = field(default_factory=list)
+    _control: list[Tensor] = field(default_factory=list)
+    _images: dict[str, ImageTokens] = field(default_factory=dict)
     _passed: list[Tensor] = field(default_factory=list)
 
     def gate(self, window: tuple[float, float]) -> Tensor | None:
@@ -161,6 +183,27 @@ class UNetCall:
         features = [f.to(self.sample.dtype) for f in features]
         self._residuals = _sum(self._residuals, features, 'feature maps')
 
+    def add_control(self, down: Sequence[Tensor], mid: Tensor) -> None:
+        """Add to every skip connection and to the mid block's output (ControlNet); two writers sum.
+
+        Args:
+            down: as many as the UNet has skip connections, from the first on, each of its shape. mid: [B, C, h', w'].
+
+        Raises:
+            ValueError: another writer brought other shapes.
+        """
+        self._control = _sum(self._control, [f.to(self.sample.dtype) for f in (*down, mid)], 'control features')
+
+    def add_image_tokens(self, name: str, images: ImageTokens) -> None:
+        """Let the UNet's cross-attentions also attend to images (IP-Adapter).
+
+        Raises:
+            ValueError: `name` has added its own already.
+        """
+        if name in self._images:
+            raise ValueError(f"The image prompt '{name}' was added twice to one call of the UNet.")
+        self._images[name] = replace(images, tokens=images.tokens.to(self.sample.dtype))
+
     def kwargs(self) -> dict[str, Any]:
         """The arguments of `UNet2DConditionModel.forward`, with fresh lists: the UNet pops from them."""
         added: dict[str, Any] = {'text_embeds': self.pooled, 'time_ids': self.time_ids}
@@ -169,6 +212,13 @@ class UNetCall:
         if self._residuals:
             self._passed = list(self._residuals)
             call['down_intrablock_additional_residuals'] = self._passed
+        if self._control:
+            *down, mid = self._control
+            call.update(down_block_additional_residuals=tuple(down), mid_block_additional_residual=mid)
+        if self._images:
+            # As in diffusers: images travel beside the text. Kept in the processors, gradient checkpointing, which
+            # calls them again later, would find another call's.
+            call['encoder_hidden_states'] = (self.text, list(self._images.values()))
         return call
 
     def check_consumed(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from diffengine_sdxl.structures import Batch, UNetCall, checked_window
@@ -18,8 +20,9 @@ Tensors = dict[str, Tensor]
 class Adapter(nn.Module):
     """One adapter of a base. Every method has a default; a kind overrides what it needs.
 
-    The model calls, in this order: `attach` for every adapter, `ready` for every adapter, then for each batch
-    `encode`, `project` and `contribute`. No adapter knows of another.
+    The model calls, in this order: `attach` for every adapter (in the order of their names; those with `in_base`
+    last), `ready` for every adapter, then for each batch `words`, `encode`, `project` and `contribute`. No adapter
+    knows of another.
 
     Args:
         reads: name of the batch's condition that it takes; None if it takes none.
@@ -31,6 +34,12 @@ class Adapter(nn.Module):
 
     #: Sides of its images must be divisible by this.
     size_divisor = 1
+    #: Whether it changes modules of the base itself (LoRA), which others may want to see as they were.
+    in_base = False
+    #: Whether what it reads lies over the picture, pixel by pixel: such a condition says how large a picture is.
+    of_picture_size = False
+    #: Where it is attached, in words.
+    place = 'beside the base'
 
     def __init__(self, reads: str | None = None, weights: str | None = None, trainable: bool = True,
                  scale: float = 1.0, window: Sequence[float] = (0.0, 1.0)) -> None:
@@ -38,6 +47,11 @@ class Adapter(nn.Module):
         self.name = ''
         self.reads, self.weights, self.trainable = reads, weights, trainable
         self.scale, self.window = float(scale), checked_window(window)
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a word."""
+        return type(self).__name__
 
     def attach(self, model: Any) -> None:
         """Make the parts whose widths depend on `model` (an SDXL) and hook them in. Called with keyed randomness."""
@@ -55,6 +69,32 @@ class Adapter(nn.Module):
     def trainables(self) -> list[nn.Parameter]:
         """The parameters that train, wherever they live; empty if the adapter is frozen."""
         return list(self.parameters()) if self.trainable else []
+
+    def owned(self) -> list[nn.Parameter]:
+        """All its parameters, frozen ones too, wherever they live."""
+        return list(self.parameters())
+
+    def inside(self, part: str) -> Iterable[nn.Parameter]:
+        """Those of its own parameters that compute within a call of `part` ('unet', 'text_encoder', ...)."""
+        return ()
+
+    def words(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
+        """New words for prompts: word -> its vectors [n, D] for each text encoder; None where one has none."""
+        return {}
+
+    def read_image(self, image: Image.Image | Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+        """A condition from a person's RGB picture (several, where a kind takes several), without the batch's B.
+
+        Here a control image, [3, H, W] in [0, 1], resized straight to the picture's `size` (H, W) with Lanczos, as in
+        diffusers' pipelines.
+
+        Raises:
+            ValueError: several pictures where one is wanted.
+        """
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"Adapter '{self.name}' takes one picture for a prompt; it got {len(image)}.")
+        resized = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)
 
     def encode(self, batch: Batch) -> Tensors:
         """The frozen part: what no step of training changes, so it may be cached.

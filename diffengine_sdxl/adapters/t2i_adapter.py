@@ -38,6 +38,9 @@ class T2IAdapter(Adapter):
         ValueError: in `attach`, if the base is not of SDXL's block layout, or `weights` were made for another base.
     """
 
+    of_picture_size = True
+    place = 'after the down blocks'
+
     def __init__(self, reads: str = 'conditioning_image', weights: str | None = None, trainable: bool = True,
                  scale: float = 1.0, window: Sequence[float] = (0.0, 1.0), subfolder: str | None = None,
                  revision: str | None = None, variant: str | None = None, in_channels: int = 3,

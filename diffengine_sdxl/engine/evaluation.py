@@ -129,7 +129,7 @@ class EvalLoop(BaseLoop):
         batch = self._batch(collate([self.dataloader.dataset[first]]))
         model = self.runner.bare_model
         try:
-            picture_size(batch, model.size_divisor)
+            picture_size(batch, model)
             model.encode(batch)
         except ValueError as error:
             raise ValueError(f'{self.mode}_dataloader: {error}') from error

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -15,14 +14,12 @@ from diffengine_sdxl.registry import nearest
 from diffengine_sdxl.structures import Batch, to_device
 
 
-def image_tensor(source: str | Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """A control image, [3, H, W] in [0, 1], resized straight to `size` (H, W) with Lanczos, as diffusers' pipelines."""
+def read_picture(source: str | Image.Image) -> Image.Image:
+    """An RGB picture from a path, a URL or PIL."""
     if isinstance(source, str) and not is_url(source):
         source = os.path.abspath(source)
     # The person who runs the command names the file, so any folder will do.
-    image = ImageReader('/')(source, 'the condition')
-    image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+    return ImageReader('/')(source, 'the condition')
 
 
 def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Sequence[Any]], size: tuple[int, int],
@@ -32,7 +29,7 @@ def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Se
     Args:
         model: an SDXL; says which adapter reads what, and the device.
         prompts: B texts.
-        conditions: adapter name -> B images (paths, URLs, PIL).
+        conditions: adapter name -> B images (paths, URLs, PIL), or B lists of images where an adapter takes several.
         size: height and width in pixels, which are also original and target size.
         seeds: B seeds of the starting noise.
         negative_prompts: B texts; None for the null text.
@@ -51,10 +48,10 @@ def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Se
         if (other := readers.setdefault(reads, name)) != name and list(images) != list(conditions[other]):
             raise ValueError(f"Adapters '{other}' and '{name}' both read '{reads}', so they cannot get images of their "
                              f'own; give one of them another `reads`.')
-        tensors[reads] = torch.stack([image_tensor(i, size) for i in images])
-    height, width = size
-    batch = Batch(text=list(prompts), time_ids=torch.tensor([[height, width, 0, 0, height, width]] * len(prompts),
-                                                            dtype=torch.float32),
+        tensors[reads] = torch.stack([model.adapters[name].read_image(
+            [read_picture(i) for i in image] if isinstance(image, list | tuple) else read_picture(image), size)
+            for image in images])
+    batch = Batch(text=list(prompts), time_ids=torch.tensor([[*size, 0, 0, *size]] * len(prompts), dtype=torch.float32),
                   key=[f'prompt {i}' for i in range(len(prompts))], epoch=torch.zeros(len(prompts), dtype=torch.int64),
                   seed=torch.tensor(list(seeds), dtype=torch.int64), conditions=tensors, size=size,
                   negative_text=list(negative_prompts) if negative_prompts is not None else None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.models import loading
 from diffengine_sdxl.models.attention import set_backend
 from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
+from diffengine_sdxl.models.describe import table
+from diffengine_sdxl.models.latents import Latents
 from diffengine_sdxl.models.predictions import VARIANTS, predictions, without_adapters
-from diffengine_sdxl.models.text import encode_prompts
+from diffengine_sdxl.models.text import ENCODERS, Prompts
 from diffengine_sdxl.registry import ADAPTERS, MODELS, OBJECTIVES, SAMPLERS
 from diffengine_sdxl.schedule import NoiseSchedule
 from diffengine_sdxl.structures import Batch, Conditioning, UNetCall, where
@@ -25,7 +27,7 @@ PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 @MODELS.register_module()
-class SDXL(BaseModel):
+class SDXL(Latents, Prompts, BaseModel):
     """SDXL: UNet, VAE, two text encoders, and a dict of adapters by name.
 
     Args:
@@ -115,12 +117,15 @@ class SDXL(BaseModel):
         """Freeze all, attach all, make all ready, and only then say what trains."""
         self.adapters = nn.ModuleDict()
         self.eval()
+        adapters = {}
         for name, config in configs.items():
-            if config is None:
-                continue
-            _check_name(name)
-            adapter = ADAPTERS.build(dict(config))
-            adapter.name = name
+            if config is not None:
+                _check_name(name)
+                adapters[name] = ADAPTERS.build(dict(config))
+                adapters[name].name = name
+        # By name, so that a config's order changes nothing; last those that change the base's own modules, so that the
+        # others find these as they were.
+        for name, adapter in sorted(adapters.items(), key=lambda item: (item[1].in_base, item[0])):
             with rng.fork(self.seed, 'adapter', name):
                 adapter.attach(self)
             # What trains stays in fp32 beside a half-precision base, but an fp64 model is fp64 throughout.
@@ -131,17 +136,24 @@ class SDXL(BaseModel):
         for _, parameters in self.trainables().items():
             for _, parameter in parameters:
                 parameter.requires_grad_(True)
-        # Weights that train are fp32 beside a half-precision UNet only if they live in it (LoRA, full fine-tune).
-        dtype = self.unet_weight.dtype
-        self._unet_mixed = 'unet' in self.trainable_parts or any(p.dtype != dtype for p in self.unet.parameters())
+        self._unet_mixed = self._mixed('unet')
+        self.text_mixed = any(self._mixed(part) for part in ENCODERS if getattr(self, part) is not None)
+        self.text_trains = any(p.requires_grad for part in ENCODERS if getattr(self, part) is not None
+                               for p in getattr(self, part).parameters()) or any(
+            adapter.words() and adapter.trainables() for adapter in self.adapters.values())
         self.register_state_dict_post_hook(_keep_trained)
+
+    def _mixed(self, part: str) -> bool:
+        """Whether `part` computes with weights of several dtypes: those that train are fp32 beside half precision."""
+        weights = [*getattr(self, part).parameters(), *(p for a in self.adapters.values() for p in a.inside(part))]
+        return part in self.trainable_parts or any(p.dtype != weights[0].dtype for p in weights)
 
     def trainables(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """What trains: part or adapter name -> its parameters with their full names, in a fixed order."""
         names = {id(p): n for n, p in self.named_parameters()}
         owners: dict[str, list[tuple[str, nn.Parameter]]] = {}
         # An adapter's weights may live in a part of the base (LoRA); they are the adapter's all the same.
-        theirs = {id(p) for adapter in self.adapters.values() for p in adapter.trainables()}
+        theirs = {id(p) for adapter in self.adapters.values() for p in adapter.owned()}
         for part in self.trainable_parts:
             module = getattr(self, part)
             # The penultimate layer is read, so the first encoder's last layer and norm never get a gradient.
@@ -184,6 +196,10 @@ class SDXL(BaseModel):
         """Whose pictures can be made: 'base', and 'adapted' if there are adapters. A fine-tuned base is 'base'."""
         return VARIANTS if self.adapters else VARIANTS[:1]
 
+    def __repr__(self) -> str:
+        """What the model is made of: its base, and a table of its adapters."""
+        return table(self)
+
     def without_adapters(self) -> AbstractContextManager[None]:
         """Inside, the outputs are bitwise those of a model built without adapters. For pictures, not for training."""
         return without_adapters(self)
@@ -197,68 +213,6 @@ class SDXL(BaseModel):
         for adapter in self.adapters.values():
             adapter.train(mode and bool(adapter.trainables()))
         return self
-
-    def latents(self, batch: Batch) -> Tensor:
-        """The images' latents, scaled, [B, 4, h, w] in the VAE's dtype; the VAE's sample is a keyed draw.
-
-        Raises:
-            ValueError: there is neither image nor latents, or a side cannot be divided.
-        """
-        if batch.latents is not None:
-            # As they leave the VAE's attention in memory: the UNet's kernels depend on it, and with them the last bits.
-            layout = torch.channels_last if len(batch) > 1 else torch.contiguous_format
-            return batch.latents.contiguous(memory_format=layout)
-        dist = self.posterior(batch)
-        noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
-        latents, statistics = dist.mean + dist.std * noise.to(dist.mean), self._statistics(dist.mean)
-        if statistics is None:
-            return latents * self.vae.config.scaling_factor
-        return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
-
-    def posterior(self, batch: Batch) -> Any:
-        """The VAE's distribution of the images' latents, unscaled: `mean`, `std` [B, 4, h, w], `kl()` [B].
-
-        Raises:
-            ValueError: there is no image, or a side cannot be divided.
-        """
-        if batch.img is None:
-            raise ValueError("The samples hold neither 'img' nor 'latents'; name the column (image_column).")
-        height, width = batch.img.shape[-2:]
-        if height % self.size_divisor or width % self.size_divisor:
-            needs = {'the VAE': self.vae_factor, **{f"adapter '{n}'": a.size_divisor for n, a in self.adapters.items()}}
-            said = ', '.join(f'{who} {divisor}' for who, divisor in needs.items() if divisor > 1)
-            raise ValueError(f"'img' is {height} x {width}; its sides must be divisible by {self.size_divisor} "
-                             f'({said}). Change `resolution`.')
-        trains = 'vae' in self.trainable_parts
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self._safe_vae() as vae:
-            return vae.encode(batch.img.to(vae.dtype)).latent_dist
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], fp32; as stock, bitwise."""
-        factor, statistics = self.vae.config.scaling_factor, self._statistics(latents)
-        latents = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
-        with self._safe_vae() as vae:
-            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (images * 0.5 + 0.5).clamp(0, 1).float()
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of the VAE's latents, [1, 4, 1, 1], if its config has them (Playground 2.5)."""
-        values = [self.vae.config.get(name) for name in ('latents_mean', 'latents_std')]
-        if None in values:
-            return None
-        mean, std = (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in values)
-        return mean, std
-
-    @contextmanager
-    def _safe_vae(self) -> Iterator[Any]:
-        """The VAE; while in use in fp32 if it overflows in fp16 (`force_upcast`), as in stock's pipelines."""
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        try:
-            yield self.vae.float() if upcast else self.vae
-        finally:
-            if upcast:
-                self.vae.half()
 
     def encode(self, batch: Batch, branches: Sequence[str] = ('cond',), project: bool = False) -> Conditioning:
         """All that a guidance branch tells the denoiser; several branches are stacked along the batch, in order.
@@ -284,48 +238,6 @@ class SDXL(BaseModel):
                     tensors = adapter.expand(tensors, branches)
             adapters[name] = tensors
         return Conditioning(text, pooled, time_ids, adapters, projected=project)
-
-    def _encode_text(self, batch: Batch, branch: str) -> tuple[Tensor, Tensor, Tensor]:
-        time_ids = batch.time_ids
-        first, second = batch.text, batch.text_2 or batch.text
-        dropped = batch.drop.get('text')
-        if branch == 'uncond':
-            if batch.negative_time_ids is not None:
-                time_ids = batch.negative_time_ids
-            if batch.negative_text is None and self.null_text == 'zeros':
-                text, pooled = self._shape_of_text(batch)
-                return torch.zeros_like(text), torch.zeros_like(pooled), time_ids
-            first = batch.negative_text or [''] * len(batch)
-            second, dropped = batch.negative_text_2 or first, None
-        if branch == 'cond' and batch.text_embeds is not None and batch.pooled is not None:
-            text, pooled = batch.text_embeds, batch.pooled
-            if dropped is not None and self.null_text == 'empty' and bool(dropped.any()):
-                empty = [''] * len(batch)
-                text, pooled = (where(dropped, null.to(given), given)
-                                for null, given in zip(self._prompts(empty, empty), (text, pooled), strict=True))
-        else:
-            if dropped is not None and self.null_text == 'empty':
-                first, second = ([('' if d else t) for d, t in zip(dropped.tolist(), texts, strict=True)]
-                                 for texts in (first, second))
-            text, pooled = self._prompts(first, second)
-        if dropped is not None and self.null_text == 'zeros':
-            text, pooled = (where(dropped, torch.zeros_like(x), x) for x in (text, pooled))
-        return text, pooled, time_ids
-
-    def _shape_of_text(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tensors of the text's shapes, for zeros."""
-        width = sum(e.config.hidden_size for e in (self.text_encoder, self.text_encoder_2) if e is not None)
-        kwargs = {'device': self.unet_weight.device, 'dtype': self.text_encoder_2.dtype}
-        return (torch.empty(len(batch), self.tokenizer_2.model_max_length, width, **kwargs),
-                torch.empty(len(batch), self.text_encoder_2.config.projection_dim, **kwargs))
-
-    def _prompts(self, first: Sequence[str], second: Sequence[str]) -> tuple[Tensor, Tensor]:
-        trains = any(part in self.trainable_parts for part in ('text_encoder', 'text_encoder_2'))
-        both = self.text_encoder is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self._autocast(trains):
-            return encode_prompts([first, second] if both else [second],
-                                  [self.tokenizer, self.tokenizer_2] if both else [self.tokenizer_2],
-                                  [self.text_encoder, self.text_encoder_2] if both else [self.text_encoder_2])
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, progress: Tensor) -> Tensor:
         """The UNet's raw output, of its `prediction_type`, with every adapter's part: the only way to the UNet.

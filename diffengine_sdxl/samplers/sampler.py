@@ -63,7 +63,7 @@ class Sampler:
             # Else a scheduler looks its place up by the timestep, and skips a step where two round to the same.
             scheduler.set_begin_index(0)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
-        x = self._noise(model, picture_size(batch, model.size_divisor), generators).to(device)
+        x = self._noise(model, picture_size(batch, model), generators).to(device)
         x = x * scheduler.init_noise_sigma
         options = self._step_options(scheduler, generators)
         encoded: dict[tuple[str, ...], Any] = {}
@@ -109,19 +109,22 @@ class Sampler:
         return {k: v for k, v in options.items() if k in known}
 
 
-def picture_size(batch: Batch, divisor: int) -> tuple[int, int]:
-    """Height and width, in pixels, of the pictures that `batch` asks for.
+def picture_size(batch: Batch, model: Any) -> tuple[int, int]:
+    """Height and width, in pixels, of the pictures that `batch` asks `model` (an SDXL) for.
 
     Raises:
-        ValueError: nothing says so, or `divisor` does not divide them.
+        ValueError: nothing says so, or they cannot be divided.
     """
     size = batch.size
     if size is None:
-        images = [t for t in (batch.img, *batch.conditions.values()) if t is not None and t.dim() == 4]
+        # What no adapter reads lies over the picture too (a data set's own); an image prompt does not.
+        prompts = {a.reads for a in model.adapters.values() if not a.of_picture_size}
+        over = [t for name, t in batch.conditions.items() if name not in prompts and t.dim() == 4]
+        images = [t for t in (batch.img, *over) if t is not None]
         if not images:
             raise ValueError("Nothing says how large the pictures shall be: give the samples 'size', or an image.")
         size = (images[0].shape[-2], images[0].shape[-1])
-    check_size(size, divisor)
+    check_size(size, model.size_divisor)
     return size
 
 

@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from PIL import Image
 
 from diffengine_sdxl.engine.hooks.progress import ProgressHook
-from diffengine_sdxl.engine.prompts import image_tensor, prompt_batch
+from diffengine_sdxl.engine.prompts import prompt_batch, read_picture
 from diffengine_sdxl.pictures import labelled_grid, to_pil
 
 
@@ -98,7 +98,8 @@ def test_pictures_of_prompts(conditions: str, circles: Path, tmp_path: Path, tin
     runner = train(tmp_path, {**sample_options(tiny, prompts=prompts, conditions=dict(adapter=given)),
                               'custom_hooks': [dict(type='EMAHook', decay=0.5)]})
     shown = [paths[0], paths[0]] if conditions == 'one for all' else paths
-    rows: list[list[Any]] = [[image_tensor(path, (32, 32)).numpy()] for path in shown]
+    read = runner.model.adapters['adapter'].read_image
+    rows: list[list[Any]] = [[read(read_picture(path), (32, 32)).numpy()] for path in shown]
     runner.model.eval()
     with runner.exported_weights():
         for seed in (5, 6):

@@ -1,0 +1,79 @@
+"""Pictures to latents and back, through the model's VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.structures import Batch
+
+
+class Latents:
+    """The half of SDXL that owns the VAE; mixed into it."""
+
+    def latents(self: Any, batch: Batch) -> Tensor:
+        """The images' latents, scaled, [B, 4, h, w] in the VAE's dtype; the VAE's sample is a keyed draw.
+
+        Raises:
+            ValueError: there is neither image nor latents, or a side cannot be divided.
+        """
+        if batch.latents is not None:
+            # As they leave the VAE's attention in memory: the UNet's kernels depend on it, and with them the last bits.
+            layout = torch.channels_last if len(batch) > 1 else torch.contiguous_format
+            return batch.latents.contiguous(memory_format=layout)
+        dist = self.posterior(batch)
+        noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
+        latents, statistics = dist.mean + dist.std * noise.to(dist.mean), self._statistics(dist.mean)
+        if statistics is None:
+            return latents * self.vae.config.scaling_factor
+        return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
+
+    def posterior(self: Any, batch: Batch) -> Any:
+        """The VAE's distribution of the images' latents, unscaled: `mean`, `std` [B, 4, h, w], `kl()` [B].
+
+        Raises:
+            ValueError: there is no image, or a side cannot be divided.
+        """
+        if batch.img is None:
+            raise ValueError("The samples hold neither 'img' nor 'latents'; name the column (image_column).")
+        height, width = batch.img.shape[-2:]
+        if height % self.size_divisor or width % self.size_divisor:
+            needs = {'the VAE': self.vae_factor, **{f"adapter '{n}'": a.size_divisor for n, a in self.adapters.items()}}
+            said = ', '.join(f'{who} {divisor}' for who, divisor in needs.items() if divisor > 1)
+            raise ValueError(f"'img' is {height} x {width}; its sides must be divisible by {self.size_divisor} "
+                             f'({said}). Change `resolution`.')
+        trains = 'vae' in self.trainable_parts
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains), self._safe_vae() as vae:
+            return vae.encode(batch.img.to(vae.dtype)).latent_dist
+
+    @torch.no_grad()
+    def decode(self: Any, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], fp32; as stock, bitwise."""
+        factor, statistics = self.vae.config.scaling_factor, self._statistics(latents)
+        latents = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
+        with self._safe_vae() as vae:
+            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+    def _statistics(self: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of the VAE's latents, [1, 4, 1, 1], if its config has them (Playground 2.5)."""
+        values = [self.vae.config.get(name) for name in ('latents_mean', 'latents_std')]
+        if None in values:
+            return None
+        mean, std = (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in values)
+        return mean, std
+
+    @contextmanager
+    def _safe_vae(self: Any) -> Iterator[Any]:
+        """The VAE; while in use in fp32 if it overflows in fp16 (`force_upcast`), as in stock's pipelines."""
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        try:
+            yield self.vae.float() if upcast else self.vae
+        finally:
+            if upcast:
+                self.vae.half()

@@ -5,6 +5,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from mmengine.logging import print_log
 from safetensors import SafetensorError
 
 #: What a source begins with that came with this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
@@ -88,3 +89,8 @@ def said(source: str, function: Any, *args: Any, **kwargs: Any) -> Any:
             raise ValueError(f"'{source}' could not be loaded: {first}") from error
         raise ValueError(f"'{source}' is no file or folder here, and it could not be had from the hub: {first} "
                          'Check the name, the network and HF_HUB_OFFLINE, or give the path of a folder.') from error
+
+
+def told(what: str, source: str | Path, num_keys: int) -> None:
+    """Say in the log that all keys of a loaded file matched; those that don't are refused before."""
+    print_log(f"{what}: all {num_keys} keys of '{source}' matched.", logger='current')

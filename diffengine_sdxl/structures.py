@@ -28,7 +28,8 @@ class Batch:
             the unconditional branch; None means "as the first" and "none given".
         conditions: adapter.reads -> tensor [B, ...]; a control image is [B, 3, H, W] in [0, 1].
         drop: name -> bool [B]; rows whose 'text' or adapter input is replaced by its null.
-        weight: [B] factor of each sample's loss; mask: [B, 1, h, w] factor of each latent's loss.
+        weight: [B] factor of each sample's loss; mask: factor of the loss of each pixel, [B, 1, H, W], or of each
+            latent, [B, 1, h, w].
         size: height and width of the pictures to make, in pixels; None: that of the images or conditions.
         num_skipped: unreadable images that the data set passed over to fill this batch.
     """

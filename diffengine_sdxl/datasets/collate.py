@@ -11,8 +11,8 @@ from diffengine_sdxl.structures import Batch
 
 
 @FUNCTIONS.register_module('collate')
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One dict of B samples, key by key.
+def collate(samples: Sequence[dict[str, Any] | list[dict[str, Any]]]) -> dict[str, Any]:
+    """One dict of B samples, key by key. A row that is several samples (PriorPreservation) counts as these.
 
     Tensors are stacked; numbers become tensors [B] (bool, int64, float32); 'num_skipped' is summed; dicts (as
     'drop') are collated by themselves; strings become a list.
@@ -20,12 +20,13 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: the samples hold different keys, tensors of different sizes, or something of another kind.
     """
-    first = samples[0]
-    for sample in samples:
+    flat = [sample for row in samples for sample in (row if isinstance(row, list) else [row])]
+    first = flat[0]
+    for sample in flat:
         if sample.keys() != first.keys():
             raise ValueError(f"Samples {_names([first, sample])} of one batch hold different keys: "
                              f'{sorted(map(str, sample.keys() ^ first.keys()))} in one only.')
-    return {key: _join(key, [sample[key] for sample in samples], samples) for key in first}
+    return {key: _join(key, [sample[key] for sample in flat], flat) for key in first}
 
 
 def _join(key: str, values: list[Any], samples: Sequence[dict[str, Any]]) -> Any:

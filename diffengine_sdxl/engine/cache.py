@@ -55,7 +55,10 @@ def write_cache(config: Config, folder: Path, num_samples: int | None = None, sh
         if not cfg.train_dataloader.get(key):
             raise ValueError(f"The config has no 'train_dataloader.{key}', so there is nothing to cache.")
     data: Any = cfg.train_dataloader.dataset
-    data['transforms'] = [t for t in data.get('transforms') or () if str(t.get('type')).split('.')[-1] != 'CaptionDrop']
+    if 'instance' in data:
+        raise ValueError('The data set is several in one (PriorPreservation); cache each by a config of its own.')
+    data['transforms'] = [t for t in data.get('transforms') or ()
+                          if str(t.get('type')).split('.')[-1] not in ('CaptionDrop', 'JointDrop')]
     dataset: Any = DATASETS.build(data)
     if isinstance(dataset, torch.utils.data.IterableDataset):
         raise ValueError('A stream cannot be cached; name a data set of numbered rows (type HFDataset).')

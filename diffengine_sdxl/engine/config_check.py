@@ -19,6 +19,8 @@ PLACES: list[tuple[str, NamedRegistry]] = [
     ('model.objective.timesteps', r.TIMESTEPS),
     ('model.objective.weighting', r.WEIGHTINGS), ('model.objective.loss', r.LOSSES), ('model.sampler', r.SAMPLERS),
     ('model.sampler.guidances.*', r.GUIDANCES), ('*_dataloader.dataset', r.DATASETS),
+    *((f'*_dataloader.dataset.{half}', r.DATASETS) for half in ('instance', 'prior')),
+    *((f'*_dataloader.dataset.{half}.transforms.*', r.TRANSFORMS) for half in ('instance', 'prior')),
     ('*_dataloader.sampler', r.DATA_SAMPLERS), ('*_dataloader.dataset.transforms.*', r.TRANSFORMS),
     ('*_evaluator', r.EVALUATOR), ('*_evaluator.metrics.*', r.METRICS), ('*_evaluator.[0-9]*', r.METRICS),
     ('default_hooks.*', r.HOOKS),

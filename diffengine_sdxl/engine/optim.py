@@ -1,4 +1,4 @@
-"""What turns losses into new weights: optimizers, the wrapper that steps them, parameter groups, learning rates.
+"""What turns losses into new weights: optimizers, the wrapper that steps them, parameter groups.
 
 An iteration is one optimizer step of `accumulative_counts` micro-batches; everything here counts such steps.
 
@@ -14,21 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 from mmengine.optim import OptimWrapper
-from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
-from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from diffengine_sdxl.registry import (
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    OPTIM_WRAPPERS,
-    OPTIMIZERS,
-    PARAM_SCHEDULERS,
-    nearest,
-)
+from diffengine_sdxl.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, nearest
 
 
 def _third_party(module: str, name: str, package: str) -> Callable[..., Optimizer]:
@@ -259,8 +249,9 @@ class AdapterOptimWrapperConstructor:
 
     Args:
         optim_wrapper_cfg: dict(type='StepOptimWrapper', optimizer=dict(type='AdamW', lr=1e-5), ...).
-        paramwise_cfg: optimizer argument -> {name: value}, for those that differ from `optimizer`:
-            dict(lr={'style': 1e-4, 'text_encoder': 5e-6}, weight_decay={'style': 0.0}).
+        paramwise_cfg: optimizer argument -> {name: value}, for those that differ from `optimizer`. A name is that of
+            an adapter or part, or of a module within it, which makes a group of its own (the longest name wins):
+            dict(lr={'style': 1e-4, 'style.text_encoder': 5e-6, 'style.unet.mid_block': 2e-5}).
 
     Raises:
         ValueError: when called: nothing is trained, or a name or argument that is not known.
@@ -293,99 +284,36 @@ class AdapterOptimWrapperConstructor:
         """The parameter groups, each with its 'name'."""
         model = getattr(model, 'module', model)
         trained: dict[str, list[tuple[str, nn.Parameter]]] = model.trainables()  # type: ignore[operator]
-        groups: dict[str, dict[str, Any]] = {name: {'params': [p for _, p in named], 'name': name}
-                                             for name, named in trained.items() if named}
-        if not groups:
+        trained = {name: named for name, named in trained.items() if named}
+        if not trained:
             raise ValueError('Nothing to train: no adapter has trainable parameters and the config names no part of '
                              'the base to train. Add an adapter to model.adapters.')
         for key, per_name in self.paramwise_cfg.items():
             if not isinstance(per_name, Mapping):
                 raise ValueError(f'paramwise_cfg.{key}={per_name!r} must be a dict from adapter or part to value; a '
                                  f'value for all belongs in optimizer.{key}.')
-            for name, value in per_name.items():
-                if name not in groups:
+        groups = self._split(trained, list(dict.fromkeys(n for names in self.paramwise_cfg.values() for n in names)))
+        for key, per_name in self.paramwise_cfg.items():
+            # The shorter first: what is set for an adapter holds for its modules, unless they have their own.
+            for name, value in sorted(per_name.items(), key=lambda item: len(item[0])):
+                found = [group for own, group in groups.items() if f'{own}.'.startswith(f'{name}.')]
+                if not found:
                     raise ValueError(f'paramwise_cfg.{key} names {name!r}, which is not trained; trained are '
-                                     f'{", ".join(groups)}.{nearest(str(name), list(groups))}')
-                groups[name][key] = value
+                                     f'{", ".join(trained)}, and modules within them.'
+                                     f'{nearest(str(name), list(trained))}')
+                for group in found:
+                    group[key] = value
         return list(groups.values())
 
-
-_COUNTS = ('num_warmup_steps', 'num_training_steps')
-_SCHEDULE_ARGUMENTS = {'constant': (), 'constant_with_warmup': ('num_warmup_steps',), 'linear': _COUNTS,
-                       'cosine': (*_COUNTS, 'num_cycles'), 'cosine_with_restarts': (*_COUNTS, 'num_cycles'),
-                       'polynomial': (*_COUNTS, 'power', 'lr_end'), 'piecewise_constant': ('step_rules',)}
-
-
-@PARAM_SCHEDULERS.register_module()
-class DiffusersLR(LRSchedulerMixin, _ParamScheduler):
-    """The learning rates of the diffusers scripts: each group's own rate times diffusers' factor, bitwise.
-
-    The factor itself comes from `diffusers.optimization`. Arguments that a schedule doesn't have are ignored, as by
-    `--lr_scheduler` there. Counts are optimizer steps.
-
-    Args:
-        optimizer: optimizer or wrapper.
-        name: 'constant', 'constant_with_warmup', 'linear', 'cosine', 'cosine_with_restarts', 'polynomial' or
-            'piecewise_constant'.
-        num_warmup_steps: steps from 0 to the full rate.
-        num_training_steps: where the schedule ends; None means `end`, which the runner sets to its `max_iters`.
-        num_cycles: of the cosine; None means diffusers' own: 0.5 for 'cosine', 1 for 'cosine_with_restarts'. (The
-            scripts pass theirs to the latter only.)
-        power, lr_end: of 'polynomial'; lr_end is the end of a group that has the optimizer's default rate.
-        step_rules: of 'piecewise_constant', as '1:10,0.1:20,0.01'.
-        begin: first step at which the rate is touched; the schedule counts from there. end: first step at which it
-            is not touched any more.
-
-    Raises:
-        ValueError: an unknown name, or a schedule that lacks its arguments.
-    """
-
-    def __init__(self, optimizer: Any, name: str = 'constant', num_warmup_steps: int = 0,
-                 num_training_steps: int | None = None, num_cycles: float | None = None, power: float = 1.0,
-                 lr_end: float = 1e-7, step_rules: str | None = None, begin: int = 0, end: int = INF,
-                 by_epoch: bool = False, last_step: int = -1, verbose: bool = False) -> None:
-        if name not in _SCHEDULE_ARGUMENTS:
-            raise ValueError(f'name={name!r} of DiffusersLR must be one of {", ".join(_SCHEDULE_ARGUMENTS)}.'
-                             f'{nearest(str(name), list(_SCHEDULE_ARGUMENTS))}')
-        if by_epoch:
-            raise ValueError('DiffusersLR counts optimizer steps: by_epoch must be False.')
-        if num_training_steps is None and end < INF:
-            num_training_steps = end - begin
-        given = {'num_warmup_steps': num_warmup_steps, 'num_training_steps': num_training_steps, 'power': power,
-                 'lr_end': lr_end, 'step_rules': step_rules}
-        arguments = {key: given[key] for key in _SCHEDULE_ARGUMENTS[name] if key != 'num_cycles'}
-        missing = [key for key, value in arguments.items() if value is None]
-        if missing:
-            raise ValueError(f'DiffusersLR with name={name!r} needs {" and ".join(missing)}.')
-        if num_cycles is not None and 'num_cycles' in _SCHEDULE_ARGUMENTS[name]:
-            arguments['num_cycles'] = num_cycles
-        # 'polynomial' reads the default rate from the optimizer; nothing else of this stand-in matters
-        stand_in = torch.optim.SGD([torch.zeros(1)], lr=optimizer.defaults.get('lr') or 1.0)
-        make: Callable[..., LambdaLR] = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]  # type: ignore[assignment]
-        self._factor = make(stand_in, **arguments).lr_lambdas[0]
-        super().__init__(optimizer, begin=begin, end=end, by_epoch=False, last_step=last_step, verbose=verbose)
-
-    def _get_value(self) -> list[float | None]:
-        """Each group's rate at `last_step`; None stays None (Adafactor's relative steps)."""
-        factor = self._factor(self.last_step)
-        return [None if base is None else base * factor for base in self.base_values]
-
-    def print_value(self, is_verbose: bool, group: int, value: float | None) -> None:
-        """As mmengine's, for a group that has a rate."""
-        if value is not None:
-            super().print_value(is_verbose, group, value)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, as plain numbers. Its shape is the config's, so that a run may be made longer."""
-        return {'_global_step': self._global_step, 'base_values': list(self.base_values)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to the saved step and set the rates of that step; load the optimizer's state first."""
-        self._global_step = int(state_dict['_global_step'])
-        self.base_values = list(state_dict['base_values'])
-        # the place in the schedule follows from the step: a run that had ended goes on where a longer one would be
-        self.last_step = max(-1, min(self._global_step, self.end - 1) - self.begin)
-        if self.begin <= self._global_step < self.end:
-            for group, value in zip(self.optimizer.param_groups, self._get_value(), strict=True):
-                group['lr'] = value
-        self._last_value = [group['lr'] for group in self.optimizer.param_groups]
+    @staticmethod
+    def _split(trained: Mapping[str, list[tuple[str, nn.Parameter]]], names: list[str]) -> dict[str, dict[str, Any]]:
+        """A group for each adapter or part, and one for each of `names` that is a module within."""
+        groups: dict[str, dict[str, Any]] = {}
+        for owner, parameters in trained.items():
+            within = sorted((n for n in names if n.startswith(f'{owner}.')), key=len, reverse=True)
+            for full, parameter in parameters:
+                # An adapter's own modules go by their name within it; LoRA's by that of the part that they live in.
+                place = f'{owner}.{full.removeprefix(f"adapters.{owner}.").removeprefix(f"{owner}.")}.'
+                name = next((n for n in within if place.startswith(f'{n}.')), owner)
+                groups.setdefault(name, {'params': [], 'name': name})['params'].append(parameter)
+        return groups

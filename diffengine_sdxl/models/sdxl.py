@@ -228,6 +228,9 @@ class SDXL(Latents, Prompts, BaseModel):
         rows = [self._encode_text(batch, branch) for branch in branches]
         text, pooled, time_ids = (torch.cat([row[i] for row in rows]) for i in range(3))
         adapters = {}
+        if unknown := batch.drop.keys() - {'text', *self.adapters}:
+            raise ValueError(f"The samples drop the input of {', '.join(map(repr, sorted(unknown)))}, and the model "
+                             f'has no such adapter; it has {", ".join(self.adapters) or "none"}.')
         for name, adapter in () if self.alone else self.adapters.items():
             tensors = adapter.encode(batch)
             if name in batch.drop:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.registry import LOSSES, NOISES, OBJECTIVES, TIMESTEPS, WEIGHTINGS
@@ -47,8 +48,21 @@ class Denoise:
         target = schedule.target(latents, noise, t)
         loss = self.loss(prediction.to(latents.dtype), target, t, schedule)
         if batch.mask is not None:
-            loss = loss * batch.mask
+            loss = loss * _of_latents(batch.mask, loss)
         loss = loss.mean(dim=(1, 2, 3)) * self.weighting(t, schedule)
         if batch.weight is not None:
             loss = loss * batch.weight
         return {'loss': loss.mean()}
+
+
+def _of_latents(mask: Tensor, loss: Tensor) -> Tensor:
+    """A mask of pixels, [B, 1, H, W], averaged over those of each latent: [B, 1, h, w]; one of latents as it is.
+
+    Raises:
+        ValueError: it is of another size than the pictures.
+    """
+    sides = list(zip(mask.shape[-2:], loss.shape[-2:], strict=True))
+    if any(large % small for large, small in sides) or len({large // small for large, small in sides}) > 1:
+        raise ValueError(f"The mask of the loss is {' x '.join(map(str, mask.shape[-2:]))} and the latents "
+                         f"{' x '.join(map(str, loss.shape[-2:]))}: it must be of the picture's size, or the latents'.")
+    return functional.avg_pool2d(mask.to(loss.dtype), sides[0][0] // sides[0][1])

@@ -19,7 +19,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from diffengine_sdxl.engine.optim import DiffusersLR, StepOptimWrapper
+from diffengine_sdxl.engine.optim import StepOptimWrapper
+from diffengine_sdxl.engine.schedules import DiffusersLR
 from diffengine_sdxl.registry import OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, SCOPE
 
 
@@ -208,6 +209,31 @@ def test_each_adapter_has_its_own_rate():
     equal(ours, theirs, atol=1e-12)
     assert [g['name'] for g in wrapper.optimizer.param_groups] == ['style', 'pose']
     assert wrapper.get_lr() == {'lr': [1e-3], 'style_lr': [1e-3], 'pose_lr': [1e-2]}
+
+
+class Nested(nn.Module):
+    """An adapter of its own and one that lives in the base, as `SDXL.trainables` names them."""
+
+    def trainables(self):
+        def weights(*names):
+            return [(name, nn.Parameter(torch.zeros(1))) for name in names]
+        return {'ip': weights('adapters.ip.projector.weight', 'adapters.ip.to_k.weight'),
+                'style': weights('unet.mid.a.style', 'unet.middle.a.style', 'text_encoder.b.style',
+                                 'text_encoder_2.b.style', 'unet.mid.c.style')}
+
+
+def test_modules_within_an_adapter_have_their_own_rate():
+    """The longest name wins, whatever the order; what an adapter is given holds for its modules without one."""
+    wrapper = build(Nested(), paramwise_cfg=dict(
+        lr={'style.unet.mid': 3.0, 'style': 2.0, 'style.unet.mid.c': 4.0, 'ip.projector': 5.0,
+            'style.text_encoder': 6.0},
+        weight_decay={'style': 0.5, 'style.unet.mid.c': 0.25}))
+    groups = {g['name']: (len(g['params']), g['lr'], g['weight_decay']) for g in wrapper.optimizer.param_groups}
+    rest = torch.optim.AdamW([torch.zeros(1)]).defaults['weight_decay']
+    assert groups == {'ip.projector': (1, 5.0, rest), 'ip': (1, 1e-2, rest), 'style.unet.mid': (1, 3.0, 0.5),
+                      'style': (2, 2.0, 0.5), 'style.text_encoder': (1, 6.0, 0.5), 'style.unet.mid.c': (1, 4.0, 0.25)}
+    with pytest.raises(ValueError, match=r"names 'style.unet.mi', which is not trained"):
+        build(Nested(), paramwise_cfg=dict(lr={'style.unet.mi': 1.0}))
 
 
 @pytest.mark.parametrize(('paramwise', 'word'), [

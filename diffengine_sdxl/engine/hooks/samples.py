@@ -128,6 +128,8 @@ class SampleHook(Hook):
             samples = list(itertools.islice(iter(stream), self.num_from_dataset))
         else:
             samples = [dataset[Draw(i, 0, runner.seed)] for i in range(min(self.num_from_dataset, len(dataset)))]
+            # Of a row of several samples (PriorPreservation) the first is what is learned.
+            samples = [sample[0] if isinstance(sample, list) else sample for sample in samples]
         batches = [runner.bare_model.data_preprocessor(collate([sample]))['inputs'] for sample in samples]
         for batch in batches:
             # What training drops at random belongs to training.

@@ -1,0 +1,66 @@
+"""Prior preservation: pictures of one thing beside pictures of its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+from diffengine_sdxl.datasets.base import Sample
+from diffengine_sdxl.datasets.sampler import Draw
+from diffengine_sdxl.registry import DATASETS
+
+
+@DATASETS.register_module()
+class PriorPreservation(Dataset[list[Sample]]):
+    """Each row is two samples, one of each data set, weighted so that the mean loss is L_instance + weight L_prior.
+
+    Ruiz et al. 2023, DreamBooth, arXiv:2208.12242. A batch of b rows has 2 b samples; the loss is the mean over them of
+    2 l for an instance and 2 weight l for a prior, which is the sum of both means. (A plain mean over both halves would
+    be half of that.) The shorter data set is passed again.
+
+    Args:
+        instance, prior: configs of data sets of numbered rows.
+        weight: of the prior's loss.
+
+    Raises:
+        ValueError: one of them is a stream, or the weight is negative.
+    """
+
+    def __init__(self, instance: Any, prior: Any, weight: float = 1.0) -> None:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float('inf'):
+            raise ValueError(f'PriorPreservation: weight={weight!r} must be a number of at least 0.')
+        self.instance, self.prior = (DATASETS.build(dict(d)) if isinstance(d, dict) else d for d in (instance, prior))
+        for name, dataset in (('instance', self.instance), ('prior', self.prior)):
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__') or len(dataset) == 0:
+                raise ValueError(f'PriorPreservation: {name} must be a data set of numbered rows, at least one; a '
+                                 'stream has no second sample to go with a first.')
+        self.weight = float(weight)
+        self.source = f'PriorPreservation({getattr(self.instance, "source", "")})'
+
+    def __len__(self) -> int:
+        return max(len(self.instance), len(self.prior))
+
+    def __getitem__(self, item: Draw | int) -> list[Sample]:
+        draw = item if isinstance(item, Draw) else Draw(int(item), 0, 0)
+        if not 0 <= draw.index < len(self):
+            raise IndexError(f'{self.source} has {len(self)} rows, no row {draw.index}.')
+        instance, prior = (self._sample(d, draw, len(self)) for d in (self.instance, self.prior))
+        # Else row 0 of one and row 0 of the other would get the same noise and timestep.
+        prior['key'] = f'prior/{prior["key"]}'
+        for sample, weight in ((instance, 1.0), (prior, self.weight)):
+            sample['weight'] = 2 * weight * float(sample.get('weight', 1.0))
+        return [instance, prior]
+
+    def check_model(self, model: Any) -> None:
+        """Let both say whether `model` can be trained on them (see CachedLatents)."""
+        for dataset in (self.instance, self.prior):
+            if hasattr(dataset, 'check_model'):
+                dataset.check_model(model)
+
+    @staticmethod
+    def _sample(dataset: Any, draw: Draw, total: int) -> Sample:
+        """The draw's row; to a data set that one pass of the longer one passes several times, these are epochs."""
+        num = len(dataset)
+        passes = -(-total // num)
+        return dataset[Draw(draw.index % num, draw.epoch * passes + draw.index // num, draw.seed)]

@@ -1,0 +1,75 @@
+"""Prior preservation: pairs of samples whose mean loss is L_instance + w L_prior."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import assert_same, grads, t2i
+
+from diffengine_sdxl.datasets import Draw, KeyedSampler, PriorPreservation, Shapes, collate, pack
+from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.structures import Batch
+
+
+def shapes(length: int, split: str = 'train', **settings: Any) -> dict[str, Any]:
+    """Config of one half."""
+    return dict(type='Shapes', length=length, split=split, **settings,
+                transforms=[dict(type='ComputeTimeIds'), dict(type='PackInputs')])
+
+
+def batch_of(rows: list[Any]) -> Batch:
+    return pack(collate(rows))
+
+
+@pytest.mark.parametrize('weight', [1.0, 0.25, 0.0])
+def test_the_loss_is_a_sum_of_means(tiny_base: Path, weight: float) -> None:
+    """Loss and gradients, fp64, against those of both halves alone; not half of it, as a plain mean would be."""
+    data = PriorPreservation(shapes(3), shapes(2, 'class'), weight)
+    model = SDXL(pretrained=str(tiny_base), adapters=dict(adapter=t2i()), objective=dict(type='Denoise'),
+                 dtype='float64')
+    rows = [data[Draw(i, 0, 5)] for i in (2, 0)]
+    loss, found = grads(model, batch_of(rows))
+    halves = []
+    for half in range(2):
+        samples = [{k: v for k, v in row[half].items() if k != 'weight'} for row in rows]
+        halves.append(grads(model, batch_of(samples)))
+    expected = {'loss': halves[0][0] + weight * halves[1][0],
+                **{k: halves[0][1][k] + weight * halves[1][1][k] for k in found}}
+    assert_same({'loss': loss, **found}, expected, 1e-10)
+
+
+def test_rows_of_both() -> None:
+    """The longer one decides; the shorter is passed again, as another epoch; keys differ; instances come first."""
+    data = PriorPreservation(shapes(5), shapes(2, 'class'), 0.5)
+    sampler = iter(KeyedSampler(data, seed=1))
+    rows = [data[next(sampler)] for _ in range(10)]
+    assert len(data) == 5 and all(len(row) == 2 for row in rows)
+    keys = [(s['key'], s['epoch']) for row in rows for s in row]
+    assert len(set(keys)) == 20, 'a sample was met twice with the same draws'
+    assert {k for k, _ in keys[::2]} == {f'train/{i}' for i in range(5)}
+    assert {k for k, _ in keys[1::2]} == {'prior/class/0', 'prior/class/1'}
+    assert collate(rows)['weight'].tolist() == [2.0, 1.0] * 10
+    assert torch.equal(rows[0][0]['img'], Shapes(**{k: v for k, v in shapes(5).items() if k != 'type'})[
+        Draw(int(keys[0][0][-1]), 0, 1)]['img'])
+
+
+def test_weights_of_their_own_are_kept() -> None:
+    instance = Shapes(length=1)
+    instance.transforms = [lambda sample: {**sample, 'weight': 0.5}]
+    assert [s['weight'] for s in PriorPreservation(instance, Shapes(length=1), 3.0)[0]] == [1.0, 6.0]
+
+
+@pytest.mark.parametrize(('settings', 'word'), [
+    (dict(weight=-1), 'weight=-1'), (dict(weight='much'), "weight='much'"), (dict(weight=float('nan')), 'weight=nan')])
+def test_bad_weights(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        PriorPreservation(shapes(1), shapes(1), **settings)
+
+
+def test_a_stream_is_refused(circles: Path) -> None:
+    stream = dict(type='HFStream', source=str(circles), conditioning_image_column=None)
+    with pytest.raises(ValueError, match='instance must be a data set of numbered rows'):
+        PriorPreservation(stream, shapes(1))
+    with pytest.raises(IndexError, match='no row 1'):
+        PriorPreservation(shapes(1), shapes(1))[1]

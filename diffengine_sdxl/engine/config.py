@@ -130,6 +130,8 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition('=')
         if not equals or not key:
             raise ValueError(f"--cfg-options takes KEY=VALUE; '{item}' is not of that form.")
+        if key in options:
+            raise ValueError(f"--cfg-options sets '{key}' twice.")
         options[key] = _value(value, item)
     return options
 
@@ -259,7 +261,11 @@ def _where(config: Config, piece: str) -> str:
 
 
 def _names_read(path: Path, seen: set[Path] | None = None) -> set[str]:
-    """Names that a config file or its bases read: variables, `_base_.name` and '$name'."""
+    """Names that a config file or its bases read: variables, `_base_.name` and '$name'.
+
+    Raises:
+        ValueError: a dict in one of them has a key twice.
+    """
     seen = set() if seen is None else seen
     path = path.resolve()
     if path in seen or path.suffix != '.py':
@@ -274,6 +280,11 @@ def _names_read(path: Path, seen: set[Path] | None = None) -> set[str]:
             read.add(node.attr)
         elif isinstance(node, ast.Constant):
             read.update(references(node.value))
+        elif isinstance(node, ast.Dict):
+            # Python takes the last in silence, and an adapter is gone.
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+                raise ValueError(f"'{path}', line {node.lineno}: the dict has the key {twice[0]!r} twice.")
         elif isinstance(node, ast.Assign) and any(getattr(t, 'id', None) == '_base_' for t in node.targets):
             bases = ast.literal_eval(node.value)
             for base in [bases] if isinstance(bases, str) else bases:

@@ -292,6 +292,7 @@ class AdapterOptimWrapperConstructor:
             if not isinstance(per_name, Mapping):
                 raise ValueError(f'paramwise_cfg.{key}={per_name!r} must be a dict from adapter or part to value; a '
                                  f'value for all belongs in optimizer.{key}.')
+            self.paramwise_cfg[key] = _flat(per_name)
         groups = self._split(trained, list(dict.fromkeys(n for names in self.paramwise_cfg.values() for n in names)))
         for key, per_name in self.paramwise_cfg.items():
             # The shorter first: what is set for an adapter holds for its modules, unless they have their own.
@@ -317,3 +318,11 @@ class AdapterOptimWrapperConstructor:
                 name = next((n for n in within if place.startswith(f'{n}.')), owner)
                 groups.setdefault(name, {'params': [], 'name': name})['params'].append(parameter)
         return groups
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{'style': {'unet': 1}} as {'style.unet': 1}: dotted names become dicts where an override writes them."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {f'{prefix}{name}': value}
+    return flat

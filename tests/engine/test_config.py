@@ -180,6 +180,8 @@ def test_an_unknown_override_is_refused(option: str, words: str) -> None:
     ('custom_hooks = [dict(decay=0.5)]', 'type'),
     ("custom_hooks = [dict(type='EMAHook', decai=0.5)]", "Did you mean 'decay'"),
     ('train_dataloader = dict(dataset=dict(transforms=[dict(size=3)]))', 'transforms.0.*type'),
+    ("model = dict(adapters={'a': dict(type='T2IAdapter'), 'a': None})", "line 2: the dict has the key 'a' twice"),
+    ("model = dict(adapters=dict(a=None, a=None))", 'SyntaxError: keyword argument repeated: a'),
     ("model = dict(type='SDXXL')", "Did you mean 'SDXL'"),
     ("param_scheduler = [dict(type='CosineAnealingLR')]", "Did you mean 'CosineAnnealingLR'"),
 ])
@@ -337,3 +339,8 @@ def test_text_of_an_override_keeps_its_blanks_and_commas() -> None:
 def test_overrides_whose_brackets_do_not_match(item: str) -> None:
     with pytest.raises(ValueError, match='cfg-options'):
         config.parse_overrides([item])
+
+
+def test_an_override_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="sets 'a.b' twice"):
+        config.parse_overrides(['a.b=1', 'c=2', 'a.b=3'])

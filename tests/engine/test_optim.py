@@ -232,6 +232,8 @@ def test_modules_within_an_adapter_have_their_own_rate():
     rest = torch.optim.AdamW([torch.zeros(1)]).defaults['weight_decay']
     assert groups == {'ip.projector': (1, 5.0, rest), 'ip': (1, 1e-2, rest), 'style.unet.mid': (1, 3.0, 0.5),
                       'style': (2, 2.0, 0.5), 'style.text_encoder': (1, 6.0, 0.5), 'style.unet.mid.c': (1, 4.0, 0.25)}
+    nested = build(Nested(), paramwise_cfg=dict(lr={'style': {'unet': {'mid': 3.0}}}))
+    assert [g['lr'] for g in nested.optimizer.param_groups] == [1e-2, 3.0, 1e-2]
     with pytest.raises(ValueError, match=r"names 'style.unet.mi', which is not trained"):
         build(Nested(), paramwise_cfg=dict(lr={'style.unet.mi': 1.0}))
 

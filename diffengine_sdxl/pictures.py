@@ -1,4 +1,4 @@
-"""Pictures for people: labelled grids of images, and curves."""
+"""Pictures for people: labelled grids of images, and curves; and pictures for image encoders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 PAPER, INK, SOFT, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120), (200, 200, 200)
 
@@ -16,6 +18,34 @@ def to_pil(image: np.ndarray) -> Image.Image:
     if len(image) == 1:
         image = image.repeat(3, axis=0)
     return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def clip_pixels(image: Image.Image, size: int, resample: str = 'bicubic', short_edge: int | None = None,
+                stretch: bool = False) -> Tensor:
+    """A picture as CLIP's image encoder takes it, but not normalised: float32 [3, size, size] in [0, 1].
+
+    Scaled until the short edge is `size`, and the middle cut out. Source: transformers' CLIPImageProcessor, bitwise
+    its version on PIL; the one on torchvision filters otherwise.
+
+    Args:
+        image: of any mode.
+        size: pixels of the encoder's side.
+        resample: a filter of PIL, in small letters.
+        short_edge: pixels of the short edge before the cut, where they are more than `size` (DINOv2: 256 for 224).
+        stretch: scale both edges to `size` instead, whatever the proportions (SigLIP).
+    """
+    image = image if image.mode == 'RGB' else image.convert('RGB')
+    short, width, height = short_edge or size, image.width, image.height
+    if stretch:
+        scaled = (size, size)
+    elif width <= height:
+        scaled = (short, int(short * height / width))
+    else:
+        scaled = (int(short * width / height), short)
+    image = image.resize(scaled, Image.Resampling[resample.upper()])
+    left, top = ((side - size) // 2 for side in scaled)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / np.float32(255)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], columns: Sequence[str], title: str = '',

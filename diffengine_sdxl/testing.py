@@ -68,6 +68,24 @@ def tiny_vae(num_blocks: int = 4) -> Any:
                          scaling_factor=0.13025)
 
 
+def tiny_image_encoder(projection: int = 24, image_size: int = 64) -> Any:
+    """CLIP's image encoder of two layers; 17 hidden states of 32 numbers each."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, projection_dim=projection, num_hidden_layers=2, num_attention_heads=4,
+        image_size=image_size, patch_size=image_size // 4))
+
+
+def write_tiny_image_encoder(folder: str | Path, seed: int = 0, projection: int = 24, image_size: int = 64) -> Path:
+    """Write an image encoder and the settings of its CLIPImageProcessor. The same arguments give the same bytes."""
+    from transformers import CLIPImageProcessor
+    with rng.fork(seed, 'tiny image encoder'):
+        tiny_image_encoder(projection, image_size).save_pretrained(str(folder))
+    CLIPImageProcessor(size={'shortest_edge': image_size}, crop_size={'height': image_size, 'width': image_size}
+                       ).save_pretrained(str(folder))
+    return Path(folder)
+
+
 def sdxl_scheduler(**changes: Any) -> Any:
     """The scheduler of SDXL base 1.0."""
     from diffusers import EulerDiscreteScheduler
@@ -76,7 +94,7 @@ def sdxl_scheduler(**changes: Any) -> Any:
         prediction_type='epsilon', timestep_spacing='leading', steps_offset=1), **changes})
 
 
-def write_tiny_sdxl(folder: str | Path, seed: int = 0, vae_blocks: int = 4,
+def write_tiny_sdxl(folder: str | Path, seed: int = 0, vae_blocks: int = 4, hidden: int = 32,
                     scheduler: dict[str, Any] | None = None, **unet: Any) -> Path:
     """Write a tiny SDXL in diffusers' layout. The same arguments give the same bytes.
 
@@ -84,12 +102,13 @@ def write_tiny_sdxl(folder: str | Path, seed: int = 0, vae_blocks: int = 4,
         folder: where to; made if missing.
         seed: of the random weights.
         vae_blocks: 4 for SDXL's factor of 8, 3 for a factor of 4.
+        hidden: width of each text encoder; `cross_attention_dim` of the UNet is twice that.
         scheduler: changes to the scheduler's config, e.g. `dict(prediction_type='v_prediction')`.
         unet: changes to the UNet, e.g. `channels`.
     """
     from diffusers import StableDiffusionXLPipeline
     with rng.fork(seed, 'tiny sdxl'):
-        text_encoder, text_encoder_2 = tiny_text_encoders()
+        text_encoder, text_encoder_2 = tiny_text_encoders(hidden)
         pipeline = StableDiffusionXLPipeline(
             vae=tiny_vae(vae_blocks), text_encoder=text_encoder, text_encoder_2=text_encoder_2,
             tokenizer=tiny_tokenizer(), tokenizer_2=tiny_tokenizer('!'), unet=tiny_unet(**unet),

@@ -1,7 +1,7 @@
 """T2I-Adapter: a small network that turns a control image into feature maps, added after the UNet's down blocks.
 
 Mou et al. 2023, arXiv:2302.08453. The network is diffusers' `T2IAdapter` of type `full_adapter_xl`
-(diffusers/models/adapter.py), so its folders are diffusers' folders.
+(diffusers/models/adapter.py), so its folders are diffusers' folders; TencentARC's original files are read too.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from diffengine_sdxl.adapters.base import Adapter, Tensors
+from diffengine_sdxl.adapters.formats.files import refuse
+from diffengine_sdxl.adapters.formats.t2i_adapter import is_file, read_t2i_adapter
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import UNetCall
-from diffengine_sdxl.weights import load_pretrained
+from diffengine_sdxl.weights import load_pretrained, told
 
 #: The down blocks of SDXL; a T2I-Adapter gives one feature map for each and one for the mid block.
 SDXL_LAYOUT = ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D')
@@ -27,7 +29,8 @@ class T2IAdapter(Adapter):
     Features for SDXL: [B, 320, H/16, W/16], [B, 640, H/16, W/16], [B, 1280, H/32, W/32] twice.
 
     Args:
-        reads, weights, trainable, scale, window: see Adapter.
+        reads, trainable, scale, window: see Adapter.
+        weights: see Adapter; also a single file, of TencentARC's names or diffusers'.
         subfolder, revision, variant: of `weights`, when it is a folder or hub id.
         in_channels: channels of the control image.
         channels: widths of the four feature maps; None takes the base's.
@@ -66,7 +69,7 @@ class T2IAdapter(Adapter):
         if self.weights is not None:
             # fp32 whatever the file holds, as it trains; fp64 in an fp64 model.
             dtype = torch.promote_types(model.unet_weight.dtype, torch.float32)
-            self.net = load_pretrained(Network, self.weights, dtype=dtype, **self.source)
+            self.net = self._read(self.weights, dtype, **self.source)
         else:
             shape = {k: v if v is not None else self.base.get(k) for k, v in self.shape.items()}
             self.net = Network(**shape, adapter_type='full_adapter_xl')
@@ -130,18 +133,32 @@ class T2IAdapter(Adapter):
         self.net.save_pretrained(str(folder), safe_serialization=True)
 
     def load(self, source: str | Path) -> None:
-        """Read diffusers' folder, in place.
+        """Read diffusers' folder, or a single file of TencentARC's names or diffusers', in place.
 
         Raises:
             ValueError: a key is missing or misnamed, or the widths are another base's.
         """
-        from diffusers import T2IAdapter as Network
-        loaded = load_pretrained(Network, str(source), dtype=self.net.dtype)
+        loaded = self._read(str(source), self.net.dtype)
         theirs, ours = _shape(loaded), _shape(self.net)
         if theirs != ours:
             faults = [f'{k}={theirs[k]} instead of {v}' for k, v in ours.items() if theirs[k] != v]
             raise ValueError(f"'{source}' does not fit the T2I-Adapter '{self.name}': it has {', '.join(faults)}.")
         self.net.load_state_dict(loaded.state_dict())
+
+    def _read(self, source: str, dtype: torch.dtype, **settings: Any) -> Any:
+        from diffusers import T2IAdapter as Network
+        if is_file(source):
+            # A file says nothing of the pixels that it takes together; a config or the base does.
+            factor = self.shape['downscale_factor'] or self.base['downscale_factor']
+            state, shape = read_t2i_adapter(source, len(self.base['channels']), factor)
+            with torch.device('meta'):  # no weights are drawn for what is filled at once
+                net = Network(**shape, adapter_type='full_adapter_xl')
+            refuse(source, of_another_shape=[k for k, v in net.state_dict().items() if v.shape != state[k].shape])
+            net.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+        else:
+            net = load_pretrained(Network, source, dtype=dtype, **settings)
+        told(f"T2I-Adapter '{self.name}'", source, len(net.state_dict()))
+        return net
 
     def _check_base(self, source: str) -> None:
         config = self.net.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from diffengine_sdxl.datasets.base import Sample
@@ -50,6 +51,9 @@ class PriorPreservation(Dataset[list[Sample]]):
         prior['key'] = f'prior/{prior["key"]}'
         for sample, weight in ((instance, 1.0), (prior, self.weight)):
             sample['weight'] = 2 * weight * float(sample.get('weight', 1.0))
+        for one, other in ((instance, prior), (prior, instance)):
+            if 'mask' in one and 'mask' not in other:  # that half counts whole
+                other['mask'] = torch.ones_like(one['mask'])
         return [instance, prior]
 
     def check_model(self, model: Any) -> None:

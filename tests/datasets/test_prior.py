@@ -60,6 +60,14 @@ def test_weights_of_their_own_are_kept() -> None:
     assert [s['weight'] for s in PriorPreservation(instance, Shapes(length=1), 3.0)[0]] == [1.0, 6.0]
 
 
+@pytest.mark.parametrize('half', [0, 1])
+def test_a_half_without_masks_counts_whole(half: int) -> None:
+    data = [Shapes(length=1), Shapes(length=1)]
+    data[half].transforms = [lambda sample: {**sample, 'mask': torch.zeros(1, 8, 8)}]
+    row = PriorPreservation(*data)[0]
+    assert float(row[half]['mask'].sum()) == 0 and float(row[1 - half]['mask'].sum()) == 64
+
+
 @pytest.mark.parametrize(('settings', 'word'), [
     (dict(weight=-1), 'weight=-1'), (dict(weight='much'), "weight='much'"), (dict(weight=float('nan')), 'weight=nan')])
 def test_bad_weights(settings: dict[str, Any], word: str) -> None:

@@ -6,10 +6,11 @@ They change the dict they are given and return it. Every draw is keyed by (seed,
 from diffengine_sdxl.datasets.transforms.caption import CaptionDrop, CaptionPrefix, CaptionShuffle
 from diffengine_sdxl.datasets.transforms.condition import Canny, Depth, Preprocessor
 from diffengine_sdxl.datasets.transforms.geometry import Crop, Flip, Resize
+from diffengine_sdxl.datasets.transforms.image_prompt import ImagePrompt
 from diffengine_sdxl.datasets.transforms.joint_drop import JointDrop
 from diffengine_sdxl.datasets.transforms.loss_mask import LossMask
 from diffengine_sdxl.datasets.transforms.pack import PackInputs
 from diffengine_sdxl.datasets.transforms.time_ids import ComputeTimeIds
 
 __all__ = ['Canny', 'CaptionDrop', 'CaptionPrefix', 'CaptionShuffle', 'ComputeTimeIds', 'Crop', 'Depth', 'Flip',
-           'JointDrop', 'LossMask', 'PackInputs', 'Preprocessor', 'Resize']
+           'ImagePrompt', 'JointDrop', 'LossMask', 'PackInputs', 'Preprocessor', 'Resize']

@@ -1,0 +1,196 @@
+"""From pictures to tokens: the frozen image encoder that IP-Adapters read through, and their projectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.adapters.image_encoder import MEAN, STD
+from diffengine_sdxl.weights import load_pretrained, said, shipped
+
+VARIANTS = ('base', 'plus')
+NUM_TOKENS = {'base': 4, 'plus': 16}
+
+
+def projector(variant: str, embed_dim: int, token_dim: int, num_tokens: int | None = None, hidden: int | None = None,
+              depth: int = 4, heads: int | None = None, dim_head: int = 64, ff_mult: float = 4) -> nn.Module:
+    """The network from what the image encoder gives to tokens; diffusers' own classes, freshly initialised.
+
+    Args:
+        variant: 'base', one embedding [N, E] to tokens by a linear layer and a norm (Ye et al. 2023, section 3.2.1);
+            'plus', all hidden states [N, T, E] by a perceiver resampler (tencent-ailab/IP-Adapter, resampler.py).
+        embed_dim, token_dim: E, and the width of the UNet's text.
+        num_tokens: 4, or 16 for plus.
+        hidden, depth, heads, dim_head, ff_mult: of the resampler; None takes 1280, or `token_dim` where that is
+            smaller, and as many heads as fit into it.
+
+    Returns:
+        A module whose output is [N, num_tokens, token_dim].
+    """
+    from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+    tokens = num_tokens or NUM_TOKENS[variant]
+    if variant == 'base':
+        return ImageProjection(embed_dim, token_dim, tokens)
+    hidden = hidden or min(1280, token_dim)
+    return IPAdapterPlusImageProjection(embed_dim, token_dim, hidden, depth, dim_head,
+                                        heads or max(1, hidden // dim_head), tokens, ff_mult)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What an image encoder expects of a picture: the options of `clip_pixels`, and mean and std of its channels."""
+
+    size: int
+    resample: str = 'bicubic'
+    short_edge: int | None = None
+    stretch: bool = False
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], size: int, source: str) -> Preparation:
+        """From a preprocessor_config.json of transformers; CLIP's for what it leaves open.
+
+        Args:
+            settings: of the file; empty where there is none. size: the encoder's own, for that case.
+
+        Raises:
+            ValueError: it makes pictures that are not square.
+        """
+        def sides(name: str) -> tuple[Any, bool]:
+            """The number, and whether it is the short edge only."""
+            value = settings.get(name)
+            if not isinstance(value, Mapping):
+                return value, True
+            short = value.get('shortest_edge')
+            if short is None and value.get('height') != value.get('width'):
+                raise ValueError(f"The image encoder '{source}' takes pictures with {name}={dict(value)}; only square "
+                                 'ones are supported.')
+            return (value['height'], False) if short is None else (short, True)
+
+        scaled, is_short = sides('size')
+        cut, _ = sides('crop_size')
+        if scaled is None or not settings.get('do_center_crop', is_short):
+            cut = None
+            if is_short and scaled is not None:
+                raise ValueError(f"The image encoder '{source}' takes pictures of any proportions "
+                                 '(do_center_crop=false); only square ones are supported.')
+        scaled = scaled or size
+        cut = cut or scaled
+        normal = settings.get('do_normalize', True)
+        return cls(cut, Image.Resampling(settings.get('resample', 3)).name.lower(), scaled if scaled > cut else None,
+                   not is_short, tuple(settings.get('image_mean') or MEAN) if normal else (0.0,) * 3,
+                   tuple(settings.get('image_std') or STD) if normal else (1.0,) * 3)
+
+
+class PictureEncoder(nn.Module):
+    """A frozen image encoder of transformers, with the preparation of its pictures.
+
+    Args:
+        net: CLIPVisionModelWithProjection, or any vision model with `hidden_states` [N, T, E] and, for `embed`,
+            `image_embeds` or `pooler_output` [N, E].
+        preparation: see there. source: where it comes from, for errors.
+    """
+
+    def __init__(self, net: Any, preparation: Preparation, source: str) -> None:
+        super().__init__()
+        self.net, self.preparation, self.source = net.eval().requires_grad_(False), preparation, source
+        #: The adapters that read through it.
+        self.users: list[str] = []
+        self._null: Tensor | None = None
+
+    def width(self, hidden: bool) -> int:
+        """E, of hidden states or of embeddings."""
+        if not hidden and hasattr(self.net, 'visual_projection'):
+            return int(self.net.visual_projection.out_features)
+        return int(self.net.config.hidden_size)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """[N, 3, S, S] in [0, 1] as the encoder takes it, in its dtype."""
+        mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+                     for v in (self.preparation.mean, self.preparation.std))
+        return ((pixels - mean) / std).to(self.net.dtype)
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, hidden: bool) -> Tensor:
+        """Normalised [N, 3, S, S] to embeddings [N, E], or to the hidden states [N, T, E] before the last layer.
+
+        Raises:
+            ValueError: this encoder does not give them.
+        """
+        output = self.net(pixel_values=pixels, output_hidden_states=hidden)
+        if hidden:
+            found = output.hidden_states[-2]
+        else:
+            found = output.get('image_embeds')
+            found = output.get('pooler_output') if found is None else found
+        if found is None or found.dim() != 2 + hidden:
+            raise ValueError(f"The image encoder '{self.source}' ({type(self.net).__name__}) gives no "
+                             + ('hidden states [N, T, E], so it serves no IP-Adapter plus.' if hidden else
+                                "pooled embedding; take variant='plus', which reads its hidden states."))
+        return found
+
+    def null(self, hidden: bool) -> Tensor:
+        """What stands for no picture, [1, E] or [1, T, E]: a zero embedding, or hidden states of zero pixels.
+
+        Zero after normalisation, so a gray picture, as in diffusers. Computed once: the encoder is frozen.
+        """
+        options: dict[str, Any] = {'dtype': self.net.dtype, 'device': self.net.device}
+        if not hidden:
+            return torch.zeros(1, self.width(False), **options)
+        if self._null is None or (self._null.dtype, self._null.device) != (self.net.dtype, self.net.device):
+            side = self.preparation.size
+            self._null = self.embed(torch.zeros(1, 3, side, side, **options), True)
+        return self._null
+
+
+def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> PictureEncoder:
+    """An image encoder of transformers, strict, without a trace in the global random numbers.
+
+    Args:
+        source: folder, hub id, or 'diffengine_sdxl::<folder>'. subfolder: of it.
+
+    Raises:
+        ValueError: it cannot be loaded, or its pictures cannot be prepared.
+    """
+    from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+    path = str(shipped(source))
+    where = {'subfolder': subfolder} if subfolder else {}
+    shown = f'{path}/{subfolder}' if subfolder else path
+    config = said(shown, AutoConfig.from_pretrained, path, **where)
+    with rng.fork('image encoder'):
+        cls = CLIPVisionModelWithProjection if config.model_type == 'clip_vision_model' else AutoModel
+        net = load_pretrained(cls, path, dtype=dtype, **where)
+        if config.model_type == 'clip':
+            both, net = net, CLIPVisionModelWithProjection(config.vision_config)
+            net.vision_model, net.visual_projection = both.vision_model, both.visual_projection
+            net.to(dtype)
+        elif hasattr(net, 'vision_model') and hasattr(net, 'text_model'):  # SigLIP and its like
+            net = net.vision_model
+    size = getattr(net.config, 'image_size', None) or 224
+    return PictureEncoder(net, Preparation.of(_settings(path, subfolder), size, shown), shown)
+
+
+def _settings(source: str, subfolder: str | None) -> dict[str, Any]:
+    """preprocessor_config.json beside the weights, or in the folder 'feature_extractor' beside theirs, or nothing."""
+    from transformers.utils import cached_file
+    parent = str(Path(subfolder or '.').parent)
+    if not subfolder and Path(source).is_dir():
+        folders = [(source, None), (str(Path(source).resolve().parent), 'feature_extractor')]
+    else:
+        folders = [(source, subfolder), (source, str(Path(parent) / 'feature_extractor'))]
+    for root, folder in folders:
+        found = cached_file(root, 'preprocessor_config.json', **({'subfolder': folder} if folder else {}),
+                            _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)
+        if found is not None:
+            return dict(json.loads(Path(found).read_text()))
+    return {}

@@ -1,0 +1,284 @@
+"""ControlNet: bitwise stock's pictures, alone, in pairs and beside a T2I-Adapter; fp64 gradients; what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from parity import PROMPTS, generators, grads, images, make_batch, picture_batch, sampler, stock
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.structures import Batch
+from diffengine_sdxl.testing import write_tiny_sdxl
+
+SEEDS = [3, 1]
+CONTROLNET = dict(type='ControlNet')
+
+
+def build(base: Path, **adapters: Any) -> SDXL:
+    """A model whose ControlNets look trained: the convolutions of zeros at their outputs are not zeros."""
+    model = SDXL(pretrained=str(base), adapters=adapters, objective=dict(type='Denoise'))
+    with torch.no_grad():
+        for name, parameters in model.trainables().items():
+            for i, (_, parameter) in enumerate(parameters):
+                noise = torch.randn(parameter.shape, generator=rng.generator('shaken', name, i))
+                parameter.add_(0.05 * noise.to(parameter.dtype))
+    return model
+
+
+@pytest.fixture(scope='module')
+def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ControlNets that look trained, exported: a and b."""
+    folder = tmp_path_factory.mktemp('controlnets')
+    model = build(tiny_base, a=CONTROLNET, b=CONTROLNET)
+    for name, adapter in model.adapters.items():
+        adapter.save(folder / name)
+    return folder
+
+
+def theirs(folder: Path, frozen: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """diffusers' own; torch chooses other kernels for weights that require gradients."""
+    return ControlNetModel.from_pretrained(folder, torch_dtype=dtype).requires_grad_(not frozen)
+
+
+def ours(base: Path, folder: Path, trainable: bool = False, **settings: Any) -> SDXL:
+    """A model with the exported ControlNet a."""
+    config = {**CONTROLNET, 'weights': str(folder / 'a'), 'trainable': trainable, **settings}
+    return SDXL(pretrained=str(base), adapters=dict(a=config), objective=dict(type='Denoise'))
+
+
+def controlled(num: int = 2, size: tuple[int, int] = (64, 64), **changes: Any) -> Batch:
+    """Pictures, each with a control image of its own."""
+    conditions = {'conditioning_image': images(num, size), 'another': images(num, size, seed=8)}
+    return picture_batch(PROMPTS[:num], SEEDS[:num], size, **{'conditions': conditions, **changes})
+
+
+def pictures(pipeline: Any, batch: Batch, steps: int = 3, **settings: Any) -> torch.Tensor:
+    """Stock's latents for `batch`."""
+    assert batch.size is not None
+    return pipeline(**{**dict(
+        prompt=batch.text, image=batch.conditions['conditioning_image'], height=batch.size[0], width=batch.size[1],
+        num_inference_steps=steps, generator=generators(batch.seed.tolist()), output_type='latent'), **settings}).images
+
+
+@pytest.mark.parametrize('trainable', [False, True])
+def test_latents_are_bitwise_stocks(tiny_base: Path, folder: Path, trainable: bool) -> None:
+    """One prompt and two, with and without guidance, other sizes, negative prompts; scales; and windows."""
+    pipeline = stock(tiny_base, 'StableDiffusionXLControlNetPipeline', controlnet=theirs(folder / 'a', not trainable))
+    model = ours(tiny_base, folder, trainable)
+    adapter = model.adapters['a']
+    for num, size, guidance, scale in ((1, (64, 64), 5.0, 0.7), (2, (64, 64), 5.0, 1.0), (2, (64, 64), 5.0, -0.5),
+                                       (2, (48, 80), 1.0, 0.7)):
+        batch = controlled(num, size, negative_text=['blurry', ''][:num])
+        adapter.scale = scale
+        expected = pictures(pipeline, batch, negative_prompt=batch.negative_text, guidance_scale=guidance,
+                            controlnet_conditioning_scale=scale)
+        assert torch.equal(sampler(steps=3, scale=guidance)(model, batch), expected)
+        adapter.scale = 0.0
+        assert (sampler(steps=3, scale=guidance)(model, batch) - expected).abs().max() > 1e-2
+    adapter.scale = 0.7
+    for window in ((0.0, 0.5), (0.25, 1.0), (0.2, 0.8)):
+        adapter.window = window
+        expected = pictures(pipeline, controlled(), 5, controlnet_conditioning_scale=0.7,
+                            control_guidance_start=window[0], control_guidance_end=window[1])
+        assert torch.equal(sampler(steps=5)(model, controlled()), expected)
+
+
+def test_two_controlnets_sum(tiny_base: Path, folder: Path) -> None:
+    """As stock's MultiControlNet, each with an image and a scale of its own."""
+    nets = [theirs(folder / name) for name in 'ab']
+    pipeline = stock(tiny_base, 'StableDiffusionXLControlNetPipeline', controlnet=nets)
+    batch = controlled()
+    expected = pictures(pipeline, batch, image=[batch.conditions['conditioning_image'], batch.conditions['another']],
+                        controlnet_conditioning_scale=[0.7, 1.3])
+    configs = {name: dict(CONTROLNET, weights=str(folder / name), trainable=False, scale=scale, reads=reads)
+               for name, scale, reads in (('b', 1.3, 'another'), ('a', 0.7, 'conditioning_image'))}
+    assert torch.equal(sampler(steps=3)(SDXL(pretrained=str(tiny_base), adapters=configs), batch), expected)
+
+
+def test_beside_a_t2i_adapter(tiny_base: Path, folder: Path) -> None:
+    """Which stock has no pipeline for: both in one call of the UNet, written out by hand."""
+    config = dict(CONTROLNET, weights=str(folder / 'a'), trainable=False, scale=0.6, reads='another')
+    model = SDXL(pretrained=str(tiny_base), adapters=dict(a=config, t=dict(type='T2IAdapter', scale=0.8)))
+    batch, x, t = controlled(), torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
+    with torch.no_grad():
+        told = model.encode(batch)
+        got = model.predict(x, t, told, torch.zeros(2, 2))
+        unet = UNet2DConditionModel.from_pretrained(tiny_base / 'unet').requires_grad_(False)
+        added = {'text_embeds': told.pooled, 'time_ids': told.time_ids}
+        down, mid = theirs(folder / 'a')(x, t, told.text, batch.conditions['another'], 0.6, added_cond_kwargs=added,
+                                         return_dict=False)
+        features = [f * 0.8 for f in model.adapters['t'].net(batch.conditions['conditioning_image'])]
+        expected = unet(x, t, told.text, added_cond_kwargs=added, down_block_additional_residuals=down,
+                        mid_block_additional_residual=mid, down_intrablock_additional_residuals=features).sample
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize('window', [(0.0, 1.0), (0.5, 1.0)])
+def test_gradients_in_fp64(tiny_base: Path, folder: Path, window: tuple[float, float]) -> None:
+    """Against ControlNetModel and UNet called by themselves; a window leaves out the row that is outside."""
+    config = dict(CONTROLNET, weights=str(folder / 'a'), scale=0.75, window=window)
+    model = SDXL(pretrained=str(tiny_base), adapters=dict(a=config), dtype='float64')
+    batch, t = make_batch(2), torch.tensor([900, 100])
+    x, target = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
+    told = model.encode(batch)
+    progress = (1 - t / 1000).unsqueeze(1).expand(2, 2)
+    (model.predict(x, t, told, progress) - target).square().mean().backward()
+    got = {n: p.grad for n, p in model.adapters['a'].net.named_parameters()}
+    net = theirs(folder / 'a', frozen=False, dtype=torch.float64)
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / 'unet', torch_dtype=torch.float64)
+    added = {'text_embeds': told.pooled, 'time_ids': told.time_ids}
+    down, mid = net(x, t, told.text, batch.conditions['conditioning_image'].double(), added_cond_kwargs=added,
+                    return_dict=False)
+    rows = torch.tensor([0.75 if window == (0, 1) else 0.0, 0.75]).view(2, 1, 1, 1)
+    out = unet(x, t, told.text, added_cond_kwargs=added, down_block_additional_residuals=[d * rows for d in down],
+               mid_block_additional_residual=mid * rows).sample
+    (out - target).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert got[name].any(), name
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-10, atol=1e-16)
+
+
+def test_fresh_is_the_base_and_its_weights(tiny_base: Path) -> None:
+    """Zeros at its outputs: the base's pictures, bitwise; inside it is the base's encoder; the rest is keyed."""
+    base, model = SDXL(pretrained=str(tiny_base)), SDXL(pretrained=str(tiny_base), adapters=dict(a=CONTROLNET))
+    assert torch.equal(sampler(steps=2)(model, controlled()), sampler(steps=2)(base, controlled()))
+    stocks = ControlNetModel.from_unet(base.unet)
+    net = model.adapters['a'].net
+    configs = [{k: v for k, v in one.config.items() if not k.startswith('_')} for one in (net, stocks)]
+    assert configs[0] == configs[1]
+    own = [k for k in net.state_dict() if k.startswith('controlnet_cond_embedding') and k.endswith('weight')]
+    for name, value in stocks.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value) == (name not in own or 'conv_out' in name) or 'bias' in name
+    again = SDXL(pretrained=str(tiny_base), adapters=dict(a=CONTROLNET, t=dict(type='T2IAdapter')))
+    other = SDXL(pretrained=str(tiny_base), adapters=dict(a=CONTROLNET), seed=1)
+    for name in own:
+        value = net.state_dict()[name]
+        assert torch.equal(again.adapters['a'].net.state_dict()[name], value)
+        assert not value.any() or not torch.equal(other.adapters['a'].net.state_dict()[name], value)
+
+
+def test_fresh_beside_loras_in_the_unet(tiny_base: Path) -> None:
+    """Attached to a UNet that peft has wrapped, twice over and convolutions too: the base's own weights."""
+    from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
+    model = SDXL(pretrained=str(tiny_base))
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=['to_q', 'conv1', 'conv_in']), model.unet, 'x')
+    inject_adapter_in_model(LoHaConfig(r=2, target_modules=['to_k', 'conv2']), model.unet, 'y')
+    from diffengine_sdxl.adapters.controlnet import ControlNet
+    adapter = ControlNet()
+    adapter.attach(model)
+    copied = [k for k in adapter.net.state_dict() if not k.startswith('controlnet_')]
+    assert len(copied) > 100 and all(torch.equal(adapter.net.state_dict()[k], before[k]) for k in copied)
+
+
+def test_outside_its_window_it_does_not_run(tiny_base: Path, folder: Path) -> None:
+    """In sampling; in training it always does, so that the graph is the same."""
+    model, calls = ours(tiny_base, folder, trainable=True, window=(0.5, 1.0)), []
+    model.adapters['a'].net.register_forward_hook(lambda *_: calls.append(1))
+    sampler(steps=4)(model, controlled())
+    assert len(calls) == 2
+    _, found = grads(model, make_batch(2))
+    assert len(calls) == 3 and len(found) == len(list(model.adapters['a'].net.parameters()))
+
+
+def test_it_recomputes_where_the_base_does(tiny_base: Path, folder: Path) -> None:
+    """Gradient checkpointing reaches it, though the model says so after attaching; the same gradients, bitwise."""
+    results, ran = [], []
+    for checkpointing in (True, False):
+        model = SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(CONTROLNET, weights=str(folder / 'a'))),
+                     objective=dict(type='Denoise'), gradient_checkpointing=checkpointing)
+        count: list[int] = []
+        model.adapters['a'].net.down_blocks[1].resnets[0].register_forward_pre_hook(lambda *_, c=count: c.append(1))
+        results.append(grads(model, make_batch(2)))
+        ran.append(len(count))
+    assert ran == [2, 1]
+    assert results[0][0] == results[1][0] and results[0][1].keys() == results[1][1].keys()
+    assert all(torch.equal(v, results[1][1][k]) for k, v in results[0][1].items())
+    model.unet.enable_gradient_checkpointing()
+    grads(model, make_batch(2))
+    model.unet.disable_gradient_checkpointing()
+    grads(model, make_batch(2))
+    assert len(count) == 1 + 2 + 1
+
+
+def test_half_precision(tiny_base: Path, folder: Path) -> None:
+    """What trains is fp32 beside a half-precision base; a frozen one is as the base, and bitwise stock's."""
+    config = dict(CONTROLNET, weights=str(folder / 'a'))
+    model = SDXL(pretrained=str(tiny_base), adapters=dict(a=config), objective=dict(type='Denoise'),
+                 mixed_precision='bf16')
+    assert {p.dtype for p in model.adapters['a'].parameters()} == {torch.float32}
+    loss, found = grads(model, make_batch(2))
+    full, reference = grads(ours(tiny_base, folder, trainable=True), make_batch(2))
+    assert abs(loss - full) < 0.02 and all(v.dtype == torch.float32 and v.isfinite().all() for v in found.values())
+    near = [torch.nn.functional.cosine_similarity(found[k].flatten(), v.flatten(), dim=0)
+            for k, v in reference.items() if k.endswith('weight')]
+    assert sum(near) / len(near) > 0.98
+    plain = SDXL(pretrained=str(tiny_base), dtype='bfloat16', adapters=dict(a=config))
+    assert sampler(steps=1)(plain, controlled()).isfinite().all()
+    frozen = SDXL(pretrained=str(tiny_base), dtype='bfloat16',
+                  adapters=dict(a=dict(config, trainable=False, scale=0.7)))
+    assert {p.dtype for p in frozen.adapters['a'].parameters()} == {torch.bfloat16}
+    batch, x, t = controlled(), torch.randn(2, 4, 8, 8).bfloat16(), torch.tensor(500)
+    with torch.no_grad():
+        told = frozen.encode(batch)
+        got = frozen.predict(x, t, told, torch.zeros(2, 2))
+        added = {'text_embeds': told.pooled, 'time_ids': told.time_ids}
+        down, mid = theirs(folder / 'a', dtype=torch.bfloat16)(
+            x, t, told.text, batch.conditions['conditioning_image'].bfloat16(), 0.7, added_cond_kwargs=added,
+            return_dict=False)
+        expected = frozen.unet(x, t, told.text, added_cond_kwargs=added, down_block_additional_residuals=down,
+                               mid_block_additional_residual=mid).sample
+    assert torch.equal(got, expected)
+
+
+def test_other_bases(tmp_path: Path) -> None:
+    """A VAE of another factor, four blocks (the refiner has so many): built, trained, saved, read. None in the middle:
+    diffusers has no such ControlNet."""
+    with pytest.raises(ValueError, match='no middle block'):
+        build(write_tiny_sdxl(tmp_path / 'no_mid', mid_block_type=None), a=CONTROLNET)
+    for name, settings in (('factor', dict(vae_blocks=3)), ('four', dict(channels=(16, 32, 32, 64)))):
+        base = write_tiny_sdxl(tmp_path / name, **settings)
+        model = build(base, a=CONTROLNET)
+        factor = model.vae_factor
+        batch = make_batch(2)
+        _, found = grads(model, batch)
+        assert all(v.any() for v in found.values()) and factor == (4 if name == 'factor' else 8)
+        model.adapters['a'].save(tmp_path / 'a')
+        again = ours(base, tmp_path, trainable=True)
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change a folder's config.json."""
+    file = path / 'config.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_what_does_not_fit_is_refused(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
+    """Another base by its widths, another picture size, other channels, another network, a broken folder."""
+    wide = write_tiny_sdxl(tmp_path / 'wide', channels=(32, 32, 64), vae_blocks=3)
+    with pytest.raises(ValueError, match=r"block_out_channels=\(16, 32, 64\) instead of \(32, 32, 64\).*8 times larger "
+                                         'than latents instead of 4 times.*another base'):
+        ours(wide, folder)
+    model = ours(tiny_base, folder)
+    before = {k: v.clone() for k, v in model.adapters['a'].net.state_dict().items()}
+    build(wide, a=CONTROLNET).adapters['a'].save(tmp_path / 'other')
+    with pytest.raises(ValueError, match=r"'.*other' does not fit the ControlNet 'a': it has .*block_out_channels="):
+        model.adapters['a'].load(tmp_path / 'other')
+    gray = build(tiny_base, a=dict(CONTROLNET, conditioning_channels=1))
+    gray.adapters['a'].save(tmp_path / 'gray')
+    with pytest.raises(ValueError, match='conditioning_channels=1 instead of 3'):
+        model.adapters['a'].load(tmp_path / 'gray')
+    rewrite(tmp_path / 'gray', conditioning_channels=3)
+    with pytest.raises(ValueError, match='conv_in'):
+        model.adapters['a'].load(tmp_path / 'gray')
+    assert all(torch.equal(v, before[k]) for k, v in model.adapters['a'].net.state_dict().items())
+    for batch, words in ((controlled(conditions={}), 'reads'), (controlled(
+            conditions={'conditioning_image': images(2, channels=1)}), '3 channels'), (controlled(
+                conditions={'conditioning_image': images(2, (32, 64))}), 'size .64 x 64.; it is 32 x 64')):
+        with pytest.raises(ValueError, match=words):
+            sampler(steps=1)(model, batch)

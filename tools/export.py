@@ -1,0 +1,27 @@
+"""Write one adapter for other tools: python tools/export.py CONFIG OUT --checkpoint X; read again and compared."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Parse, build, write, compare. Heavy imports come after parsing, so that -h answers at once."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='path of a config, or base name of an installed one')
+    parser.add_argument('out', type=Path, help='folder to write, or for kohya a file *.safetensors; must not exist')
+    parser.add_argument('--checkpoint', help='a step<N>.pth; a work dir, for its latest; an exported step<N>/ or '
+                                             "adapter's folder (default: the adapter's `weights` in the config)")
+    parser.add_argument('--adapter', help='its name in the config; needed where there are several')
+    parser.add_argument('--format', choices=('diffusers', 'peft', 'kohya', 'original'),
+                        help="default: that of the adapter's own ecosystem")
+    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'),
+                        help='round the weights to it (default: as they are)')
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override keys of the config')
+    args = parser.parse_args()
+    from diffengine_sdxl.engine import convert
+    return convert.command(args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

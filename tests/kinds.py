@@ -32,7 +32,7 @@ class Case:
         config: its config; where it `reads` something, random pictures stand there.
         stock: (base, exported folder, batch) -> latents of the ecosystem's own loader and pipeline, STEPS Euler steps.
         scales: those that it can do, 0 first, which is the base.
-        windows: a window can be given to it; trains_with: and it can train with one.
+        windows: a window can be given to it.
         other: what a second one of this kind must have of its own.
         shaken: deviation of the noise that makes it look trained.
     """
@@ -41,7 +41,6 @@ class Case:
     stock: Stock
     scales: tuple[float, ...] = (0.0, 0.5, 1.0)
     windows: bool = True
-    trains_with: bool = True
     other: dict[str, Any] = field(default_factory=dict)
     shaken: float = 0.02
 
@@ -147,11 +146,11 @@ CASES: dict[str, Case] = {
     'lora': Case(lora(), stock_lora, shaken=0.1),
     'lora_everywhere': Case(lora(alpha=8, parts=EVERYWHERE, targets=['to_q', 'conv1', 'ff.net.0.proj', 'q_proj',
                                                                      'fc1']), stock_lora, windows=False, shaken=0.1),
-    'dora': Case(lora(kind='dora'), stock_lora, trains_with=False, shaken=0.1),
+    'dora': Case(lora(kind='dora'), stock_lora, shaken=0.1),
     'dora_everywhere': Case(lora(kind='dora', parts=EVERYWHERE), stock_peft, windows=False, shaken=0.1),
     'loha': Case(lora(kind='loha'), stock_peft, shaken=0.1),
     'lokr': Case(lora(kind='lokr'), stock_peft, shaken=0.1),
-    'oft': Case(lora(kind='oft'), stock_peft, scales=(0.0, 1.0), trains_with=False, shaken=0.1),
+    'oft': Case(lora(kind='oft'), stock_peft, scales=(0.0, 1.0), shaken=0.1),
     'textual_inversion': Case(dict(type='TextualInversion', token=WORD, num_vectors=2, init='red'), stock_word,
                               scales=(0.0, 1.0), windows=False, other=dict(token='blue')),
 }

@@ -46,7 +46,24 @@ class Adapter(nn.Module):
         super().__init__()
         self.name = ''
         self.reads, self.weights, self.trainable = reads, weights, trainable
-        self.scale, self.window = float(scale), checked_window(window)
+        self.scale, self.window = scale, checked_window(window)
+
+    @property
+    def scale(self) -> float:
+        """How strongly it acts.
+
+        Raises:
+            ValueError: when set, to one that the kind cannot do.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._check_scale(float(scale))
+        self._scale = float(scale)
+
+    def _check_scale(self, scale: float) -> None:
+        """Refuse a scale that this kind cannot do."""
 
     @property
     def kind(self) -> str:

@@ -146,7 +146,7 @@ class LoRA(Adapter):
             given: LoRAWeights = self._fresh(model, modules)
         else:
             given = read_lora(self.weights, modules, **self.source)
-            self._check_given(given, modules)
+            self._check_given(given, modules, model)
         self.method, self.rslora, self.options = given.kind, given.rslora, getattr(given, 'options', {})
         self._check_scale(self.scale)
         if self.window != (0, 1) and set(given.parts) != {'unet'}:
@@ -208,7 +208,7 @@ class LoRA(Adapter):
                 raise ValueError(f"blocks['{block}'] of adapter '{self.name}' is the beginning of no layer's name."
                                  f'{nearest(block, sorted(starts))}')
 
-    def _check_given(self, given: LoRAWeights, modules: Modules) -> None:
+    def _check_given(self, given: LoRAWeights, modules: Modules, model: Any) -> None:
         """Refuse weights that are not what the arguments ask for."""
         def compare(what: str, asked: Any, there: Any) -> None:
             if asked is not None and asked != there:
@@ -235,7 +235,8 @@ class LoRA(Adapter):
             asked = lora_layers.find(self.targets, {part: self._parts[part] for part in given.parts}, self.name)
             names = {part: set(peft_lora.layer_names(held)) for part, held in given.parts.items()}
             for part, found in asked.items():
-                if odd := set(found) ^ names[part]:
+                # What a fresh one leaves out, as it would never train, a file may have or not.
+                if odd := {name for name in set(found) ^ names[part] if not model._unread(part, f'{name}.')}:
                     raise ValueError(f"The targets of adapter '{self.name}' and '{self.weights}' differ in {len(odd)} "
                                      f"layers of {part}, as '{min(odd)}'. Leave them out to take them from there.")
 

@@ -49,6 +49,7 @@ class TextualInversion(Adapter):
     def __init__(self, token: str, num_vectors: int | None = None, init: str = 'object', weights: str | None = None,
                  trainable: bool = True, scale: float = 1.0, window: Sequence[float] = (0.0, 1.0),
                  subfolder: str | None = None, weight_name: str | None = None, revision: str | None = None) -> None:
+        self.token = token
         super().__init__(None, weights, trainable, scale, window)
         if not token or any(c.isspace() for c in token):
             raise ValueError(f"token={token!r} cannot be a new word: it needs letters or signs, and no space, e.g. "
@@ -58,9 +59,8 @@ class TextualInversion(Adapter):
         if self.window != (0, 1):
             raise ValueError(f"window={self.window} of '{token}': a prompt is read once, for all of the way; a textual "
                              'inversion has no window but (0, 1).')
-        self.token, self.num_vectors, self.init = token, num_vectors, init
+        self.num_vectors, self.init = num_vectors, init
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
-        self._check_scale()
 
     def attach(self, model: Any) -> None:
         """Make the vectors, for every text encoder that the base has."""
@@ -92,12 +92,7 @@ class TextualInversion(Adapter):
         del self.vectors
 
     def words(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
-        """The word and its vectors; none at scale 0.
-
-        Raises:
-            ValueError: the scale is neither 0 nor 1.
-        """
-        self._check_scale()
+        """The word and its vectors; none at scale 0."""
         if self.scale == 0:
             return {}
         first, second = (self.vectors.get(part) for part in TOKENIZERS)
@@ -134,9 +129,9 @@ class TextualInversion(Adapter):
             self.vectors[part].copy_(value)
         told(f"TextualInversion '{self.name}'", path, len(read))
 
-    def _check_scale(self) -> None:
-        if self.scale not in (0, 1):
-            raise ValueError(f"scale={self.scale:g} of '{self.token}': a word is read as itself (scale=1) or as any "
+    def _check_scale(self, scale: float) -> None:
+        if scale not in (0, 1):
+            raise ValueError(f"scale={scale:g} of '{self.token}': a word is read as itself (scale=1) or as any "
                              'text (scale=0), nothing between.')
 
     def _initial(self, tokenizer: Any, table: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def test_a_batch_of_two_is_two_batches_of_one(tiny_base: Path, case: Case) -> No
 
 @pytest.mark.parametrize(('kind', 'window'), [(kind, window) for kind, case in CASES.items()
                                               for window in ((0.0, 1.0), (0.3, 0.9))
-                                              if window == (0.0, 1.0) or case.windows and case.trains_with])
+                                              if window == (0.0, 1.0) or case.windows])
 def test_only_what_is_declared_gets_gradients(tiny_base: Path, kind: str, window: tuple[float, float]) -> None:
     """All of it does, nothing else; with and without gradient checkpointing, bitwise the same."""
     case, results = CASES[kind], []
@@ -139,13 +139,6 @@ def test_only_what_is_declared_gets_gradients(tiny_base: Path, kind: str, window
         assert all(g.isfinite().all() and g.any() for g in results[-1][1].values())
     assert torch.equal(results[0][0], results[1][0])
     assert_same(results[1][1], results[0][1])
-
-
-@pytest.mark.parametrize('kind', [kind for kind, case in CASES.items() if case.windows and not case.trains_with])
-def test_training_with_a_window_that_a_kind_cannot_is_refused(tiny_base: Path, kind: str) -> None:
-    model = build(tiny_base, dict(a={**CASES[kind].config, 'window': (0.3, 0.9)}))
-    with pytest.raises(ValueError, match='window'):
-        grads(model, make_batch(2))
 
 
 @every

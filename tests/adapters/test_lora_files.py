@@ -43,7 +43,8 @@ STOCK = {
     'a text encoder alone': lora(alpha=2, parts=ALL[2:]),
     'ranks and alphas by block, rslora': lora(
         alpha=6, rslora=True, parts=ALL, targets=[*LAYERS, 'conv2'], blocks={
-            'unet.mid_block': dict(rank=2), 'unet.up_blocks.0': dict(rank=3, alpha=1.5), 'text_encoder_2': dict(alpha=5),
+            'unet.mid_block': dict(rank=2), 'unet.up_blocks.0': dict(rank=3, alpha=1.5),
+            'text_encoder_2': dict(alpha=5),
             'unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q': dict(rank=7)}),
     'DoRA': lora(kind='dora', alpha=8, targets=UNET + CONVS),
 }
@@ -65,8 +66,8 @@ def test_stock_diffusers_loads_what_is_saved(tiny_base: Path, tmp_path: Path, ca
 
 
 def test_two_at_two_strengths_are_stocks(tiny_base: Path, tmp_path: Path) -> None:
-    """At 1.0 and 1.4, bitwise `set_adapters`; a scale of a block is diffusers' dict of scales."""
-    for name, config in (('a', lora(targets=UNET, alpha=3)), ('b', lora(rank=3, alpha=8, parts=ALL))):
+    """At 1.0 and 1.4, bitwise `set_adapters`; scales of blocks are diffusers' dict (which is for attentions)."""
+    for name, config in (('a', lora(targets=UNET, alpha=3)), ('b', lora(rank=3, alpha=8, parts=ALL)), ('c', lora())):
         build(tiny_base, config, name=name).adapters[name].save(tmp_path / name)
     model = SDXL(pretrained=str(tiny_base), adapters={
         'b': dict(type='LoRA', weights=str(tmp_path / 'b'), scale=1.4),
@@ -77,8 +78,10 @@ def test_two_at_two_strengths_are_stocks(tiny_base: Path, tmp_path: Path) -> Non
     pipeline.set_adapters(['a', 'b'], [1.0, 1.4])
     assert torch.equal(pictures(model), stock_pictures(pipeline))
     blocks = {'unet.down_blocks': dict(scale=0.7), 'unet.mid_block': dict(scale=0.2), 'unet.up_blocks': dict(scale=1.3)}
-    pipeline.set_adapters(['a'], [{'unet': {'down': 0.7, 'mid': 0.2, 'up': 1.3}}])
-    assert torch.equal(pictures(reread(tiny_base, tmp_path / 'a', blocks=blocks)), stock_pictures(pipeline))
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(tmp_path / 'c', adapter_name='c')
+    pipeline.set_adapters('c', {'unet': {'down': 0.7, 'mid': 0.2, 'up': 1.3}})
+    assert torch.equal(pictures(reread(tiny_base, tmp_path / 'c', blocks=blocks)), stock_pictures(pipeline))
 
 
 def peft_pictures(base: Path, folder: Path) -> Tensor:
@@ -202,7 +205,8 @@ def test_arguments_that_contradict_a_file(tiny_base: Path, tmp_path: Path) -> No
             (dict(kind='dora'), "kind='dora', but .* has 'lora'"), (dict(rank=8), 'rank of unet.*=8, but .* has 4'),
             (dict(alpha=4), 'alpha of .*=4, but .* has 8'), (dict(rslora=True), 'rslora=True, but .* has False'),
             (dict(parts=['unet', 'text_encoder']), r"parts=\('unet', 'text_encoder'\), but"),
-            (dict(targets=['to_q']), 'differ in .* layers of unet'), (dict(blocks={'unet.mid_block': None}), 'leave out'),
+            (dict(targets=['to_q']), 'differ in .* layers of unet'),
+            (dict(blocks={'unet.mid_block': None}), 'leave out'),
             (dict(window=(0, 0.5), targets=['to_k']), 'differ in')):
         with pytest.raises(ValueError, match=words):
             reread(tiny_base, tmp_path, **settings)
@@ -247,8 +251,9 @@ def test_bad_files(tiny_base: Path, tmp_path: Path) -> None:
             reread(tiny_base, path)
     torch.save({'unet.x': _Code()}, tmp_path / 'code.bin')
     torch.save({'state': {'unet.x': torch.zeros(1)}}, tmp_path / 'nested.bin')
-    for name, words in (('code.bin', 'holds more than tensors, perhaps code'), ('nested.bin', 'more than named tensors'),
-                        ('nothing.bin', 'no file or folder'), ('wide', 'holds no weight file')):
+    for name, words in (('code.bin', 'holds more than tensors, perhaps code'),
+                        ('nested.bin', 'more than named tensors'), ('nothing.bin', 'no file or folder'),
+                        ('wide', 'holds no weight file')):
         with pytest.raises(ValueError, match=words):
             reread(tiny_base, tmp_path / name)
     (tmp_path / 'ia3').mkdir()

@@ -171,7 +171,7 @@ class UNetCall:
         inside = (self.progress[:, 0] >= window[0]) & (self.progress[:, 1] <= window[1])
         if bool(inside.all()) and not self.training:
             return None
-        return inside.to(device=self.sample.device, dtype=torch.float32)
+        return inside.to(device=self.sample.device, dtype=torch.promote_types(self.sample.dtype, torch.float32))
 
     def add_residuals(self, features: Sequence[Tensor]) -> None:
         """Add feature maps after each down block and the mid block (T2I-Adapter); two writers sum.

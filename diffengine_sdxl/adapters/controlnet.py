@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffengine_sdxl.adapters.base import Adapter, Tensors
+from diffengine_sdxl.models.attention import set_backend
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import UNetCall
 from diffengine_sdxl.weights import load_pretrained, told
@@ -68,6 +69,7 @@ class ControlNet(Adapter):
                 conditioning_embedding_out_channels=(EMBEDDING + EMBEDDING[-1:] * sizes)[:sizes])
             self.net = nn.Module.to(net, dtype)  # diffusers' own `to` warns of an empty list
             _copy_encoder(model.unet, self.net)
+        set_backend(self.net, model.attention)
         self.size_divisor = model.vae_factor
         # In a tuple, else torch would count the UNet among our own modules.
         self._unet = (model.unet,)

@@ -176,6 +176,7 @@ def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> Pict
         elif hasattr(net, 'vision_model') and hasattr(net, 'text_model'):  # SigLIP and its like
             net = net.vision_model
     size = getattr(net.config, 'image_size', None) or 224
+    size = size if isinstance(size, int) else size[0]
     return PictureEncoder(net, Preparation.of(_settings(path, subfolder), size, shown), shown)
 
 

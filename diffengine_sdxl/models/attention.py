@@ -192,8 +192,10 @@ def block_scales(unet: Any, blocks: str | Mapping[str, Any] | None) -> dict[str,
             raise ValueError(f"blocks='{blocks}' is not known; choose of {', '.join(map(repr, ASPECTS))}, or name the "
                              "blocks: {'up': {'block_0': [0.0, 1.0, 0.0]}}.")
         scales = dict.fromkeys(ASPECTS[blocks], 1.0)
-    else:
+    elif isinstance(blocks, Mapping):
         scales = _expand(blocks, there)
+    else:
+        raise ValueError(f"blocks={blocks!r} must be a word or a dict, {{'up': {{'block_0': [0.0, 1.0, 0.0]}}}}.")
     if unknown := sorted(scales.keys() - set(there)):
         raise ValueError(f"blocks={blocks!r} names {', '.join(unknown)}, which this base does not have; image prompts "
                          f"act in {', '.join(there)}.")

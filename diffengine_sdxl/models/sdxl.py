@@ -86,6 +86,7 @@ class SDXL(Latents, Prompts, BaseModel):
         self.scheduler_config = parts['scheduler']
         self.schedule = NoiseSchedule.from_config(self.scheduler_config, prediction_type, zero_terminal_snr)
         self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.attention = attention
         set_backend(self.unet, attention)
         self.objective = OBJECTIVES.build(objective) if objective else None
         self._attach(adapters or {})

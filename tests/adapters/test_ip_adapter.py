@@ -274,6 +274,7 @@ def test_what_acts_nowhere_does_not_train(base: Path, encoder: Path) -> None:
     _, found = grads(model, batch)
     layers = {f'adapters.a.to_{x}.{i}.weight' for i in acting for x in 'kv'}
     assert set(found) == layers | {f'adapters.a.projector.{n}' for n, _ in adapter.projector.named_parameters()}
+    assert set(found) == {n for n, _ in model.trainables()['a']} == set(model.state_dict())
     assert len(adapter.owned()) > len(found) and all(g.any() for g in found.values())
     adapter.scale = 0.0
     assert not any(g.any() for g in grads(model, batch)[1].values())

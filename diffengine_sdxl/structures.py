@@ -125,7 +125,8 @@ class ImageTokens:
         tokens: [B, n, T, D], n images of T tokens.
         to_k, to_v: name of a cross-attention ('down_blocks.1.attentions.0.transformer_blocks.0.attn2') -> the linear
             layer that makes its keys or values of tokens.
-        scale: name of a cross-attention -> how strongly it acts there: a number, or [B, 1, 1].
+        scale: name of a cross-attention -> how strongly it acts there: a number, or [B, 1, 1]; a name that is missing:
+            not at all.
         mask: [B, n, H, W] in [0, 1], where in the picture each image acts; None: everywhere, all images' tokens in one
             attention.
     """

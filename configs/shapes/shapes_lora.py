@@ -3,7 +3,7 @@
 Dots are as large as one latent, so what has to change lies at the finest level: the last up blocks, their counterparts
 and the convolutions at both ends.
 """
-_base_ = ['../_base_/models/shapes.py', '../_base_/adapters/lora.py',
+_base_ = ['../_base_/models/shapes.py', '../_base_/adapters/lora.py', '../_base_/objectives/denoise.py',
           '../_base_/samplers/shapes.py', '../_base_/datasets/shapes.py', '../_base_/evaluation/shapes.py',
           '../_base_/schedules/adamw_15k.py', '../_base_/runtime.py']
 model = dict(
@@ -12,13 +12,11 @@ model = dict(
         targets=['unet.up_blocks.2.*.conv?', 'unet.up_blocks.2.*.conv_shortcut', 'unet.up_blocks.2.*.time_emb_proj',
                  'unet.up_blocks.1.*.to_?', 'unet.up_blocks.1.*.to_out.0', 'unet.up_blocks.1.*.proj_in',
                  'unet.up_blocks.1.*.proj_out', 'unet.up_blocks.1.*.ff.net.*', 'unet.up_blocks.1.*.conv2',
-                 'unet.up_blocks.1.*.conv_shortcut', 'unet.up_blocks.1.upsamplers.0.conv', 'unet.up_blocks.0.*.attn?.to_*',
-                 'unet.mid_block.*.attn1.to_*', 'unet.down_blocks.0.*.conv?', 'unet.conv_in', 'unet.conv_out'],
-        blocks={'unet.up_blocks.2': dict(rank=5, alpha=10), 'unet.conv_in': dict(rank=4, alpha=8),
-                'unet.conv_out': dict(rank=4, alpha=8), 'unet.up_blocks.0': dict(rank=1, alpha=2),
-                'unet.mid_block': dict(rank=1, alpha=2)})),
-    # Where the dots go is decided on the noisy side of the middle.
-    objective=dict(type='Denoise', timesteps=dict(type='LogitNormalTimesteps', mean=0.5, std=1.0)),
+                 'unet.up_blocks.1.*.conv_shortcut', 'unet.up_blocks.1.*.time_emb_proj',
+                 'unet.up_blocks.1.upsamplers.0.conv', 'unet.down_blocks.0.*.conv*', 'unet.conv_in', 'unet.conv_out'],
+        blocks={'unet.up_blocks.2': dict(rank=8, alpha=16), 'unet.conv_in': dict(rank=4, alpha=8),
+                'unet.conv_out': dict(rank=4, alpha=8)})),
+    objective=_base_.objective,
     sampler=_base_.sampler)
 # Part of the captions are empty, so that the style comes without a word for it too.
 proportion_empty_prompts = 0.1

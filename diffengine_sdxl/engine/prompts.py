@@ -48,9 +48,13 @@ def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Se
         if (other := readers.setdefault(reads, name)) != name and list(images) != list(conditions[other]):
             raise ValueError(f"Adapters '{other}' and '{name}' both read '{reads}', so they cannot get images of their "
                              f'own; give one of them another `reads`.')
-        tensors[reads] = torch.stack([model.adapters[name].read_image(
+        read = [model.adapters[name].read_image(
             [read_picture(i) for i in image] if isinstance(image, list | tuple) else read_picture(image), size)
-            for image in images])
+            for image in images]
+        if len({tensor.shape for tensor in read}) > 1:
+            raise ValueError(f"Adapter '{name}' got {[len(tensor) for tensor in read]} images for its prompts; give "
+                             'each prompt as many.')
+        tensors[reads] = torch.stack(read)
     batch = Batch(text=list(prompts), time_ids=torch.tensor([[*size, 0, 0, *size]] * len(prompts), dtype=torch.float32),
                   key=[f'prompt {i}' for i in range(len(prompts))], epoch=torch.zeros(len(prompts), dtype=torch.int64),
                   seed=torch.tensor(list(seeds), dtype=torch.int64), conditions=tensors, size=size,

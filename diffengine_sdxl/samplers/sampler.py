@@ -118,7 +118,7 @@ def picture_size(batch: Batch, model: Any) -> tuple[int, int]:
     size = batch.size
     if size is None:
         # What no adapter reads lies over the picture too (a data set's own); an image prompt does not.
-        prompts = {a.reads for a in model.adapters.values() if not a.of_picture_size}
+        prompts = {n for a in model.adapters.values() if not a.of_picture_size for n in (a.reads, f'{a.reads}_embeds')}
         over = [t for name, t in batch.conditions.items() if name not in prompts and t.dim() == 4]
         images = [t for t in (batch.img, *over) if t is not None]
         if not images:

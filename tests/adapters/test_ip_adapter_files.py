@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.adapters.projectors import projector
+from diffengine_sdxl.adapters.projectors import Preparation, projector
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_sdxl
 
@@ -246,3 +246,13 @@ def test_the_shipped_base_has_an_image_encoder(tmp_path: Path) -> None:
         type='IPAdapter', image_encoder=shapes, image_encoder_subfolder='image_encoder')))
     assert model.adapters['a'].encoder.preparation.size == 64 and model.adapters['a'].encoder.width(False) == 64
     assert 'cross-attentions' in repr(model) and 'reference' in repr(model)
+
+
+def test_settings_of_image_processors() -> None:
+    """Old ones with bare numbers, none at all, and those whose pictures are not square."""
+    old = Preparation.of({'size': 40, 'crop_size': 32, 'resample': 2, 'do_normalize': False}, 8, 'x')
+    assert old == Preparation(32, 'bilinear', 40, False, (0.0,) * 3, (1.0,) * 3)
+    assert Preparation.of({}, 32, 'x') == Preparation(32)
+    for settings in ({'size': {'shortest_edge': 32}, 'do_center_crop': False}, {'size': {'height': 32, 'width': 48}}):
+        with pytest.raises(ValueError, match="'x' takes pictures.*only square"):
+            Preparation.of(settings, 32, 'x')

@@ -264,10 +264,14 @@ def test_scale_switches_and_scales_at_once(tiny_base: Path) -> None:
 
 
 def test_kinds_nest_and_leave_in_any_order(tiny_base: Path) -> None:
-    """Five kinds on the same layers; each acts; names and outputs of the base are back bitwise at the end."""
-    base = build(tiny_base)
-    model = shaken(SDXL(pretrained=str(tiny_base), adapters={
-        kind: lora(kind=kind, targets=['to_q', 'ff.net.2', 'conv_shortcut']) for kind in KINDS}))
+    """Five kinds on the same layers; each acts; names and outputs of the base are back bitwise at the end.
+
+    In between, what is left is bitwise a model that never had the others: OFT and DoRA don't commute.
+    """
+    def of(*kinds: str) -> SDXL:
+        return shaken(SDXL(pretrained=str(tiny_base), adapters={
+            kind: lora(kind=kind, targets=['to_q', 'ff.net.2', 'conv_shortcut']) for kind in kinds}))
+    base, model = build(tiny_base), of(*KINDS)
     outputs = [output(model)]
     for kind in ('loha', 'lora', 'oft', 'lokr', 'dora'):
         with lora_layers.unwrapped(model.unet):
@@ -277,6 +281,8 @@ def test_kinds_nest_and_leave_in_any_order(tiny_base: Path) -> None:
         assert torch.equal(output(model), outputs[-1])
         model.adapters.pop(kind).detach(model)
         outputs.append(output(model))
+        if len(model.adapters) == 3:
+            assert torch.equal(outputs[-1], output(of('oft', 'lokr', 'dora')))
     assert len({float(o.double().sum()) for o in outputs}) == len(outputs)
     assert torch.equal(outputs[-1], output(base)) and str(model.unet) == str(base.unet)
     assert not hasattr(model.unet, 'peft_config')

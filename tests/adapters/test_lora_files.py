@@ -163,6 +163,19 @@ def test_what_diffusers_wrote_before_is_read(tiny_base: Path, tmp_path: Path) ->
     assert torch.equal(pictures(reread(tiny_base, tmp_path / 'alphas.safetensors')), pictures(half))
 
 
+def test_a_lokr_of_whole_matrices_becomes_a_peft_folder(tiny_base: Path, tmp_path: Path) -> None:
+    """LyCORIS' file gives it no rank; peft makes whole matrices from a high enough one."""
+    state = {f'lora_unet_mid_block_attentions_0_{name}.lokr_w{i}': torch.randn(8, 8)
+             for name in ('proj_in', 'proj_out') for i in (1, 2)}
+    save_file(state, tmp_path / 'lycoris.safetensors')
+    model = reread(tiny_base, tmp_path / 'lycoris.safetensors')
+    model.adapters['a'].save(tmp_path / 'peft')
+    assert torch.equal(pictures(model), peft_pictures(tiny_base, tmp_path / 'peft'))
+    layer = model.unet.mid_block.attentions[0].proj_in
+    kron = torch.kron(*(state[f'lora_unet_mid_block_attentions_0_proj_in.lokr_w{i}'] for i in (1, 2)))
+    assert torch.equal(layer.get_delta_weight('a'), kron)
+
+
 def test_what_never_trains_is_loaded_and_stays_frozen(tiny_base: Path, tmp_path: Path) -> None:
     """A file may change the first text encoder's last layer; it is kept, saved again, and not trained."""
     pipeline = stock(tiny_base)

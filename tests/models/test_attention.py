@@ -207,7 +207,8 @@ def test_aspects_are_blocks_of_sdxl(unet: Any) -> None:
 
 @pytest.mark.parametrize(('blocks', 'said'), [
     ('layout', r'down_blocks\.2\.attentions\.1, which this base does not have.*up_blocks\.0\.attentions\.1'),
-    ('colour', "blocks='colour'.*'style'"), (['up'], 'must be a word or a dict'), ({'side': 1.0}, "'side'"), ({'up': {'block_7': 1.0}}, r'up_blocks\.7'),
+    ('colour', "blocks='colour'.*'style'"), (['up'], 'must be a word or a dict'),
+    ({'side': 1.0}, "'side'"), ({'up': {'block_7': 1.0}}, r'up_blocks\.7'),
     ({'down': {'block_0': 1.0}}, r'down_blocks\.0'), ({'up': {'block_0': [1.0, 1.0, 1.0]}}, 'has 2 attentions'),
     ({'up': {'block_0': 'all'}}, "'all'"), ({'up': 0.0}, 'no block'), ({'mid': {'block_0': 1.0}}, 'mid_block')])
 def test_blocks_that_are_not_there_are_refused(blocks: Any, said: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from diffengine_sdxl.engine import config, launch
+from diffengine_sdxl.testing import write_tiny_image_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ['README.md', 'CONTRIBUTING.md', 'configs/t2i_adapter/README.md',
@@ -128,6 +129,7 @@ def place(tiny_base: Path, circles: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp('docs')
     shutil.copytree(tiny_base, folder / 'BASE')
     shutil.copytree(circles, folder / 'DATA')
+    write_tiny_image_encoder(folder / 'ENCODER')
     return folder
 
 
@@ -163,6 +165,9 @@ def train(arguments: list[str], place: Path) -> None:
     elif not args.config.startswith('tiny'):
         own += ['model.pretrained=BASE', 'model.vae=None', 'train_dataloader.dataset.source=DATA', 'resolution=64',
                 'mixed_precision=no']
+        if 'ip_adapter' in args.config:
+            own += ['model.adapters.ip.image_encoder=ENCODER', 'model.adapters.ip.image_encoder_subfolder=None',
+                    'image_prompt_size=64']
     if 'condition' in config.load(args.config):
         own += ['condition.detection_resolution=32']
         if 'depth' in args.config:
@@ -173,7 +178,8 @@ def train(arguments: list[str], place: Path) -> None:
     exported = place / work_dir / f'step{steps}'
     assert (exported / 'manifest.json').is_file()
     assert any((exported / name).is_file() for name in (
-        'adapter/config.json', 'pipeline/model_index.json', 'image_encoder/config.json'))
+        'adapter/config.json', 'pipeline/model_index.json', 'image_encoder/config.json',
+        'style/pytorch_lora_weights.safetensors', 'ip/ip_adapter.safetensors'))
 
 
 def evaluate(arguments: list[str], place: Path) -> None:
@@ -217,7 +223,7 @@ def test_commands_of(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) ->
     """In the page's order, each in the same folder: what needs a hub, a cluster or several GPUs is parsed only."""
     folder = place / page.replace('/', '-').removesuffix('.md')
     folder.mkdir()
-    for name in ('BASE', 'DATA'):
+    for name in ('BASE', 'DATA', 'ENCODER'):
         shutil.copytree(place / name, folder / name)
     monkeypatch.chdir(folder)
     for command in (c for p, c in COMMANDS if p == page):

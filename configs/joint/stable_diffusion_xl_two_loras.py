@@ -1,7 +1,7 @@
 """Two LoRAs, frozen, at scales of their own: to make images with. The second step of the Refiners guide.
 
-Scales are diffusers': 1.0 is the file as it was trained, alpha / rank included. Refiners leaves alpha out, so its scale
-is this one times rank / alpha.
+Scales are diffusers': 1.0 is the file as it was trained, alpha / rank included. Refiners leaves alpha out, so a scale
+of its is that times rank / alpha here.
 """
 _base_ = ['../_base_/models/sdxl_base.py', '../_base_/samplers/euler.py', '../_base_/runtime.py']
 resolution = 1024

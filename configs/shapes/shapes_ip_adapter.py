@@ -21,10 +21,10 @@ test_dataloader = dict(dataset=dict(conditioning=None, reference=True, transform
     dict(type='PackInputs'),
 ]))
 test_evaluator = [dict(type='FillAccuracy'), dict(type='GroundAccuracy')]
-train_cfg = dict(max_iters=3000)
+train_cfg = dict(max_iters=4000)
 optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1e-3, betas=(0.9, 0.99)))
 param_scheduler = dict(name='cosine', num_warmup_steps=20)
 default_hooks = dict(
-    samples=dict(interval=1000, num_from_dataset=4, num_images=4), logger=dict(interval=50),
-    checkpoint=dict(interval=1000, max_keep_ckpts=1))
+    samples=dict(interval=2000, num_from_dataset=4, num_images=4), logger=dict(interval=50),
+    checkpoint=dict(interval=2000, max_keep_ckpts=1))
 randomness = dict(seed=0)

@@ -281,8 +281,8 @@ def test_kinds_nest_and_leave_in_any_order(tiny_base: Path) -> None:
         assert torch.equal(output(model), outputs[-1])
         model.adapters.pop(kind).detach(model)
         outputs.append(output(model))
-        if len(model.adapters) == 3:
-            assert torch.equal(outputs[-1], output(of('oft', 'lokr', 'dora')))
+        if len(model.adapters) == 4:
+            assert torch.equal(outputs[-1], output(of('dora', 'lokr', 'lora', 'oft')))
     assert len({float(o.double().sum()) for o in outputs}) == len(outputs)
     assert torch.equal(outputs[-1], output(base)) and str(model.unet) == str(base.unet)
     assert not hasattr(model.unet, 'peft_config')

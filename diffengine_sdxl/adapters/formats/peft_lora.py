@@ -106,28 +106,13 @@ def settings(weights: LoRAWeights, part: str) -> dict[str, Any]:
     held = weights.parts[part]
     if weights.kind == 'oft':
         return {'target_modules': layer_names(held) or list(held.rank)}
-    ranks, alphas = (held.rank, held.alpha) if weights.kind != 'lokr' else _lokr_ranks(held)
-    found: dict[str, Any] = {'target_modules': list(ranks)}
+    found: dict[str, Any] = {'target_modules': list(held.rank)}
     alpha = 'lora_alpha' if weights.kind in ('lora', 'dora') else 'alpha'
-    for name, pattern, values in (('r', 'rank_pattern', ranks), (alpha, 'alpha_pattern', alphas)):
+    for name, pattern, values in (('r', 'rank_pattern', held.rank), (alpha, 'alpha_pattern', held.alpha)):
         found[name], found[pattern] = _patterns(values)
     if weights.kind in ('lora', 'dora'):
         found |= {'use_dora': weights.kind == 'dora', 'use_rslora': weights.rslora}
     return found
-
-
-def _lokr_ranks(held: PartWeights) -> tuple[dict[str, int], dict[str, float]]:
-    """Ranks from which peft makes a second matrix whole where it is, and alphas of the same scaling.
-
-    peft splits it in two where the rank is below half its longer side (peft/tuners/lokr/layer.py, update_layer).
-    """
-    ranks, alphas = dict(held.rank), dict(held.alpha)
-    for name, rank in held.rank.items():
-        whole = held.tensors.get(f'{name}.lokr_w2')
-        if whole is not None and rank < max(whole.shape[:2]) / 2:
-            ranks[name] = math.ceil(max(whole.shape[:2]) / 2)
-            alphas[name] = held.alpha[name] / rank * ranks[name]
-    return ranks, alphas
 
 
 def split(key: str) -> tuple[str, str]:

@@ -55,8 +55,8 @@ def run(pipeline: Any, batch: Batch, **arguments: Any) -> Tensor:
     for part in ('unet', 'text_encoder', 'text_encoder_2'):
         # What a loader added too: torch's matmul chooses another kernel for weights that require gradients.
         getattr(pipeline, part).requires_grad_(False)
-    return pipeline(batch.text, height=64, width=64, num_inference_steps=STEPS, generator=generators(SEEDS),
-                    output_type='latent', **arguments).images
+    return pipeline(batch.text, height=64, width=64, num_inference_steps=STEPS, output_type='latent',
+                    generator=generators(SEEDS[:len(batch)]), **arguments).images
 
 
 def stock_t2i(base: Path, folder: Path, batch: Batch) -> Tensor:

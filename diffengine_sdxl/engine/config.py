@@ -130,8 +130,6 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition('=')
         if not equals or not key:
             raise ValueError(f"--cfg-options takes KEY=VALUE; '{item}' is not of that form.")
-        if key in options:
-            raise ValueError(f"--cfg-options sets '{key}' twice.")
         options[key] = _value(value, item)
     return options
 

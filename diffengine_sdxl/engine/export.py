@@ -17,7 +17,7 @@ from diffengine_sdxl import __version__
 from diffengine_sdxl.engine import checkpoint
 from diffengine_sdxl.engine.config import to_plain
 from diffengine_sdxl.models import loading
-from diffengine_sdxl.models.pipeline import save_pipeline
+from diffengine_sdxl.models.pipeline import save_pipeline, without_wrappers
 
 #: Name of the folder of a fine-tuned base, beside those of the adapters.
 PIPELINE = 'pipeline'
@@ -136,7 +136,8 @@ def _check_pipeline(model: Any, folder: Path) -> None:
     dtypes = {part: getattr(model, part).dtype for part in loading.MODULES if getattr(model, part) is not None}
     parts = loading.load_components(str(folder), None, None, None, dtypes, 0)
     for part in dtypes:
-        own = getattr(model, part).state_dict()
+        with without_wrappers(model):
+            own = getattr(model, part).state_dict()
         for key, value in parts[part].state_dict().items():
             if not torch.equal(value, own[key].cpu()):
                 raise ValueError(f"'{folder}/{part}': {key} changed on its way to the disk.")

@@ -1,9 +1,23 @@
 """An SDXL as a stock diffusers pipeline, on the disk."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+
+from diffengine_sdxl.adapters.lora_layers import unwrapped
+
+
+@contextmanager
+def without_wrappers(model: Any) -> Iterator[None]:
+    """Inside, the base's layers stand under their own names, whatever adapters have put around them."""
+    with ExitStack() as stack:
+        for part in (model.unet, model.text_encoder, model.text_encoder_2):
+            if part is not None:
+                stack.enter_context(unwrapped(part))
+        yield
 
 
 def save_pipeline(model: Any, folder: Path) -> None:
@@ -18,7 +32,8 @@ def save_pipeline(model: Any, folder: Path) -> None:
         tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, unet=model.unet, add_watermarker=False,
         scheduler=EulerDiscreteScheduler.from_config(model.scheduler_settings),
         force_zeros_for_empty_prompt=model.null_text == 'zeros')
-    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    with without_wrappers(model):
+        pipeline.save_pretrained(str(folder), safe_serialization=True)
     for encoder in ('text_encoder', 'text_encoder_2'):
         _restore_prefix(folder / encoder / 'model.safetensors')
 

@@ -340,7 +340,3 @@ def test_overrides_whose_brackets_do_not_match(item: str) -> None:
     with pytest.raises(ValueError, match='cfg-options'):
         config.parse_overrides([item])
 
-
-def test_an_override_given_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="sets 'a.b' twice"):
-        config.parse_overrides(['a.b=1', 'c=2', 'a.b=3'])

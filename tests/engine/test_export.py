@@ -157,3 +157,15 @@ def test_weights_that_live_in_the_unet(honest: bool, tmp_path: Path, tiny: dict[
     else:
         with pytest.raises(ValueError, match='unet.added'):
             runner.train()
+
+
+def test_a_finetuned_base_beside_a_lora_is_a_plain_folder(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """Layers that a LoRA has wrapped are saved under their own names, and stock's pictures without it are ours."""
+    lora = dict(type='LoRA', rank=2, parts=['unet', 'text_encoder', 'text_encoder_2'])
+    train(tmp_path, {**tiny, 'model.adapters': dict(_delete_=True, style=lora), 'model.trainable': ['unet']})
+    plain = UNet2DConditionModel.from_pretrained(tmp_path / 'step4' / 'pipeline', subfolder='unet').state_dict()
+    runner = build(tmp_path / 'again', {**tiny, 'model.adapters': dict(_delete_=True), 'model.trainable': ['unet'],
+                                        'model.pretrained': str(tmp_path / 'step4' / 'pipeline')})
+    own = runner.model.unet.state_dict()
+    assert own.keys() == plain.keys() and all(torch.equal(own[k], plain[k]) for k in own)
+    assert (tmp_path / 'step4' / 'style' / 'pytorch_lora_weights.safetensors').is_file()

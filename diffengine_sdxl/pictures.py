@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,12 @@ def clip_pixels(image: Image.Image, size: int, resample: str = 'bicubic', short_
     left, top = ((side - size) // 2 for side in scaled)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / np.float32(255)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def first_picture(condition: Any) -> Image.Image:
+    """The first picture of one sample's condition (a tensor): [C, H, W], or [n, C, H, W] where there are several."""
+    first = condition[0] if condition.dim() == 4 else condition
+    return to_pil((first if first.shape[0] in (1, 3) else first[:1]).float().cpu().numpy())
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], columns: Sequence[str], title: str = '',

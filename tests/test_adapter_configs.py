@@ -61,8 +61,7 @@ def test_a_config_trains(name: str, tiny_base: Path, circles: Path, parts: Path,
         options |= {'image_prompt_size': 64, 'model.adapters.ip.image_encoder': str(parts / 'encoder'),
                     'model.adapters.ip.image_encoder_subfolder': None}
     if 'beside_lora' in name:
-        options |= {'model.adapters.style.weights': str(parts / 'second'), 'model.adapters.style.rank': None,
-                    'model.adapters.style.alpha': None}
+        options['model.adapters.style.weights'] = str(parts / 'second')
     train(tmp_path, options, name=name)
     assert sorted(p.name for p in (tmp_path / 'step2').iterdir() if p.is_dir()) == TRAINED[name]
     one, two = weights(tmp_path, 1), weights(tmp_path, 2)

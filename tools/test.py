@@ -10,7 +10,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='path of a config, or base name of an installed one')
     parser.add_argument('checkpoint', help='a step<N>.pth; a work dir, for its latest; an exported step<N>/ or '
-                                           "adapter's folder; or none, for the base alone")
+                                           "adapter's folder; weights, for those that the config names; or none, for "
+                                           'the base alone')
     parser.add_argument('--work-dir', help='folder for metrics.json, pictures and logs (default: work_dirs/<config>)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE',
                         help='override keys of the config, e.g. test_cfg.seeds=4')

@@ -28,8 +28,9 @@ from diffengine_sdxl.adapters.formats.files import refuse
 from diffengine_sdxl.adapters.formats.kohya_names import Modules
 from diffengine_sdxl.adapters.formats.lora import read_lora, write_lora
 from diffengine_sdxl.adapters.formats.weights import KINDS, PARTS, LoRAWeights, PartWeights
+from diffengine_sdxl.adapters.lora_checks import check_lists, check_numbers
 from diffengine_sdxl.registry import ADAPTERS, nearest
-from diffengine_sdxl.structures import UNetCall
+from diffengine_sdxl.structures import Batch, UNetCall
 
 #: What diffusers' scripts train: the attentions.
 DEFAULT_TARGETS = {'unet': [f'unet.*.attn[12].{name}' for name in ('to_q', 'to_k', 'to_v', 'to_out.0')],
@@ -75,6 +76,8 @@ class LoRA(Adapter):
                  alpha: float | None = None, rslora: bool | None = None, dropout: float = 0.0,
                  init: bool | str = 'gaussian', parts: Sequence[str] | None = None,
                  targets: Sequence[str] | None = None, blocks: Mapping[str, Any] | None = None) -> None:
+        check_lists(parts=parts, targets=targets)
+        check_numbers(alpha, blocks)
         self.asked: dict[str, Any] = {'kind': kind, 'rank': rank, 'alpha': alpha, 'rslora': rslora,
                       'parts': None if parts is None else tuple(p for p in PARTS if p in parts)}
         self.method, self.blocks = kind or 'lora', dict(blocks or {})
@@ -288,6 +291,17 @@ class LoRA(Adapter):
                 rank = math.sqrt(held.rank[name]) if self.rslora else held.rank[name]
                 wrapper.scaling[self.name] = scale * held.alpha[name] / rank
 
+    def encode(self, batch: Batch) -> Tensors:
+        """Nothing: its layers do it.
+
+        Raises:
+            ValueError: it shall be learned and changes nothing.
+        """
+        if self.scale == 0 and self.trainable and self.training and torch.is_grad_enabled():
+            raise ValueError(f"Adapter '{self.name}' has scale=0, so it changes nothing and cannot be learned; set "
+                             'another scale, or trainable=False.')
+        return {}
+
     def contribute(self, call: UNetCall, tensors: Tensors) -> None:
         """Switch it on or off in the UNet where the window begins or ends; in training, row by row.
 
@@ -330,8 +344,10 @@ class LoRA(Adapter):
         return [p for _, _, wrapper in self._wrappers() for p in lora_layers.weights(wrapper, self.name).values()]
 
     def trainables(self) -> list[nn.Parameter]:
-        """As `owned`, without the layers that never get a gradient, which a file may hold."""
-        return [p for part, name, wrapper in self._wrappers() if self.trainable and (part, name) not in self._unread
+        """As `owned`, without layers that get no gradient: some that a file may hold, and blocks of scale 0."""
+        return [p for part, name, wrapper in self._wrappers()
+                if self.trainable and (part, name) not in self._unread
+                and (self._block(part, name) or {}).get('scale', 1.0) != 0
                 for p in lora_layers.weights(wrapper, self.name).values()]
 
     def to_weights(self) -> LoRAWeights:

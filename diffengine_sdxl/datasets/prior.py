@@ -54,6 +54,12 @@ class PriorPreservation(Dataset[list[Sample]]):
         for one, other in ((instance, prior), (prior, instance)):
             if 'mask' in one and 'mask' not in other:  # that half counts whole
                 other['mask'] = torch.ones_like(one['mask'])
+            if 'drop' in one:  # of that half nothing is dropped
+                other['drop'] = {**dict.fromkeys(one['drop'], False), **other.get('drop', {})}
+        if instance.keys() != prior.keys():
+            odd = ', '.join(map(repr, sorted(map(str, instance.keys() ^ prior.keys()))))
+            raise ValueError('PriorPreservation: instance and prior must give samples of the same entries; one alone '
+                             f'has {odd}. Let both have the same columns and transforms.')
         return [instance, prior]
 
     def check_model(self, model: Any) -> None:

@@ -117,7 +117,7 @@ def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
     tensors = {name: value for name, value in vars(batch).items()
                if isinstance(value, torch.Tensor) and name not in NOT_KEPT}
     for name, value in batch.conditions.items():
-        picture = value.dim() == 4
+        picture = value.dim() == 4 and not name.endswith('_embeds')
         if picture and not (value.min() >= 0 and value.max() <= 1):
             raise ValueError(f"The condition '{name}' lies in [{float(value.min()):.3g}, {float(value.max()):.3g}]; a "
                              'cache keeps pictures in 8 bits, as numbers in [0, 1]. Scale it.')

@@ -42,6 +42,9 @@ def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Se
     for name, images in conditions.items():
         if name not in model.adapters:
             raise ValueError(f"There is no adapter '{name}' to give images to.{nearest(name, list(model.adapters))}")
+        if model.adapters[name].reads is None:
+            raise ValueError(f"Adapter '{name}' ({model.adapters[name].kind}) reads no image; take it out of "
+                             '`conditions`.')
         if len(images) != len(prompts):
             raise ValueError(f"Adapter '{name}' got {len(images)} images for {len(prompts)} prompts.")
         reads = model.adapters[name].reads

@@ -14,7 +14,7 @@ from diffengine_sdxl.datasets import Draw, collate
 from diffengine_sdxl.engine.checkpoint import replacing
 from diffengine_sdxl.engine.config import resolve
 from diffengine_sdxl.models.predictions import ADAPTED, BASE, predictions
-from diffengine_sdxl.pictures import labelled_grid, to_pil
+from diffengine_sdxl.pictures import first_picture, labelled_grid, to_pil
 from diffengine_sdxl.registry import DATASETS, MODELS
 from diffengine_sdxl.structures import Batch
 
@@ -31,7 +31,7 @@ def scale_sheet(model: Any, batch: Batch, name: str, scales: Sequence[float], ti
     adapter = model.adapters[name]
     columns: dict[str, list[Any]] = {}
     if adapter.reads in batch.conditions:
-        columns[adapter.reads] = list(batch.conditions[adapter.reads])
+        columns[adapter.reads] = [first_picture(condition) for condition in batch.conditions[adapter.reads]]
     columns['base alone'] = [made['images'][BASE] for made in predictions(model, batch, (BASE,))]
     held = adapter.scale
     try:
@@ -40,7 +40,8 @@ def scale_sheet(model: Any, batch: Batch, name: str, scales: Sequence[float], ti
             columns[f'{name} x {scale:g}'] = [made['images'][ADAPTED] for made in predictions(model, batch, (ADAPTED,))]
     finally:
         adapter.scale = held
-    rows = [(prompt, [to_pil(images[i].float().cpu().numpy()) for images in columns.values()])
+    rows = [(prompt, [image if isinstance(image, Image.Image) else to_pil(image.float().cpu().numpy())
+                      for image in (images[i] for images in columns.values())])
             for i, prompt in enumerate(batch.text)]
     return labelled_grid(rows, list(columns), title)
 

@@ -11,8 +11,8 @@ from diffengine_sdxl.engine.config import RUNNER_KEYS, references
 from diffengine_sdxl.engine.export import PIPELINE, read_manifest
 from diffengine_sdxl.registry import nearest
 
-#: In place of a checkpoint: the base alone.
-NONE = 'none'
+#: In place of a checkpoint: the base alone; or the adapters with the `weights` that the config names.
+NONE, WEIGHTS = 'none', 'weights'
 #: What only training or validation reads.
 TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'val_dataloader',
             'val_evaluator', 'val_cfg')
@@ -24,7 +24,8 @@ def tested(config: Config, name: str) -> Config:
     Args:
         config: as `engine.config.load` returned it; changed in place.
         name: a `step<N>.pth` (its EMA's weights, if it has an EMA); a work_dir, for its latest one; a folder
-            `step<N>`, or that of one adapter in it; or 'none', for the base alone, without the config's adapters.
+            `step<N>`, or that of one adapter in it; or 'none', for the base alone, without the config's adapters; or
+            'weights', for the adapters as the config names them.
 
     Raises:
         ValueError: the config says nothing of a test, or there is nothing of that name.
@@ -45,6 +46,13 @@ def tested(config: Config, name: str) -> Config:
     if name == NONE:
         config.model.adapters = {}
         config.test_cfg = {**(config.get('test_cfg') or {}), 'variants': ['base']}
+        return config
+    if name == WEIGHTS:
+        adapters = {key: adapter for key, adapter in (config.model.get('adapters') or {}).items() if adapter}
+        fresh = [key for key, adapter in adapters.items() if not adapter.get('weights')]
+        if fresh or not adapters:
+            raise ValueError("A test of 'weights' needs adapters whose `weights` the config names; "
+                             f"{', '.join(fresh) or 'it'} has none.")
         return config
     path = find(name)
     notes = read_manifest(path) if path.is_dir() else None
@@ -70,7 +78,7 @@ def find(name: str) -> Path:
     if not path.exists():
         there = [p.name for p in checkpoint.found(path.parent)]
         raise ValueError(f"There is no checkpoint '{name}'.{nearest(path.name, there)} Name a step<N>.pth, a work_dir, "
-                         f"an exported folder, or '{NONE}' for the base alone.")
+                         f"an exported folder, '{NONE}' for the base alone, or '{WEIGHTS}' for those in the config.")
     if (latest := checkpoint.latest(path)) is not None:
         return latest
     if read_manifest(path) is None and not any(path.glob('*.safetensors')):

@@ -142,6 +142,10 @@ class SDXL(Latents, Prompts, BaseModel):
         self.text_trains = any(p.requires_grad for part in ENCODERS if getattr(self, part) is not None
                                for p in getattr(self, part).parameters()) or any(
             adapter.words() and adapter.trainables() for adapter in self.adapters.values())
+        own = {id(p) for a in self.adapters.values() for p in a.owned()}
+        self.text_changed = any(id(p) in own for part in ENCODERS if getattr(self, part) is not None
+                                for p in getattr(self, part).parameters()) or any(
+            adapter.words() for adapter in self.adapters.values())
         self.register_state_dict_post_hook(_keep_trained)
 
     def _mixed(self, part: str) -> bool:
@@ -154,7 +158,7 @@ class SDXL(Latents, Prompts, BaseModel):
         names = {id(p): n for n, p in self.named_parameters()}
         owners: dict[str, list[tuple[str, nn.Parameter]]] = {}
         # An adapter's weights may live in a part of the base (LoRA); they are the adapter's all the same.
-        theirs = {id(p) for adapter in self.adapters.values() for p in adapter.owned()}
+        theirs = {id(p) for adapter in self.adapters.values() for p in (*adapter.owned(), *adapter.trainables())}
         for part in self.trainable_parts:
             module = getattr(self, part)
             # The penultimate layer is read, so the first encoder's last layer and norm never get a gradient.

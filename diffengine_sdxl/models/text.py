@@ -123,6 +123,8 @@ class Prompts:
     #: Set when all is attached: whether gradients pass through the encoders, and whether weights of another dtype than
     #: theirs compute in them.
     text_trains = text_mixed = False
+    #: Whether an adapter changes what they make of a prompt.
+    text_changed = False
 
     def _encode_text(self: Any, batch: Batch, branch: str) -> tuple[Tensor, Tensor, Tensor]:
         time_ids = batch.time_ids
@@ -137,9 +139,9 @@ class Prompts:
             first = batch.negative_text or [''] * len(batch)
             second, dropped = batch.negative_text_2 or first, None
         if branch == 'cond' and batch.text_embeds is not None and batch.pooled is not None:
-            if torch.is_grad_enabled() and self.text_trains:
-                raise ValueError("The samples hold 'text_embeds', but the config trains what reads prompts (a text "
-                                 'encoder, or an adapter of one): give the samples their text.')
+            if self.text_trains or self.text_changed and not self.alone:
+                raise ValueError("The samples hold 'text_embeds', but the config trains or adapts what reads prompts "
+                                 '(a text encoder): give the samples their text.')
             text, pooled = batch.text_embeds, batch.pooled
             if dropped is not None and self.null_text == 'empty' and bool(dropped.any()):
                 empty = [''] * len(batch)

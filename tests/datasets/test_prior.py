@@ -81,3 +81,13 @@ def test_a_stream_is_refused(circles: Path) -> None:
         PriorPreservation(stream, shapes(1))
     with pytest.raises(IndexError, match='no row 1'):
         PriorPreservation(shapes(1), shapes(1))[1]
+
+
+def test_halves_with_other_entries(tiny_base: Path) -> None:
+    """Drops of one half are none of the other; a column of one alone is named."""
+    drop = dict(type='JointDrop', adapters='ip', image=1.0, text=0.0, both=0.0)
+    instance = {**shapes(1), 'transforms': [drop, *shapes(1)['transforms']]}
+    row = PriorPreservation(instance, shapes(1))[0]
+    assert [s['drop'] for s in row] == [{'ip': True}, {'ip': False}] and collate([row])['drop']['ip'].tolist() == [1, 0]
+    with pytest.raises(ValueError, match="one alone has 'conditioning_image'"):
+        PriorPreservation(shapes(1), shapes(1, conditioning=None))[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from engine.helpers import assert_same_run, build, train, weights
 
 from diffengine_sdxl.adapters.base import Adapter

@@ -88,3 +88,32 @@ def test_drops_of_an_adapter_that_is_not_there(tmp_path: Path, tiny: dict[str, A
     given = options(tiny, dict(a=CASES['lora'].config), encoder, ['ip'])
     with pytest.raises(ValueError, match="drop the input of 'ip', and the model has no such adapter; it has a"):
         train(tmp_path / 'run', given)
+
+
+def test_pictures_while_an_ip_adapter_trains(tmp_path: Path, tiny: dict[str, Any], circles: Path,
+                                             encoder: Path) -> None:
+    """Of prompts with a picture, and with two."""
+    picture = str(circles / 'images' / '00000.png')
+    for name, given in (('one', picture), ('two', [[picture, picture]])):
+        train(tmp_path / name, {
+            **options(tiny, dict(a=CASES['ip_adapter'].config), encoder, ['a']), 'default_hooks.samples': dict(
+                type='SampleHook', interval=2, prompts=['a circle'], conditions=dict(a=given), num_images=1, size=32)})
+        assert (tmp_path / name / 'samples' / 'step4.png').is_file()
+
+
+@pytest.mark.parametrize(('config', 'word'), [
+    (dict(scale=0.0), "'a' has scale=0, so it changes nothing"), (dict(parts='unet'), r"as parts=\['unet'\]"),
+    (dict(targets='to_q'), r"as targets=\['to_q'\]"), (dict(targets=[]), 'targets=\\[\\]'), (dict(alpha=0), 'alpha=0'),
+    (dict(blocks={'unet.mid_block': dict(scale='a')}), "scale='a'")])
+def test_loras_that_cannot_train(tmp_path: Path, tiny: dict[str, Any], encoder: Path, config: dict[str, Any],
+                                 word: str) -> None:
+    given = options(tiny, dict(a={**CASES['lora'].config, **config}), encoder, [])
+    with pytest.raises(ValueError, match=word):
+        train(tmp_path / 'run', given)
+
+
+def test_a_block_of_scale_0_does_not_train(tmp_path: Path, tiny: dict[str, Any], encoder: Path) -> None:
+    config = {**CASES['lora'].config, 'blocks': {'unet.mid_block': dict(scale=0.0)}}
+    runner = train(tmp_path / 'run', options(tiny, dict(a=config), encoder, []))
+    names = [n for n, _ in runner.model.trainables()['a']]
+    assert names and not [n for n in names if 'mid_block' in n]

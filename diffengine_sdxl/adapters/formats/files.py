@@ -90,8 +90,9 @@ def read(path: Path) -> WeightFile:
         except pickle.UnpicklingError as error:
             raise ValueError(f"'{path}' is a pickle that holds more than tensors, perhaps code; it was not opened. Ask "
                              'for a .safetensors file.') from error
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise ValueError(f"'{path}' cannot be read: {str(error).strip().splitlines()[0][:200]}") from error
+        except Exception as error:  # torch raises many kinds for a damaged file
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"'{path}' cannot be read: {first[:200]}") from error
         if not isinstance(tensors, dict):
             raise ValueError(f"'{path}' holds a {type(tensors).__name__}, not named tensors.")
         return WeightFile(tensors, {}, path)

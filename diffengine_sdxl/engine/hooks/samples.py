@@ -16,7 +16,7 @@ from mmengine.hooks import Hook
 from diffengine_sdxl.datasets import Draw, collate
 from diffengine_sdxl.datasets.transforms.geometry import pair
 from diffengine_sdxl.engine.prompts import prompt_batch
-from diffengine_sdxl.pictures import labelled_grid, to_pil
+from diffengine_sdxl.pictures import first_picture, labelled_grid, to_pil
 from diffengine_sdxl.registry import HOOKS
 from diffengine_sdxl.samplers.sampler import check_size
 
@@ -96,12 +96,12 @@ class SampleHook(Hook):
         model.eval()
         with runner.exported_weights():
             for batch in self.batches:
-                shown = [batch.conditions[model.adapters[name].reads][0] for name in given]
+                shown = [first_picture(batch.conditions[model.adapters[name].reads][0]) for name in given]
                 for k in range(self.num_images):  # one by one: a batch of large pictures may not fit beside training
                     batch.seed = torch.tensor([self.seed + k])
                     made, = model(batch, mode='predict')[0]['images'].values()
-                    shown.append(made)
-                rows.append((batch.text[0], [to_pil(image.float().cpu().numpy()) for image in shown]))
+                    shown.append(to_pil(made.float().cpu().numpy()))
+                rows.append((batch.text[0], shown))
         model.train()
         columns = [*given, *(f'seed {self.seed + k}' for k in range(self.num_images))]
         grid = labelled_grid(rows, columns, f'step {step}{", EMA weights" if runner.ema is not None else ""}')

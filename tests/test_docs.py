@@ -192,6 +192,7 @@ def evaluate(arguments: list[str], place: Path) -> None:
         arguments[at:at + 2] = arguments[at + 1:at + 2]
     args = parsed('test.py', arguments)
     args.checkpoint = re.sub(r'step\d+', 'step2', args.checkpoint)
+    args.cfg_options = [re.sub(r'step\d+', 'step2', option) for option in args.cfg_options or []]
     launch.prepare_test(args)
     if args.launcher != 'none':
         return

@@ -19,8 +19,8 @@ def main() -> int:
                         help='round the weights to it (default: as they are)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override keys of the config')
     args = parser.parse_args()
-    from diffengine_sdxl.engine import convert
-    return convert.command(args)
+    from diffengine_sdxl.engine import launch
+    return launch.export(args)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,6 @@ from diffengine_sdxl.adapters.base import Adapter
 from diffengine_sdxl.adapters.formats import diffusers_lora, kohya, peft_lora
 from diffengine_sdxl.adapters.formats.weights import LoRAWeights
 from diffengine_sdxl.engine import checkpoint as checkpoints
-from diffengine_sdxl.engine import launch
 from diffengine_sdxl.engine.config import resolve, to_plain
 from diffengine_sdxl.engine.export import PIPELINE, read_manifest
 from diffengine_sdxl.engine.prompts import prompt_batch
@@ -307,18 +306,3 @@ def _compared(before: Tensor, after: Tensor, effect: float, out: Path) -> str:
                          f'({far / effect:.2g} of what the adapter does). This is a fault of its writer; please '
                          'report it.')
     return f"The denoiser's output of what was read again is the same to {of_output:.1g} of it (rounding)."
-
-
-def command(args: Any) -> int:
-    """`convert` as the command line asks for it; the exit code. A user's mistake is a sentence, not a traceback.
-
-    Args:
-        args: config, out, checkpoint, adapter, format, dtype, cfg_options; as tools/export.py parses them.
-    """
-    def work(_: list[Any]) -> None:
-        from diffengine_sdxl.engine import config
-        launch._quiet()
-        for line in convert(config.load(args.config, args.cfg_options or ()), args.out, args.checkpoint, args.adapter,
-                            args.format, args.dtype):
-            print(line)
-    return launch._said(work, 'scales')

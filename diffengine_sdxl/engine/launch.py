@@ -203,14 +203,31 @@ def scales(args: Any) -> int:
     return _said(work, 'scales')
 
 
+def export(args: Any) -> int:
+    """Write one adapter for other tools (see `engine.convert.convert`); the exit code.
+
+    Args:
+        args: config, out, checkpoint, adapter, format, dtype, cfg_options; as tools/export.py parses them.
+    """
+    def work(_: list[Any]) -> None:
+        from diffengine_sdxl.engine import config
+        from diffengine_sdxl.engine.convert import convert
+        _quiet()
+        for line in convert(config.load(args.config, args.cfg_options or ()), args.out, args.checkpoint, args.adapter,
+                            args.format, args.dtype):
+            print(line)
+    return _said(work, 'export')
+
+
 #: What may help where the device has no room, and what is said of a run that was stopped.
 SMALLER = {'train': 'A smaller train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
                     'model.gradient_checkpointing=True or a smaller resolution may help.',
            'test': 'A smaller test_dataloader.batch_size or a smaller resolution may help.',
            'cache': 'A smaller train_dataloader.batch_size or a smaller resolution may help.', 'shapes': '',
-           'scales': ''}
+           'scales': '', 'export': ''}
 STOPPED = {'train': 'Stopped. Add --resume to go on from the last checkpoint.', 'test': 'Stopped.',
-           'cache': 'Stopped; nothing was written.', 'shapes': 'Stopped; nothing was written.', 'scales': 'Stopped.'}
+           'cache': 'Stopped; nothing was written.', 'shapes': 'Stopped; nothing was written.', 'scales': 'Stopped.',
+           'export': 'Stopped; nothing was written.'}
 
 
 def _run(args: Any, config_of: Callable[[Any], Any], task: str) -> int:

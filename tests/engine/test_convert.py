@@ -14,7 +14,7 @@ from parity import stock
 from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection
 
-from diffengine_sdxl.engine import config, convert
+from diffengine_sdxl.engine import config, convert, launch
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
@@ -46,7 +46,7 @@ def configured(base: Path, adapter: dict[str, Any], **options: Any) -> Any:
 def call(*arguments: str, **options: Any) -> int:
     """The exit code of the tool, without its process."""
     names = dict(zip(('config', 'out'), arguments, strict=True))
-    return convert.command(argparse.Namespace(**{
+    return launch.export(argparse.Namespace(**{
         **dict(checkpoint=None, adapter=None, format=None, dtype=None, cfg_options=None), **names,
         'out': Path(names['out']), **options}))
 

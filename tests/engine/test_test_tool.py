@@ -267,3 +267,17 @@ def test_the_manifest_of_a_config_says_what_was_tested(options: dict[str, Any], 
     assert command_test(tmp_path / 'again', {}, work_dir / 'step2.pth', name=str(dumped)) == 0
     assert json.loads((tmp_path / 'again' / 'metrics.json').read_text()) == json.loads(
         (tmp_path / 'T' / 'metrics.json').read_text())
+
+
+def test_the_weights_that_the_config_names(options: dict[str, Any], work_dir: Path, tmp_path: Path) -> None:
+    """Without a checkpoint: the pictures of the export, and a refusal where an adapter has no weights.
+
+    To 1e-6, as weights that stay where safetensors read them lie elsewhere in memory, and kernels round by that.
+    """
+    named = {**options, 'model.adapters.adapter.weights': str(work_dir / 'step4' / 'adapter')}
+    assert command_test(tmp_path / 'named', plain(named), 'weights') == 0
+    found, expected = (numbers(path) for path in (tmp_path / 'named' / 'metrics.json', work_dir / 'val' / 'step4.json'))
+    for variant in ('base', 'adapted'):
+        assert found[variant]['brightness'] == pytest.approx(expected[variant]['brightness'], rel=1e-6)
+    assert command_test(tmp_path / 'fresh', plain(options), 'weights') == 1
+    assert not (tmp_path / 'fresh' / 'metrics.json').exists()

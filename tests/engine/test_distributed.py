@@ -13,12 +13,28 @@ import pytest
 import torch
 from engine.helpers import build, curves, first_gradients, plain_arguments, weights
 
+from diffengine_sdxl.testing import write_tiny_image_encoder
+
 ROOT = Path(__file__).resolve().parents[2]
 #: Random crops, dropped captions, three micro-batches: all that could tell the ranks apart.
 RANDOM = [dict(type='Resize', size=40), dict(type='Crop', size='$resolution', mode='random'),
           dict(type='CaptionDrop', prob=0.5), dict(type='ComputeTimeIds'), dict(type='PackInputs')]
 CASES = {'float64': {'model.dtype': 'float64', 'optim_wrapper.accumulative_counts': 3},
          'float32': {}, 'ema': {'custom_hooks': [dict(type='EMAHook', decay=0.5)], 'train_dataloader.num_workers': 1}}
+
+
+#: With image prompts, dropped at random.
+PROMPTED = [dict(type='ImagePrompt', source='img', key='reference', size=64), *RANDOM[:2],
+            dict(type='JointDrop', adapters=['ip'], image=0.3, text=0.3, both=0.3), *RANDOM[3:]]
+
+
+def kinds_together(encoder: Path) -> dict[str, Any]:
+    """All kinds at once; a word that not every prompt holds, a window that not every row is inside of."""
+    return dict(
+        _delete_=True, style=dict(type='LoRA', rank=2, parts=['unet', 'text_encoder', 'text_encoder_2']),
+        dora=dict(type='LoRA', kind='dora', rank=2, window=(0.2, 0.8)), control=dict(type='ControlNet'),
+        ip=dict(type='IPAdapter', variant='plus', image_encoder=str(encoder), image_encoder_subfolder=None),
+        t2i=dict(type='T2IAdapter'), word=dict(type='TextualInversion', token='red', init='blue'))
 
 
 def launched(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -47,6 +63,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
     cases, results = {}, {}
     for name, changes in CASES.items():
         cases[name] = {'work_dir': str(folder / f'{name}-two'), 'options': {**base_options, **changes}, 'resume': False}
+    cases['kinds'] = {'work_dir': str(folder / 'kinds-two'), 'resume': False, 'options': {
+        **base_options, 'model.dtype': 'float64', 'train_dataloader.dataset.transforms': PROMPTED,
+        'model.adapters': kinds_together(write_tiny_image_encoder(folder / 'encoder'))}}
     cases['resumed'] = {**cases['ema'], 'resume': True,
                         'options': {**cases['ema']['options'], 'train_cfg.max_iters': 4}}
     (folder / 'cases.json').write_text(json.dumps(cases))
@@ -68,7 +87,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return math.sqrt(square / sum(float(v.double().square().sum()) for v in one.values()))
 
 
-@pytest.mark.parametrize(('case', 'bound'), [('float64', 1e-10), ('float32', 1e-5)])
+@pytest.mark.parametrize(('case', 'bound'), [('float64', 1e-10), ('kinds', 1e-10), ('float32', 1e-5)])
 def test_gradients(case: str, bound: float, results: dict[str, tuple[Any, ...]]) -> None:
     _, one, _, (first, second) = results[case]
     assert distance(one, first) < bound

@@ -76,7 +76,7 @@ TASK_UTILS = _registry('task util', parent=root.TASK_UTILS)
 VISUALIZERS = _registry('visualizer', 'engine', parent=root.VISUALIZERS)
 VISBACKENDS = _registry('visualization backend', 'engine', parent=root.VISBACKENDS)
 LOG_PROCESSORS = _registry('log processor', 'engine', parent=root.LOG_PROCESSORS)
-INFERENCERS = _registry('inferencer', parent=root.INFERENCERS)
+INFERENCERS = _registry('inferencer', 'engine', parent=root.INFERENCERS)
 
 ADAPTERS = _registry('adapter', 'adapters')
 OBJECTIVES = _registry('objective', 'objectives')

@@ -89,16 +89,29 @@ class NoiseSchedule:
         """Alpha-bar at t, fp32 [B] on t's device.
 
         Args:
-            t: int64 timesteps, [B] or [].
+            t: timesteps, [B] or []; between two whole ones log(sigma) is interpolated, as diffusers' solvers with their
+                own sigmas (Karras) do it the other way round.
             like: shape, dtype and device to multiply this tensor instead: [B, 1, 1, ...], fp32 at least.
         """
         device = t.device if like is None else like.device
         if device not in self._moved:
             self._moved[device] = self.alphas_cumprod.to(device)
-        values = self._moved[device][t.to(device)]
+        values = self._between(t.to(device), self._moved[device])
         if like is None:
             return values
         return values.to(torch.promote_types(like.dtype, torch.float32)).reshape(-1, *[1] * (like.dim() - 1))
+
+    @staticmethod
+    def _between(t: Tensor, table: Tensor) -> Tensor:
+        """`table` at t, which need not be whole."""
+        if not t.is_floating_point():
+            return table[t]
+        t = t.clamp(0, len(table) - 1)
+        low, part = t.floor().long(), (t - t.floor()).to(table.dtype)
+        # Zero terminal SNR has no finite sigma at the end; diffusers' solvers take 2 ** -24 in its place.
+        near = (table[i].clamp(min=2 ** -24) for i in (low, t.ceil().long()))
+        below, above = (torch.log((1 - ab) / ab) for ab in near)
+        return torch.where(part == 0, table[low], torch.sigmoid(-(below + part * (above - below))))
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(ab) and sqrt(1 - ab), shaped to multiply `like`."""

@@ -15,6 +15,27 @@ from torch import Tensor
 
 
 @dataclass
+class Start:
+    """What a sampler begins with besides noise: a picture to go on from, or to repaint in part.
+
+    Attributes:
+        image: [B, 3, H, W] in [-1, 1]; or `latents` [B, 4, h, w], scaled, such as another model's.
+        mask: [B, 1, H, W], 1 where the picture is repainted, else 0; None: everywhere.
+        noise: [B, 4, h, w] of deviation 1; None draws it from the samples' seeds.
+    """
+
+    image: Tensor | None = None
+    latents: Tensor | None = None
+    mask: Tensor | None = None
+    noise: Tensor | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a picture, so that sampling does not begin with noise alone."""
+        return self.image is not None or self.latents is not None
+
+
+@dataclass
 class Batch:
     """What the data_preprocessor hands to the model, on its device.
 
@@ -31,6 +52,8 @@ class Batch:
         weight: [B] factor of each sample's loss; mask: factor of the loss of each pixel, [B, 1, H, W], or of each
             latent, [B, 1, h, w].
         size: height and width of the pictures to make, in pixels; None: that of the images or conditions.
+        start: what sampling begins with; None: noise.
+        syntax: how `text` and the like are written, 'plain' or 'compel'.
         num_skipped: unreadable images that the data set passed over to fill this batch.
     """
 
@@ -52,6 +75,8 @@ class Batch:
     weight: Tensor | None = None
     mask: Tensor | None = None
     size: tuple[int, int] | None = None
+    start: Start | None = None
+    syntax: str = 'plain'
     num_skipped: int = 0
 
     def __len__(self) -> int:
@@ -72,6 +97,9 @@ class Conditioning:
         adapters: adapter name -> its tensors, each [B, ...].
         projected: the adapters' own trained part has run already (once before a sampling loop); otherwise
             `SDXL.predict` runs it.
+        channels: [B, C, h, w] beside the latents, for a UNet of more than 4 input channels (inpainting: the mask and
+            the latents of what it leaves).
+        timestep_cond: [B, C], the guidance scale as a UNet reads it that takes it as an input (a distilled LCM).
     """
 
     text: Tensor
@@ -79,6 +107,8 @@ class Conditioning:
     time_ids: Tensor
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     projected: bool = False
+    channels: Tensor | None = None
+    timestep_cond: Tensor | None = None
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -93,8 +123,9 @@ class Conditioning:
     def rows(self, index: slice | Tensor) -> Conditioning:
         """The rows that `index` takes along the batch."""
         adapters = {name: {k: t[index] for k, t in tensors.items()} for name, tensors in self.adapters.items()}
+        channels, timestep_cond = (None if t is None else t[index] for t in (self.channels, self.timestep_cond))
         return replace(self, text=self.text[index], pooled=self.pooled[index], time_ids=self.time_ids[index],
-                       adapters=adapters)
+                       adapters=adapters, channels=channels, timestep_cond=timestep_cond)
 
 
 def checked_window(window: Sequence[float]) -> tuple[float, float]:
@@ -139,6 +170,25 @@ class ImageTokens:
 
 
 @dataclass
+class Taps:
+    """What guidances ask of the UNet's self-attentions in one call while sampling; read by `models.attention`.
+
+    Attributes:
+        identity: patterns (regular expressions) of the names of self-attentions in which the rows `perturbed` see
+            each place alone: attention's map is the identity.
+        recorded: names of self-attentions whose maps of the rows `anchor` are wanted.
+        maps: filled by the call: name -> [B, places], how much attention each place gets from all places together, the
+            mean over heads; its mean is 1.
+    """
+
+    identity: tuple[str, ...] = ()
+    perturbed: slice | None = None
+    recorded: tuple[str, ...] = ()
+    anchor: slice | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class UNetCall:
     """One call of the UNet, to which each adapter adds its part.
 
@@ -148,6 +198,7 @@ class UNetCall:
             image (1); in training 1 - t / T twice.
         text, pooled, time_ids: as in Conditioning.
         training: windows and scales multiply and never skip, so the graph is the same every time.
+        timestep_cond: as in Conditioning.
     """
 
     sample: Tensor
@@ -157,9 +208,11 @@ class UNetCall:
     pooled: Tensor
     time_ids: Tensor
     training: bool = False
+    timestep_cond: Tensor | None = None
     _residuals: list[Tensor] = field(default_factory=list)
     _control: list[Tensor] = field(default_factory=list)
     _images: dict[str, ImageTokens] = field(default_factory=dict)
+    _channels: list[Tensor] = field(default_factory=list)
     _passed: list[Tensor] = field(default_factory=list)
 
     def gate(self, window: tuple[float, float]) -> Tensor | None:
@@ -206,11 +259,18 @@ class UNetCall:
             raise ValueError(f"The image prompt '{name}' was added twice to one call of the UNet.")
         self._images[name] = replace(images, tokens=images.tokens.to(self.sample.dtype))
 
+    def add_channels(self, channels: Tensor) -> None:
+        """Put [B, C, h, w] beside the latents, after what is there already."""
+        self._channels.append(channels.to(self.sample.dtype))
+
     def kwargs(self) -> dict[str, Any]:
         """The arguments of `UNet2DConditionModel.forward`, with fresh lists: the UNet pops from them."""
         added: dict[str, Any] = {'text_embeds': self.pooled, 'time_ids': self.time_ids}
-        call: dict[str, Any] = {'sample': self.sample, 'timestep': self.timestep,
+        call: dict[str, Any] = {'sample': torch.cat([self.sample, *self._channels], dim=1) if self._channels
+                                else self.sample, 'timestep': self.timestep,
                                 'encoder_hidden_states': self.text, 'added_cond_kwargs': added}
+        if self.timestep_cond is not None:
+            call['timestep_cond'] = self.timestep_cond.to(self.sample.dtype)
         if self._residuals:
             self._passed = list(self._residuals)
             call['down_intrablock_additional_residuals'] = self._passed
@@ -222,6 +282,20 @@ class UNetCall:
             # calls them again later, would find another call's.
             call['encoder_hidden_states'] = (self.text, list(self._images.values()))
         return call
+
+    def check_inputs(self, config: Any) -> None:
+        """Call before the UNet whose config this is: it would fail in a convolution, or say nothing.
+
+        Raises:
+            ValueError: it takes other channels, or its guidance scale as an input.
+        """
+        have = self.sample.shape[1] + sum(c.shape[1] for c in self._channels)
+        if have != config.in_channels:
+            raise ValueError(f'The UNet takes {config.in_channels} channels and got {have}; one of 9 was made to '
+                             'inpaint: it makes pictures of an image and a mask_image, and cannot be trained here.')
+        if config.time_cond_proj_dim is not None and self.timestep_cond is None:
+            raise ValueError('The UNet takes its guidance scale as an input (a distilled LCM): it makes pictures, but '
+                             'cannot be trained here. Train on a plain SDXL, with an LCM-LoRA beside what it learned.')
 
     def check_consumed(self) -> None:
         """Call after the UNet: stock leaves a feature map that doesn't fit unused and says nothing.
@@ -251,6 +325,8 @@ def to_device(batch: Batch, device: torch.device | str, non_blocking: bool = Tru
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=non_blocking)
+        if isinstance(value, Start):
+            return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
         return {k: move(v) for k, v in value.items()} if isinstance(value, Mapping) else value
     stay = {'epoch', 'seed'}
     return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch) if f.name not in stay})

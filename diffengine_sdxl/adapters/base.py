@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -64,6 +64,15 @@ class Adapter(nn.Module):
 
     def _check_scale(self, scale: float) -> None:
         """Refuse a scale that this kind cannot do."""
+
+    @property
+    def mask_name(self) -> str:
+        """The condition that says where in the picture it acts.
+
+        Raises:
+            ValueError: this kind acts everywhere.
+        """
+        raise ValueError(f"Adapter '{self.name}' ({self.kind}) takes no mask; image prompts (IPAdapter) do.")
 
     @property
     def kind(self) -> str:
@@ -152,6 +161,23 @@ class Adapter(nn.Module):
             ValueError: keys or widths don't fit; which ones.
         """
         raise NotImplementedError(f'{type(self).__name__} does not say how it is loaded')
+
+    def to_stock(self, stock: Any) -> None:
+        """Add itself, with its weights as they are, to a stock pipeline in the making (a `models.pipeline.Stock`).
+
+        Raises:
+            ValueError: stock diffusers has nothing for it, or cannot do one of its settings.
+        """
+        self._not_in_stock(f'it has nothing for {type(self).__name__}')
+
+    def _not_in_stock(self, why: str) -> NoReturn:
+        raise ValueError(f"Adapter '{self.name}' cannot be part of a stock diffusers pipeline: {why}.")
+
+    def _without_window(self) -> None:
+        """Refuse a window that stock diffusers has no argument for."""
+        if self.window != (0, 1):
+            self._not_in_stock(f'it acts in the window {self.window}, and there it would act all the way. Set '
+                               'window=(0, 1), or sample here')
 
     def _condition(self, batch: Batch) -> Tensor:
         if self.reads not in batch.conditions:

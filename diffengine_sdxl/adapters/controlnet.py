@@ -115,6 +115,19 @@ class ControlNet(Adapter):
             added_cond_kwargs={'text_embeds': call.pooled.to(dtype), 'time_ids': call.time_ids}, return_dict=False)
         call.add_control(down, mid)
 
+    def to_stock(self, stock: Any) -> None:
+        """A network of its own; the call is told its scale and its window.
+
+        Raises:
+            ValueError: it reads more than latents, as one of an inpainting UNet does.
+        """
+        theirs, latents = self.net.config.in_channels, self._unet[0].config.out_channels
+        if theirs != latents:
+            self._not_in_stock(f'it reads {theirs} channels, and there a ControlNet is given the {latents} of latents')
+        start, end = self.window
+        stock.add_network('controlnet', self.name, self.net, controlnet_conditioning_scale=self.scale,
+                          control_guidance_start=start, control_guidance_end=end)
+
     def save(self, folder: str | Path) -> None:
         """Write diffusers' folder: config.json and diffusion_pytorch_model.safetensors."""
         self.net.save_pretrained(str(folder), safe_serialization=True)

@@ -79,6 +79,9 @@ class ImageEncoder(Adapter):
         embeds: Tensor = self.net(((pixels - mean) / std).to(self.net.dtype)).image_embeds
         return embeds
 
+    def to_stock(self, stock: Any) -> None:
+        """Nothing: it takes no part in making pictures."""
+
     def save(self, folder: str | Path) -> None:
         """Write transformers' folder, with the settings of the image processor that prepares its input."""
         from transformers import CLIPImageProcessor

@@ -46,7 +46,8 @@ class IPAdapter(Adapter):
 
     Args:
         reads, weights, trainable, scale, window: see Adapter.
-        mask: name of the condition that says where in the picture it acts: [B, H, W] or [B, 1, H, W] in [0, 1], of the
+        mask: name of the condition that says where in the picture it acts (None: everywhere, unless the samples hold
+            '<reads>_mask'): [B, H, W] or [B, 1, H, W] in [0, 1], of the
             picture's size; [B, n, H, W] for n pictures. A gray picture packed as RGB counts as one.
         subfolder, weight_name, revision: of `weights`, when it is a folder or hub id ('h94/IP-Adapter': 'sdxl_models',
             'ip-adapter_sdxl_vit-h.safetensors').
@@ -96,6 +97,11 @@ class IPAdapter(Adapter):
     def plus(self) -> bool:
         """Whether it reads hidden states."""
         return self.variant == 'plus'
+
+    @property
+    def mask_name(self) -> str:
+        """The condition that is its mask: `mask`, or without one '<reads>_mask', where the samples hold that."""
+        return self.mask or f'{self.reads}_mask'
 
     @property
     def encoder(self) -> PictureEncoder:
@@ -166,7 +172,8 @@ class IPAdapter(Adapter):
         embeds = self._look(self._condition(batch)) if embeds is None else self._given(embeds)
         if self.several == 'average':
             embeds = embeds.mean(1, keepdim=True)
-        return {'embeds': embeds, **({'mask': self._mask(batch, embeds.shape[1])} if self.mask else {})}
+        masked = self.mask or self.mask_name in batch.conditions
+        return {'embeds': embeds, **({'mask': self._mask(batch, embeds.shape[1])} if masked else {})}
 
     def null(self, tensors: Tensors) -> Tensors:
         """No picture; a mask stays, as in diffusers."""
@@ -187,7 +194,7 @@ class IPAdapter(Adapter):
         mask = tensors.get('mask')
         size = tuple(side * self.vae_factor for side in call.sample.shape[-2:])
         if mask is not None and tuple(mask.shape[-2:]) != size:
-            raise ValueError(f"The mask '{self.mask}' of adapter '{self.name}' is {mask.shape[-2]} x {mask.shape[-1]}; "
+            raise ValueError(f"The mask '{self.mask_name}' of adapter '{self.name}' is {mask.shape[-2]} x {mask.shape[-1]}; "
                              f'it must have the size of the picture, {size[0]} x {size[1]}.')
         scale = self._fixed_scale(call, len(call.sample))
         if isinstance(scale, Tensor):
@@ -198,6 +205,29 @@ class IPAdapter(Adapter):
         scales = {name: scale if weight == 1 else scale * weight for name, weight in self.acts.items()}
         to_k, to_v = (dict(zip(self.layers, own, strict=True)) for own in (self.to_k, self.to_v))
         call.add_image_tokens(self.name, ImageTokens(tensors['tokens'], to_k, to_v, scales, mask))
+
+    def to_stock(self, stock: Any) -> None:
+        """An image prompt with its projector, keys and values; masks and pictures are arguments of the call.
+
+        Raises:
+            ValueError: it has a window, averages pictures, or its encoder gives no `image_embeds`.
+        """
+        from transformers import CLIPImageProcessorPil
+        self._without_window()
+        if self.several == 'average':
+            self._not_in_stock("several='average', and there pictures are put side by side (several='concat')")
+        net, how = self.encoder.net, self.encoder.preparation
+        if not self.plus and not hasattr(net, 'visual_projection'):
+            self._not_in_stock(f'{type(net).__name__} gives no image_embeds, which it asks of an image encoder')
+        # As `read_image` does it: on PIL; the one on torchvision filters otherwise.
+        short = how.short_edge or how.size
+        extractor = CLIPImageProcessorPil(
+            size={'height': how.size, 'width': how.size} if how.stretch else {'shortest_edge': short},
+            crop_size={'height': how.size, 'width': how.size}, resample=Image.Resampling[how.resample.upper()],
+            image_mean=list(how.mean), image_std=list(how.std))
+        to_k, to_v = (dict(zip(self.layers, own, strict=True)) for own in (self.to_k, self.to_v))
+        scale = {name: self.scale if weight == 1 else self.scale * weight for name, weight in self.acts.items()}
+        stock.add_image_prompt(self.name, net, extractor, self.projector, to_k, to_v, scale)
 
     def save(self, folder: str | Path) -> None:
         """Write `ip_adapter.safetensors`, which stock's `load_ip_adapter` reads; the image encoder is not in it."""
@@ -268,15 +298,15 @@ class IPAdapter(Adapter):
         return shaped.to(self.encoder.net.dtype)
 
     def _mask(self, batch: Batch, num_images: int) -> Tensor:
-        mask = batch.conditions.get(self.mask or '')
+        mask = batch.conditions.get(self.mask_name)
         if mask is None:
-            raise ValueError(f"Adapter '{self.name}' acts within the mask '{self.mask}', but the samples hold "
+            raise ValueError(f"Adapter '{self.name}' acts within the mask '{self.mask_name}', but the samples hold "
                              f'{sorted(batch.conditions) or "no conditions"}.')
         mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
         if num_images == 1 and mask.shape[1] == 3:
             mask = mask.mean(1, keepdim=True)
         if mask.dim() != 4 or mask.shape[1] != num_images:
-            raise ValueError(f"The mask '{self.mask}' is {tuple(mask.shape)}; adapter '{self.name}' takes "
+            raise ValueError(f"The mask '{self.mask_name}' is {tuple(mask.shape)}; adapter '{self.name}' takes "
                              f'[B, {num_images}, H, W], one for each of its {num_images} images.')
         return mask
 

@@ -358,6 +358,12 @@ class LoRA(Adapter):
                  for part, found in self._layers.items() for held in (self._held[part],)}
         return peft_lora.PeftWeights(self.method, parts, self.rslora, self.name, self.options)
 
+    def to_stock(self, stock: Any) -> None:
+        """Already in the copied layers; see `Adapter.to_stock`."""
+        self._without_window()
+        for part, modules in self._plain().items():
+            stock.add_lora(self.name, part, peft_lora.config(self.to_weights(), part, modules))
+
     def save(self, folder: str | Path) -> None:
         """Write diffusers' file, or a peft folder for each part where stock diffusers cannot load the kind."""
         if not write_lora(Path(folder), self.to_weights(), self._plain()):

@@ -128,6 +128,19 @@ class T2IAdapter(Adapter):
         call.add_residuals([(feature.float() if feature.dtype.itemsize < 4 else feature) * scale
                             for feature in features])
 
+    def to_stock(self, stock: Any) -> None:
+        """A network of its own; the call is told its scale and the end of its window.
+
+        Raises:
+            ValueError: its window begins later than the first step.
+        """
+        start, end = self.window
+        if start > 0:
+            self._not_in_stock(f'its window {self.window} begins late, and there every T2I-Adapter acts from the first '
+                               'step on')
+        stock.add_network('adapter', self.name, self.net, {'adapter_conditioning_factor': end},
+                          adapter_conditioning_scale=self.scale)
+
     def save(self, folder: str | Path) -> None:
         """Write diffusers' folder: config.json and diffusion_pytorch_model.safetensors."""
         self.net.save_pretrained(str(folder), safe_serialization=True)

@@ -109,6 +109,11 @@ class TextualInversion(Adapter):
                              'scale=1, or trainable=False.')
         return {}
 
+    def to_stock(self, stock: Any) -> None:
+        """A word of the tokenizers, and rows of the text encoders; diffusers reads it in the letters' own case only."""
+        for word, vectors in self.words().items():
+            stock.add_word(word, dict(zip(TOKENIZERS, vectors, strict=True)))
+
     def save(self, folder: str | Path) -> None:
         """Write learned_embeds.safetensors: `clip_l` and `clip_g`, [n, D] each."""
         write_textual_inversion(folder, dict(self.vectors.items()))

@@ -1,3 +1,3 @@
 """The engine: configs, the runner, its loop, hooks, checkpoints and launch."""
 
-from . import evaluation, hooks, loops, optim, runner, schedules  # noqa: F401  (fill the registries)
+from . import evaluation, hooks, inferencer, loops, optim, runner, schedules  # noqa: F401  (fill the registries)

@@ -21,7 +21,8 @@ RUNNER_KEYS = (
     'runner_type', 'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'val_cfg',
     'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
     'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_processor', 'log_level',
-    'visualizer', 'default_scope', 'randomness', 'experiment_name', 'custom_imports', 'find_unused_parameters')
+    'visualizer', 'default_scope', 'randomness', 'experiment_name', 'custom_imports', 'find_unused_parameters',
+    'infer_cfg', 'refiner')
 #: Hooks that the runner adds by itself; a config may change them, or take one out with None.
 DEFAULT_HOOKS = {'runtime_info': 'RuntimeInfoHook', 'timer': 'IterTimerHook', 'logger': 'LoggerHook',
                  'param_scheduler': 'ParamSchedulerHook', 'checkpoint': 'CheckpointHook'}
@@ -116,11 +117,14 @@ def _import(custom_imports: Mapping[str, Any]) -> None:
         raise ValueError(f'custom_imports: {error}') from error
 
 
-def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(items: Sequence[str], option: str = '--cfg-options') -> dict[str, Any]:
     """['a.b=1', 'c=[x,a y]'] as {'a.b': 1, 'c': ['x', 'a y']}.
 
     A Python literal is read as one (numbers, True, None, quoted text, lists, tuples, dicts). In brackets, commas
     separate; all else is text, with its blanks and commas. (mmengine's own reader takes the blanks out.)
+
+    Args:
+        option: that they stand behind, for errors.
 
     Raises:
         ValueError: an item has no '=', or its brackets don't match.
@@ -129,8 +133,8 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
     for item in items:
         key, equals, value = item.partition('=')
         if not equals or not key:
-            raise ValueError(f"--cfg-options takes KEY=VALUE; '{item}' is not of that form.")
-        options[key] = _value(value, item)
+            raise ValueError(f"{option} takes KEY=VALUE; '{item}' is not of that form.")
+        options[key] = _value(value, f"{option} '{item}'")
     return options
 
 
@@ -146,7 +150,7 @@ def _value(text: str, item: str) -> Any:
         return text
     values = [_value(part, item) for part in _split(text[1:-1], item) if part.strip()]
     if text[-1] != {'[': ']', '(': ')'}[text[0]]:
-        raise ValueError(f"--cfg-options '{item}': the brackets don't match; put text with brackets into quotes.")
+        raise ValueError(f"{item}: the brackets don't match; put text with brackets into quotes.")
     return values if text[0] == '[' else tuple(values)
 
 
@@ -167,8 +171,7 @@ def _split(text: str, item: str) -> list[str]:
         if depth < 0:
             break
     if depth or quote:
-        raise ValueError(f"--cfg-options '{item}': the brackets or quotes don't match; put text that holds some into "
-                         'quotes.')
+        raise ValueError(f"{item}: the brackets or quotes don't match; put text that holds some into quotes.")
     return parts
 
 

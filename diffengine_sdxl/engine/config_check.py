@@ -14,11 +14,15 @@ from diffengine_sdxl.registry import NamedRegistry, nearest
 
 #: Where in a config which registry's names stand; '*' is one part of the path.
 PLACES: list[tuple[str, NamedRegistry]] = [
-    ('model', r.MODELS), ('model.adapters.*', r.ADAPTERS), ('model.objective', r.OBJECTIVES),
+    *((model, r.MODELS) for model in ('model', 'refiner')),
+    *((f'{model}.adapters.*', r.ADAPTERS) for model in ('model', 'refiner')),
+    *((f'{model}.sampler', r.SAMPLERS) for model in ('model', 'refiner')),
+    *((f'{model}.sampler.guidances.*', r.GUIDANCES) for model in ('model', 'refiner')),
+    ('model.objective', r.OBJECTIVES),
     ('model.objective.noise', r.NOISES), ('model.objective.noise.base', r.NOISES),
     ('model.objective.timesteps', r.TIMESTEPS),
-    ('model.objective.weighting', r.WEIGHTINGS), ('model.objective.loss', r.LOSSES), ('model.sampler', r.SAMPLERS),
-    ('model.sampler.guidances.*', r.GUIDANCES), ('*_dataloader.dataset', r.DATASETS),
+    ('model.objective.weighting', r.WEIGHTINGS), ('model.objective.loss', r.LOSSES),
+    ('*_dataloader.dataset', r.DATASETS),
     *((f'*_dataloader.dataset.{half}', r.DATASETS) for half in ('instance', 'prior')),
     *((f'*_dataloader.dataset.{half}.transforms.*', r.TRANSFORMS) for half in ('instance', 'prior')),
     ('*_dataloader.sampler', r.DATA_SAMPLERS), ('*_dataloader.dataset.transforms.*', r.TRANSFORMS),
@@ -57,6 +61,21 @@ def check(config: Config) -> None:
         ValueError: a type is not registered, or a key is not known to what would read it; with the nearest names.
     """
     _walk(config.to_dict(), '')
+    if config.get('infer_cfg') is not None:
+        _check_infer_cfg(config.to_dict()['infer_cfg'])
+
+
+def _check_infer_cfg(node: Any) -> None:
+    if not isinstance(node, Mapping):
+        raise ValueError(f'infer_cfg={node!r} must be a dict of what is asked for; see docs/inference.md.')
+    from diffengine_sdxl.engine.request import OPTIONS, Request
+    for key in OPTIONS:
+        if not isinstance(node.get(key, False), bool):
+            raise ValueError(f'infer_cfg.{key}={node[key]!r} must be True or False.')
+    try:
+        Request.of({k: v for k, v in node.items() if k not in OPTIONS}, whole=False)
+    except ValueError as error:
+        raise ValueError(f'infer_cfg: {error}') from None
 
 
 def _walk(node: Any, path: str) -> None:

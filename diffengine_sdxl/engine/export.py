@@ -116,6 +116,23 @@ def load_export(model: Any, folder: Path) -> tuple[int | None, bool]:
     return (None, False) if notes is None else (notes['step'], bool(notes['ema']))
 
 
+def load_weights(model: Any, source: str) -> tuple[int | None, bool]:
+    """Take the trained weights (the EMA's, if it has one) of a checkpoint, or of an export's folder, strictly.
+
+    Returns:
+        The step that they are of, where it is known, and whether they are averages.
+
+    Raises:
+        ValueError: the file is damaged or its weights don't fit; which keys.
+    """
+    if Path(source).is_dir():
+        return load_export(model, Path(source))
+    state = checkpoint.load(source)
+    averages = state.get('ema', {}).get('weights')
+    checkpoint.load_strict(model, averages or state['state_dict'], source)
+    return state['meta']['step'], bool(averages)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of an export, or None where there is none.
 

@@ -20,7 +20,7 @@ from torch import nn
 from diffengine_sdxl.datasets import KeyedSampler
 from diffengine_sdxl.engine import checkpoint, identity
 from diffengine_sdxl.engine.config import DEFAULT_HOOKS, resolve
-from diffengine_sdxl.engine.export import load_export
+from diffengine_sdxl.engine.export import load_weights
 from diffengine_sdxl.registry import DATASETS, PARAM_SCHEDULERS, RUNNERS, SCOPE
 
 
@@ -285,13 +285,7 @@ class ExperimentRunner(Runner):
         Raises:
             ValueError: the file is damaged or its weights don't fit; which keys.
         """
-        if Path(filename).is_dir():
-            step, averaged = load_export(self.bare_model, Path(filename))
-        else:
-            state = checkpoint.load(filename)
-            averages = state.get('ema', {}).get('weights')
-            checkpoint.load_strict(self.bare_model, averages or state['state_dict'], filename)
-            step, averaged = state['meta']['step'], bool(averages)
+        step, averaged = load_weights(self.bare_model, filename)
         self.loaded_step = step
         self.loaded = f"'{filename}'" + (f', step {step}' if step else '') + (', EMA weights' if averaged else '')
         self.logger.info(f'Weights were loaded from {self.loaded}.')

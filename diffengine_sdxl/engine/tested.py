@@ -44,16 +44,34 @@ def tested(config: Config, name: str) -> Config:
             config.pop(key)
     config.resume, config.load_from = False, None
     if name == NONE:
-        config.model.adapters = {}
         config.test_cfg = {**(config.get('test_cfg') or {}), 'variants': ['base']}
-        return config
-    if name == WEIGHTS:
+    elif name == WEIGHTS and not any((config.model.get('adapters') or {}).values()):
+        raise ValueError("A test of 'weights' needs adapters whose `weights` the config names; it has none.")
+    path = weighted(config, None if name == WEIGHTS else name)
+    config.load_from = None if path is None else str(path)
+    return config
+
+
+def weighted(config: Config, name: str | None) -> Path | None:
+    """The file or folder of weights to load into the model of `config`, if there is one.
+
+    Args:
+        config: changed in place where `name` brings the base, or takes the adapters out.
+        name: as of `tested`; None for 'weights'.
+
+    Raises:
+        ValueError: there is nothing of that name, or an adapter that the config does not say the weights of.
+    """
+    if name == NONE:
+        config.model.adapters = dict.fromkeys(config.model.get('adapters') or {})
+        return None
+    if name is None or name == WEIGHTS:
         adapters = {key: adapter for key, adapter in (config.model.get('adapters') or {}).items() if adapter}
         fresh = [key for key, adapter in adapters.items() if not adapter.get('weights')]
-        if fresh or not adapters:
-            raise ValueError("A test of 'weights' needs adapters whose `weights` the config names; "
-                             f"{', '.join(fresh) or 'it'} has none.")
-        return config
+        if fresh:
+            raise ValueError(f"The config does not name the `weights` of {', '.join(fresh)}; name them "
+                             f'(model.adapters.{fresh[0]}.weights), or a checkpoint or export that holds them.')
+        return None
     path = find(name)
     notes = read_manifest(path) if path.is_dir() else None
     above = read_manifest(path.parent) if notes is None and path.is_dir() else None
@@ -62,8 +80,7 @@ def tested(config: Config, name: str) -> Config:
     if notes is not None and PIPELINE in notes['contents']:
         # The base itself was trained: its folder takes the place of the config's base and VAE.
         config.model.update(pretrained=str(path / PIPELINE), vae=None, revision=None, variant=None)
-    config.load_from = str(path)
-    return config
+    return path
 
 
 def find(name: str) -> Path:

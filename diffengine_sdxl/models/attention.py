@@ -6,13 +6,16 @@ processor: gradient checkpointing calls a processor again in the backward pass, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffengine_sdxl.structures import ImageTokens
+from diffengine_sdxl.structures import ImageTokens, Taps
 
 BACKENDS = ('sdpa', 'xformers')
 
@@ -45,6 +48,76 @@ def cross_attention_names(unet: Any) -> list[str]:
     It is that of diffusers' `unet.attn_processors`: down blocks, up blocks, mid block.
     """
     return [name.removesuffix('.processor') for name in unet.attn_processors if name.endswith('attn2.processor')]
+
+
+@contextmanager
+def tapped(unet: Any, taps: Taps | None) -> Iterator[None]:
+    """Inside, the self-attentions that `taps` names do what it asks. For sampling: no gradient goes through.
+
+    Raises:
+        ValueError: a pattern or a name is none of a self-attention of `unet`.
+    """
+    if taps is None:
+        yield
+        return
+    assert not torch.is_grad_enabled(), 'what changes a forward pass lies in modules here, so nothing may be recomputed'
+    names = [n.removesuffix('.processor') for n in unet.attn_processors if n.endswith('attn1.processor')]
+    found = {name: name in taps.recorded for name in names
+             if name in taps.recorded or any(re.search(pattern, name) for pattern in taps.identity)}
+    for pattern in (*taps.identity, *taps.recorded):
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"A guidance asks for the self-attention '{pattern}', which this UNet does not have; it "
+                             f'has {", ".join(names[:4])} ...')
+    attentions = {name: unet.get_submodule(name) for name in found}
+    former = {name: attention.processor for name, attention in attentions.items()}
+    try:
+        for name, attention in attentions.items():
+            identity = any(re.search(pattern, name) for pattern in taps.identity)
+            attention.processor = Tapped(name, former[name], taps, identity, found[name])
+        yield
+    finally:
+        for name, attention in attentions.items():
+            attention.processor = former[name]
+
+
+class Tapped:
+    """The processor of one self-attention during one call: some rows see each place alone, of some the map is noted.
+
+    Source of the first: Ahn et al. 2024, perturbed-attention guidance, section 4.2; bitwise diffusers'
+    PAGCFGIdentitySelfAttnProcessor2_0.
+    """
+
+    def __init__(self, name: str, former: Any, taps: Taps, identity: bool, record: bool) -> None:
+        self.name, self.former, self.taps, self.identity, self.record = name, former, taps, identity, record
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+                 attention_mask: Tensor | None = None) -> Any:
+        """[B, L, C] to [B, L, C]."""
+        # What SDXL's self-attentions never have.
+        assert encoder_hidden_states is None and attention_mask is None and attn.norm_q is None
+        assert attn.group_norm is None and attn.spatial_norm is None and not attn.residual_connection
+        assert attn.rescale_output_factor == 1
+        if self.record:
+            assert self.taps.anchor is not None
+            self.taps.maps[self.name] = _attention_to(attn, hidden_states[self.taps.anchor])
+        if not self.identity:
+            return self.former(attn, hidden_states)
+        rows = self.taps.perturbed
+        assert rows is not None and rows.stop == len(hidden_states), 'the perturbed rows are the last'
+        kept = self.former(attn, hidden_states[:rows.start])
+        alone = attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states[rows])))
+        return torch.cat([kept, alone])
+
+
+def _attention_to(attn: Any, hidden: Tensor) -> Tensor:
+    """How much attention each place gets from all places together, the mean over heads: [B, L] of mean 1, fp32."""
+    query, key = (_heads(layer(hidden), attn.heads) for layer in (attn.to_q, attn.to_k))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    total = torch.zeros(hidden.shape[:2], dtype=dtype, device=hidden.device)
+    for head in range(attn.heads):  # at 2048 pixels one head's map takes 67 MB, all of them 1.3 GB
+        scores = query[:, head].to(dtype) @ key[:, head].to(dtype).transpose(1, 2) * query.shape[-1] ** -0.5
+        total += scores.softmax(dim=-1).sum(dim=1)
+    return total / attn.heads
 
 
 def plain_layer(layer: Any) -> Any:

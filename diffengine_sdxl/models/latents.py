@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,17 @@ from torch import Tensor
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.structures import Batch
+
+
+@contextmanager
+def _in_parts(vae: Any, tiling: bool, slicing: bool) -> Iterator[None]:
+    """Inside, the VAE works in tiles or picture by picture."""
+    held = vae.use_tiling, vae.use_slicing
+    vae.use_tiling, vae.use_slicing = held[0] or tiling, held[1] or slicing
+    try:
+        yield
+    finally:
+        vae.use_tiling, vae.use_slicing = held
 
 
 class Latents:
@@ -52,12 +64,49 @@ class Latents:
             return vae.encode(batch.img.to(vae.dtype)).latent_dist
 
     @torch.no_grad()
-    def decode(self: Any, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], fp32; as stock, bitwise."""
-        factor, statistics = self.vae.config.scaling_factor, self._statistics(latents)
-        latents = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
+    def encode_images(self: Any, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] to latents [B, 4, h, w], scaled; each one's draw is from its own generator.
+
+        One by one, as in diffusers' pipelines with a generator for each picture, bitwise.
+        """
         with self._safe_vae() as vae:
+            drawn = [vae.encode(image.to(vae.dtype)).latent_dist.sample(generator)
+                     for image, generator in zip(images.split(1), generators, strict=True)]
+        latents = torch.cat(drawn)
+        statistics = self._statistics(latents)
+        if statistics is None:
+            return latents * self.vae.config.scaling_factor
+        return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
+
+    @torch.no_grad()
+    def decode(self: Any, latents: Tensor, tiling: bool = False, slicing: bool = False) -> Tensor:
+        """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], fp32; as stock, bitwise.
+
+        A VAE in half precision that gives what is not finite is asked again in fp32.
+
+        Args:
+            tiling: in tiles that overlap, for little memory at large sizes; slicing: one picture at a time.
+
+        Raises:
+            ValueError: the pictures are not finite.
+        """
+        latents_, factor, statistics = latents, self.vae.config.scaling_factor, self._statistics(latents)
+        latents = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
+        with self._safe_vae() as vae, _in_parts(vae, tiling, slicing):
             images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        if not torch.isfinite(images).all():
+            if self.vae.dtype not in (torch.float16, torch.bfloat16):
+                raise ValueError('The VAE made pictures that are not finite; its weights are damaged, or the latents '
+                                 'are no picture.')
+            dtype = self.vae.dtype
+            warnings.warn(f'The VAE overflows in {str(dtype).removeprefix("torch.")}, so these pictures are decoded '
+                          'in fp32. Take a VAE that does not (madebyollin/sdxl-vae-fp16-fix), or '
+                          "dtype=dict(vae='float32').")
+            try:
+                self.vae.float()
+                return self.decode(latents_, tiling, slicing)
+            finally:
+                self.vae.to(dtype)
         return (images * 0.5 + 0.5).clamp(0, 1).float()
 
     def _statistics(self: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -27,8 +27,11 @@ def module_class(name: str) -> Any:
 
 
 def load_components(pretrained: str | None, vae: str | None, config: str | None, tokenizer: str | None,
-                    dtypes: Mapping[str, torch.dtype], seed: int, **hub: Any) -> dict[str, Any]:
+                    dtypes: Mapping[str, torch.dtype], seed: int, given: Mapping[str, Any] | None = None,
+                    **hub: Any) -> dict[str, Any]:
     """All parts of a base: unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers, scheduler config.
+
+    Also 'null_text': what the base's pipeline takes for no text, where its index says so.
 
     Args:
         pretrained: folder, hub id, single file, or 'diffengine_sdxl::<folder>' for what came with this package (so for
@@ -37,22 +40,26 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         config: folder of component configs for a single file or for random weights; None means SDXL base 1.0's.
         tokenizer: folder or hub id of other tokenizers; None takes the base's own.
         dtypes: component name -> dtype of its weights.
+        given: components of another model that this one shares, as they are.
         hub: `revision`, `variant`, `cache_dir`.
 
     Raises:
         ValueError: something is missing, is not SDXL, or cannot be had without a network.
     """
     pretrained, vae, config, tokenizer = (shipped(source) for source in (pretrained, vae, config, tokenizer))
+    given = dict(given or {})
+    skip = {*given, *(['vae'] if vae else [])}
     if pretrained is None:
-        parts = _random_components(Path(config or SDXL_FILES), dtypes, seed)
+        parts = _random_components(Path(config or SDXL_FILES), dtypes, seed, skip)
     elif is_single_file(pretrained):
-        parts = load_single_file(pretrained, config=config, dtypes=dtypes, skip=('vae',) if vae else (),
+        parts = load_single_file(pretrained, config=config, dtypes=dtypes, skip=tuple(skip),
                                  revision=hub.get('revision'), cache_dir=hub.get('cache_dir'))
         parts['scheduler'] = dict(parts['scheduler'].config)
     else:
-        parts = _folder_components(str(pretrained), dtypes, skip={'vae'} if vae else set(), **hub)
+        parts = _folder_components(str(pretrained), dtypes, skip=skip, **hub)
+    parts.update(given)
     check_sdxl(parts['unet'], str(pretrained or config or 'SDXL'))
-    if vae:
+    if vae and 'vae' not in given:
         parts['vae'] = _load_vae(str(vae), config, dtypes['vae'], **hub)
     check_vae(parts['vae'], parts['unet'], str(vae or pretrained or config))
     if tokenizer:
@@ -60,7 +67,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
             parts[name] = said(tokenizer, module_class(name).from_pretrained, tokenizer, subfolder=name,
                                cache_dir=hub.get('cache_dir'))
     for name in MODULES:
-        if parts.get(name) is not None and parts[name].dtype != dtypes[name]:
+        if parts.get(name) is not None and name not in given and parts[name].dtype != dtypes[name]:
             parts[name].to(dtypes[name])
     return parts
 
@@ -76,9 +83,6 @@ def check_sdxl(unet: nn.Module, source: str) -> None:
         width = unet.config.cross_attention_dim  # type: ignore[union-attr]
         raise ValueError(f"'{source}' is not an SDXL: its UNet has addition_embed_type={kind!r} (SDXL: 'text_time') "
                          f'and cross_attention_dim={width}. Stable Diffusion 1.x and 2.x cannot be used as a base.')
-    if unet.config.time_cond_proj_dim is not None:  # type: ignore[union-attr]
-        raise ValueError(f"'{source}' takes its guidance scale as an input (time_cond_proj_dim, a distilled LCM); that "
-                         'is not supported yet. Take an LCM-LoRA on a plain SDXL instead.')
 
 
 @contextmanager
@@ -103,11 +107,11 @@ def check_vae(vae: nn.Module, unet: nn.Module, source: str) -> None:
         raise ValueError(f"'{source}' is a VAE of {theirs} channels; the UNet works on {ours}.")
 
 
-def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: int) -> dict[str, Any]:
+def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: int, skip: set[str]) -> dict[str, Any]:
     import diffusers
     index = _index(folder)
-    parts: dict[str, Any] = {}
-    for name in (n for n in MODULES if index.get(n, [None])[0]):
+    parts: dict[str, Any] = {'null_text': _null_text(index)}
+    for name in (n for n in MODULES if n not in skip and index.get(n, [None])[0]):
         cls = module_class(name)
         # Made in their own dtype: the full UNet would take 10 GB on its way through fp32.
         with rng.fork(seed, 'base', name), default_dtype(dtypes[name]):
@@ -129,7 +133,7 @@ def _folder_components(source: str, dtypes: Mapping[str, torch.dtype], skip: set
     else:
         from diffusers import DiffusionPipeline
         index = said(source, DiffusionPipeline.load_config, source, **where)
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {'null_text': _null_text(index)}
     for name in (n for n in (*MODULES, *TOKENIZERS) if n not in skip and index.get(n, [None])[0]):
         if local and not (Path(source) / name).is_dir():
             raise ValueError(f"'{source}' has no folder '{name}', but its model_index.json names one.")
@@ -138,7 +142,7 @@ def _folder_components(source: str, dtypes: Mapping[str, torch.dtype], skip: set
         else:
             parts[name] = said(source, module_class(name).from_pretrained, source, subfolder=name, **where)
     for name in ('unet', 'text_encoder_2', 'tokenizer_2'):
-        if name not in parts:
+        if name not in parts and name not in skip:
             raise ValueError(f"'{source}' has no '{name}', so it is no SDXL base "
                              f'(it holds {", ".join(sorted(k for k in index if not k.startswith("_")))}).')
     parts['scheduler'] = said(source, _scheduler_config, source, **where)
@@ -163,6 +167,11 @@ def _index(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"'{folder}' holds no model_index.json, so it is not a diffusers folder.")
     return json.loads(path.read_text())
+
+
+def _null_text(index: Mapping[str, Any]) -> str:
+    """What stands for no text in the pipeline of `index`: SDXL's base says zeros, the refiner the empty prompt."""
+    return 'zeros' if index.get('force_zeros_for_empty_prompt', True) else 'empty'
 
 
 def _scheduler_config(source: str, **hub: Any) -> dict[str, Any]:

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.models import loading
-from diffengine_sdxl.models.attention import set_backend
+from diffengine_sdxl.models.attention import set_backend, tapped
 from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
 from diffengine_sdxl.models.describe import table
 from diffengine_sdxl.models.latents import Latents
+from diffengine_sdxl.models.pipeline import to_diffusers
 from diffengine_sdxl.models.predictions import VARIANTS, predictions, without_adapters
 from diffengine_sdxl.models.text import ENCODERS, Prompts
 from diffengine_sdxl.registry import ADAPTERS, MODELS, OBJECTIVES, SAMPLERS
 from diffengine_sdxl.schedule import NoiseSchedule
-from diffengine_sdxl.structures import Batch, Conditioning, UNetCall, where
+from diffengine_sdxl.structures import Batch, Conditioning, Taps, UNetCall, where
 
 PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
@@ -47,7 +48,10 @@ class SDXL(Latents, Prompts, BaseModel):
         gradient_checkpointing: recompute activations in the backward pass.
         prediction_type: 'epsilon' or 'v_prediction'; None for the base's own.
         zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2023).
-        null_text: what stands for no text: 'zeros' (stock's missing negative prompt) or 'empty' (the caption '').
+        null_text: what stands for no text: 'zeros' (stock's missing negative prompt) or 'empty' (the caption ''); None
+            for what the base's own pipeline says, else zeros.
+        shared: parts that are not loaded but taken from another model, such as a refiner's text_encoder_2 and vae.
+        base: that other SDXL; whoever builds a refiner gives it.
         seed: of fresh weights; the runner fills in its own.
 
     Raises:
@@ -61,6 +65,8 @@ class SDXL(Latents, Prompts, BaseModel):
     adapters: Any
     #: Set by `without_adapters`.
     alone = False
+    #: Set where parts come to this device only while they work.
+    execution_device: torch.device | None = None
 
     def __init__(self, pretrained: str | None = None, vae: str | None = None, revision: str | None = None,
                  variant: str | None = None, cache_dir: str | None = None, config: str | None = None,
@@ -69,17 +75,22 @@ class SDXL(Latents, Prompts, BaseModel):
                  trainable: Sequence[str] = (), mixed_precision: str = 'no',
                  dtype: str | Mapping[str, str] | None = None, attention: str = 'sdpa',
                  gradient_checkpointing: bool = False, prediction_type: str | None = None,
-                 zero_terminal_snr: bool = False, null_text: str = 'zeros', seed: int | None = None) -> None:
+                 zero_terminal_snr: bool = False, null_text: str | None = None, shared: Sequence[str] = (),
+                 base: Any = None, seed: int | None = None) -> None:
         super().__init__(data_preprocessor=BatchPreprocessor())
         _choose('mixed_precision', mixed_precision, PRECISIONS)
-        _choose('null_text', null_text, ('zeros', 'empty'))
+        if null_text is not None:
+            _choose('null_text', null_text, ('zeros', 'empty'))
         for part in trainable:
             _choose('trainable', part, loading.MODULES)
-        self.pretrained, self.null_text, self.seed = pretrained, null_text, int(seed or 0)
+        self.pretrained, self.seed = pretrained, int(seed or 0)
         self.trainable_parts = tuple(trainable)
         self.compute_dtype = PRECISIONS[mixed_precision]
+        self.shared_parts = tuple(shared)
         parts = loading.load_components(pretrained, vae, config, tokenizer, self._dtypes(dtype), self.seed,
-                                        revision=revision, variant=variant, cache_dir=cache_dir)
+                                        _taken(base, shared, trainable), revision=revision, variant=variant,
+                                        cache_dir=cache_dir)
+        self.null_text = null_text or parts.get('null_text', 'zeros')
         self.unet, self.vae = parts['unet'], parts['vae']
         self.text_encoder, self.text_encoder_2 = parts.get('text_encoder'), parts['text_encoder_2']
         self.tokenizer, self.tokenizer_2 = parts.get('tokenizer'), parts['tokenizer_2']
@@ -184,6 +195,18 @@ class SDXL(Latents, Prompts, BaseModel):
         return next(self.unet.parameters())
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes; its parts may wait in the CPU's memory (engine.placing)."""
+        return self.execution_device or self.unet_weight.device
+
+    @property
+    def num_time_ids(self) -> int:
+        """How many numbers of size and crop the UNet is told: 6; a refiner takes 5, the last an aesthetic score."""
+        config = self.unet.config
+        rest = config.projection_class_embeddings_input_dim - self.text_encoder_2.config.projection_dim
+        return int(rest // config.addition_time_embed_dim)
+
+    @property
     def scheduler_settings(self) -> dict[str, Any]:
         """The config of a diffusers scheduler that samples what this model was trained on."""
         own: dict[str, Any] = {'prediction_type': self.schedule.prediction_type}
@@ -204,6 +227,17 @@ class SDXL(Latents, Prompts, BaseModel):
     def __repr__(self) -> str:
         """What the model is made of: its base, and a table of its adapters."""
         return table(self)
+
+    def to_diffusers(self, task: str | None = None) -> Any:
+        """A stock diffusers pipeline over the same weights; see `models.pipeline.to_diffusers`.
+
+        Args:
+            task: 'text-to-image', 'image-to-image' or 'inpainting'; None for what the base was made for.
+
+        Raises:
+            ValueError: no stock pipeline does this with these adapters.
+        """
+        return to_diffusers(self, task)
 
     def without_adapters(self) -> AbstractContextManager[None]:
         """Inside, the outputs are bitwise those of a model built without adapters. For pictures, not for training."""
@@ -226,11 +260,12 @@ class SDXL(Latents, Prompts, BaseModel):
 
         Args:
             batch: B samples.
-            branches: of 'cond' and 'uncond'.
+            branches: of 'uncond', 'cond' and 'perturbed', which is told what 'cond' is.
             project: also run the adapters' trained part, for a sampling loop; training leaves it to `predict`.
         """
         assert project or len(branches) == 1, 'several branches are for sampling'
-        rows = [self._encode_text(batch, branch) for branch in branches]
+        read = {branch: self._encode_text(batch, branch) for branch in branches if branch != 'perturbed'}
+        rows = [read['cond' if branch == 'perturbed' else branch] for branch in branches]
         text, pooled, time_ids = (torch.cat([row[i] for row in rows]) for i in range(3))
         adapters = {}
         if unknown := batch.drop.keys() - {'text', *self.adapters}:
@@ -247,29 +282,35 @@ class SDXL(Latents, Prompts, BaseModel):
             adapters[name] = tensors
         return Conditioning(text, pooled, time_ids, adapters, projected=project)
 
-    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, progress: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, progress: Tensor,
+                taps: Taps | None = None) -> Tensor:
         """The UNet's raw output, of its `prediction_type`, with every adapter's part: the only way to the UNet.
 
         Args:
             x: [B, 4, h, w], any dtype; t: [] or [B]; conditioning: B rows.
             progress: [B, 2] on the CPU, see UNetCall.
+            taps: what guidances ask of self-attentions; for sampling.
 
         Returns:
             [B, 4, h, w] in the UNet's dtype (the autocast dtype where it trains).
 
         Raises:
-            ValueError: what an adapter adds does not fit.
+            ValueError: what an adapter adds does not fit, or the UNet wants other channels.
         """
         dtype = self.unet_weight.dtype
         call = UNetCall(sample=x.to(dtype), timestep=t, progress=progress, text=conditioning.text.to(dtype),
                         pooled=conditioning.pooled.to(dtype), time_ids=conditioning.time_ids,
-                        training=torch.is_grad_enabled())
+                        training=torch.is_grad_enabled(), timestep_cond=conditioning.timestep_cond)
         for name, tensors in conditioning.adapters.items():
             adapter = self.adapters[name]
             with self._autocast(True):
                 adapter.contribute(call, tensors if conditioning.projected else adapter.project(tensors))
+        if conditioning.channels is not None:
+            call.add_channels(conditioning.channels)
+        call.check_inputs(self.unet.config)
         # The base alone computes as it does without an adapter's fp32 weights in it.
-        with self._autocast('unet' in self.trainable_parts if self.alone else self._unet_mixed):
+        mixed = 'unet' in self.trainable_parts if self.alone else self._unet_mixed
+        with tapped(self.unet, taps), self._autocast(mixed):
             out = self.unet(**call.kwargs(), return_dict=False)[0]
         call.check_consumed()
         return out
@@ -292,7 +333,7 @@ class SDXL(Latents, Prompts, BaseModel):
         return total, self.last_losses
 
     def _autocast(self, wanted: bool) -> AbstractContextManager[Any]:
-        return torch.autocast(self.unet_weight.device.type, self.compute_dtype or torch.bfloat16,
+        return torch.autocast(self.device.type, self.compute_dtype or torch.bfloat16,
                               enabled=wanted and self.compute_dtype is not None)
 
 
@@ -306,6 +347,20 @@ def _keep_trained(model: Any, state: dict[str, Any], prefix: str, metadata: Any)
 def _choose(key: str, value: str, known: Any) -> None:
     if value not in known:
         raise ValueError(f'{key}={value!r} is not known; choose of {", ".join(map(repr, known))}.')
+
+
+def _taken(base: Any, shared: Sequence[str], trainable: Sequence[str]) -> dict[str, Any]:
+    """The parts of `base` that another model shares."""
+    for part in shared:
+        _choose('shared', part, loading.MODULES)
+        if base is None:
+            raise ValueError(f"shared={list(shared)!r}: there is no other model to take '{part}' from; it is for a "
+                             'refiner beside its base.')
+        if getattr(base, part) is None:
+            raise ValueError(f"shared={list(shared)!r}: the other model has no '{part}'.")
+        if part in trainable:
+            raise ValueError(f"'{part}' cannot be shared and train.")
+    return {part: getattr(base, part) for part in shared}
 
 
 def _check_name(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -9,8 +10,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
+from diffengine_sdxl.models.weighting import SYNTAXES, WeightedEncoder, words_of
 from diffengine_sdxl.structures import Batch, where
 
 ENCODERS = ('text_encoder', 'text_encoder_2')
@@ -18,6 +21,9 @@ ENCODERS = ('text_encoder', 'text_encoder_2')
 Words = Mapping[str, Tensor]
 #: A tokenizer -> the entries that were last asked of it, and its copy that has them. At SDXL's size a copy takes 0.2 s.
 _TAUGHT: WeakKeyDictionary[Any, tuple[list[str], Any]] = WeakKeyDictionary()
+#: What was cut off of prompts and has been warned of; MAX_CUT of them, as captions may all be long.
+_CUT: set[str] = set()
+MAX_CUT = 10
 
 
 def encode_prompts(prompts: Sequence[Sequence[str]], tokenizers: Sequence[Any],
@@ -26,7 +32,7 @@ def encode_prompts(prompts: Sequence[Sequence[str]], tokenizers: Sequence[Any],
 
     Each encoder gives its penultimate hidden state; they are put side by side. The pooled embedding is the last
     encoder's projected one (Podell et al. 2023, SDXL, section 2.1; as diffusers' `encode_prompt`). Prompts longer
-    than 77 tokens are cut.
+    than 77 tokens are cut, with a warning.
 
     Args:
         prompts: one list of B prompts for each encoder.
@@ -42,12 +48,58 @@ def encode_prompts(prompts: Sequence[Sequence[str]], tokenizers: Sequence[Any],
     states, pooled = [], None
     for texts, tokenizer, encoder, new in zip(prompts, tokenizers, encoders, words or [{}] * len(prompts), strict=True):
         ids = _token_ids(tokenizer, texts, new).to(encoder.device)
-        with _new_words(encoder, ids, len(tokenizer), new):
-            output = encoder(ids, output_hidden_states=True)
+        output = _Encoder(encoder, len(tokenizer), new)(ids, output_hidden_states=True)
         states.append(output.hidden_states[-2])
         pooled = output[0]
     assert pooled is not None and pooled.dim() == 2, 'the last text encoder has a projection'
     return torch.cat(states, dim=-1), pooled
+
+
+def encode_weighted(num_chunks: int, prompts: Sequence[Sequence[str]], tokenizers: Sequence[Any],
+                    encoders: Sequence[Any], words: Sequence[Words]) -> tuple[Tensor, Tensor]:
+    """Embed one batch of prompts in compel's syntax, one by one; as `encode_prompts` if none has a weight or is long.
+
+    Args:
+        num_chunks: that each prompt is filled up to; at least as many as the longest has.
+        prompts, tokenizers, encoders, words: as for `encode_prompts`.
+
+    Returns:
+        text [B, 77 num_chunks, sum of widths], pooled [B, P].
+
+    Raises:
+        ValueError: a prompt is written wrongly, or tears a new word apart; a tokenizer has a new word already.
+    """
+    weighted = weighted_encoders(tokenizers, encoders, words)
+    for texts, new in zip(prompts, words, strict=True):
+        for text in texts:
+            _check_words(text, new)
+    if num_chunks == 1:
+        plain = [[found for text in texts if (found := encoder.as_plain(text)) is not None]
+                 for texts, encoder in zip(prompts, weighted, strict=True)]
+        if all(len(texts) == len(prompts[0]) for texts in plain):
+            return encode_prompts(plain, tokenizers, encoders, words)
+    # Prompts come again, negative ones mostly: each is read once.
+    states = [{text: encoder.states(text, num_chunks) for text in dict.fromkeys(texts)}
+              for texts, encoder in zip(prompts, weighted, strict=True)]
+    pooled = {text: weighted[-1].pooled(text) for text in dict.fromkeys(prompts[-1])}
+    return (torch.cat([torch.cat([read[text] for text in texts]) for texts, read in zip(prompts, states, strict=True)],
+                      dim=-1),
+            torch.cat([pooled[text] for text in prompts[-1]]))
+
+
+def _check_words(prompt: str, words: Words) -> None:
+    """Refuse a prompt whose new words compel's syntax takes to pieces."""
+    for word in words:
+        if prompt.lower().count(word.lower()) != words_of(prompt).lower().count(word.lower()):
+            raise ValueError(f"In the prompt '{prompt}' compel's syntax tears the new word '{word}' apart; give it a "
+                             "token of letters, digits, '_', '-', '<' and '>'.")
+
+
+def weighted_encoders(tokenizers: Sequence[Any], encoders: Sequence[Any], words: Sequence[Words]
+                      ) -> list[WeightedEncoder]:
+    """The text encoders behind compel, with new words."""
+    return [WeightedEncoder(_Reader(tokenizer, new), _Encoder(encoder, len(tokenizer), new))
+            for tokenizer, encoder, new in zip(tokenizers, encoders, words, strict=True)]
 
 
 def taught(tokenizer: Any, words: Words) -> Any:
@@ -79,22 +131,60 @@ def _entries(word: str, num: int) -> list[str]:
 
 def _token_ids(tokenizer: Any, texts: Sequence[str], words: Words) -> Tensor:
     """[B, 77]. New words have ids from `len(tokenizer)` on, one for each vector, in order."""
-    length = tokenizer.model_max_length
-    if not words:
-        ids: Tensor = tokenizer(list(texts), padding='max_length', max_length=length, truncation=True,
-                                return_tensors='pt').input_ids
-        return ids
-    copy = taught(tokenizer, words)
-    spelled = {}
-    for word, vectors in words.items():
-        first = copy.convert_tokens_to_ids(word)
-        spelled[first] = range(first, first + len(vectors))
-    # Spelled out here and not in the text, as diffusers does it, which misses words in capitals.
-    read = copy(list(texts), verbose=False).input_ids
-    rows = [[new for old in row for new in spelled.get(old, (old,))] for row in read]
-    # What is cut is what stands before the end token, as tokenizers do it.
-    rows = [row if len(row) <= length else [*row[:length - 1], row[-1]] for row in rows]
-    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+    length, reader = tokenizer.model_max_length, _Reader(tokenizer, words)
+    rows = reader(texts)['input_ids']
+    for row in rows:
+        if len(row) > length:
+            _warn_of_cut(reader.decode(row[length - 1:-1]), length)
+    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in _cut(rows, length)])
+
+
+def _cut(rows: list[list[int]], length: int) -> list[list[int]]:
+    """What is cut is what stands before the end token, as tokenizers do it."""
+    return [row if len(row) <= length else [*row[:length - 1], row[-1]] for row in rows]
+
+
+def _warn_of_cut(lost: str, length: int) -> None:
+    if lost in _CUT or len(_CUT) >= MAX_CUT:
+        return
+    _CUT.add(lost)
+    print_log(f"A prompt is longer than {length} tokens, so this end of it is not read: '{lost}'. With syntax='compel' "
+              'all of it is.' + (' Further ones will not be named.' if len(_CUT) == MAX_CUT else ''),
+              logger='current', level=logging.WARNING)
+
+
+class _Reader:
+    """A tokenizer with new words, called as transformers' are. As a type of its own it reads prompts in one way."""
+
+    def __init__(self, tokenizer: Any, words: Words) -> None:
+        self.tokenizer = taught(tokenizer, words) if words else tokenizer
+        self.spelled = {}
+        for word, vectors in words.items():
+            first = self.tokenizer.convert_tokens_to_ids(word)
+            self.spelled[first] = range(first, first + len(vectors))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts: Sequence[str], truncation: bool = False, **_: Any) -> dict[str, list[list[int]]]:
+        read = self.tokenizer(list(texts), verbose=False).input_ids
+        # Spelled out here and not in the text, as diffusers does it, which misses words in capitals.
+        rows = [[new for old in row for new in self.spelled.get(old, (old,))] for row in read]
+        return {'input_ids': _cut(rows, self.tokenizer.model_max_length) if truncation else rows}
+
+
+class _Encoder:
+    """A text encoder that knows new words, for as long as a call takes; called with ids and an attention mask."""
+
+    def __init__(self, encoder: Any, num_known: int, words: Words) -> None:
+        self.encoder, self.num_known, self.words = encoder, num_known, words
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def __call__(self, ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        with _new_words(self.encoder, ids, self.num_known, self.words):
+            return self.encoder(ids, attention_mask=attention_mask, **kwargs)
 
 
 @contextmanager
@@ -117,6 +207,31 @@ def _new_words(encoder: Any, ids: Tensor, num_known: int, words: Words) -> Itera
             handle.remove()
 
 
+def num_chunks(model: Any, request: Any) -> int:
+    """Chunks of 77 tokens that the longest of one picture's prompts takes up; pictures of one batch must have as many.
+
+    Args:
+        model: an SDXL.
+        request: has `prompt`, `prompt_2`, `negative_prompt`, `negative_prompt_2` and `syntax`.
+
+    Raises:
+        ValueError: a prompt is written wrongly.
+    """
+    if request.syntax == 'plain':
+        return 1
+    return _longest(model, request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
+
+
+def _longest(model: Any, text: str, text_2: str | None, negative: str | None, negative_2: str | None) -> int:
+    pairs = [(text, text if text_2 is None else text_2)]
+    if negative is not None or negative_2 is not None:
+        first = negative or ''
+        pairs.append((first, first if negative_2 is None else negative_2))
+    used, readers = model._readers()
+    return max(encoder.num_chunks(pair[i]) for i, encoder in zip(used, weighted_encoders(*readers), strict=True)
+               for pair in pairs)
+
+
 class Prompts:
     """The half of SDXL that owns the text encoders; mixed into it."""
 
@@ -126,15 +241,38 @@ class Prompts:
     #: Whether an adapter changes what they make of a prompt.
     text_changed = False
 
+    def _num_chunks(self: Any, batch: Batch) -> int:
+        """Of every picture of the batch.
+
+        Raises:
+            ValueError: they are not as many for each, the syntax is unknown, or a prompt is written wrongly.
+        """
+        if batch.syntax not in SYNTAXES:
+            raise ValueError(f"syntax='{batch.syntax}' is not known; choose of {', '.join(map(repr, SYNTAXES))}.")
+        if batch.syntax == 'plain':
+            return 1
+        if batch.text_embeds is not None:
+            raise ValueError(f"The samples hold 'text_embeds' and prompts of syntax='{batch.syntax}'; give them "
+                             'one of the two.')
+        absent = [None] * len(batch)
+        rows = [_longest(self, *row) for row in zip(batch.text, batch.text_2 or absent, batch.negative_text or absent,
+                                                    batch.negative_text_2 or absent, strict=True)]
+        if len(set(rows)) > 1:
+            other = next(i for i, num in enumerate(rows) if num != rows[0])
+            raise ValueError(f"The prompts '{batch.text[0]}' and '{batch.text[other]}' (or what stands beside them) "
+                             f'take up {rows[0]} and {rows[other]} chunks of {self.tokenizer_2.model_max_length} '
+                             'tokens; pictures of one batch must have as many.')
+        return rows[0]
+
     def _encode_text(self: Any, batch: Batch, branch: str) -> tuple[Tensor, Tensor, Tensor]:
-        time_ids = batch.time_ids
+        time_ids, num_chunks = batch.time_ids, self._num_chunks(batch)
         first, second = batch.text, batch.text_2 or batch.text
         dropped = batch.drop.get('text')
         if branch == 'uncond':
             if batch.negative_time_ids is not None:
                 time_ids = batch.negative_time_ids
             if batch.negative_text is None and self.null_text == 'zeros':
-                text, pooled = self._shape_of_text(batch)
+                text, pooled = self._shape_of_text(batch, num_chunks)
                 return torch.zeros_like(text), torch.zeros_like(pooled), time_ids
             first = batch.negative_text or [''] * len(batch)
             second, dropped = batch.negative_text_2 or first, None
@@ -151,16 +289,16 @@ class Prompts:
             if dropped is not None and self.null_text == 'empty':
                 first, second = ([('' if d else t) for d, t in zip(dropped.tolist(), texts, strict=True)]
                                  for texts in (first, second))
-            text, pooled = self._prompts(first, second)
+            text, pooled = self._prompts(first, second, batch.syntax, num_chunks)
         if dropped is not None and self.null_text == 'zeros':
             text, pooled = (where(dropped, torch.zeros_like(x), x) for x in (text, pooled))
         return text, pooled, time_ids
 
-    def _shape_of_text(self: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _shape_of_text(self: Any, batch: Batch, num_chunks: int) -> tuple[Tensor, Tensor]:
         """Tensors of the text's shapes, for zeros."""
         width = sum(e.config.hidden_size for e in (self.text_encoder, self.text_encoder_2) if e is not None)
         kwargs = {'device': self.unet_weight.device, 'dtype': self.text_encoder_2.dtype}
-        return (torch.empty(len(batch), self.tokenizer_2.model_max_length, width, **kwargs),
+        return (torch.empty(len(batch), num_chunks * self.tokenizer_2.model_max_length, width, **kwargs),
                 torch.empty(len(batch), self.text_encoder_2.config.projection_dim, **kwargs))
 
     def words(self: Any) -> tuple[Words, Words]:
@@ -183,13 +321,21 @@ class Prompts:
                 taught(tokenizer, held)
         return words
 
-    def _prompts(self: Any, first: Sequence[str], second: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _readers(self: Any) -> tuple[list[int], tuple[list[Any], list[Any], list[Words]]]:
+        """What reads prompts: number; and tokenizer, encoder and new words of each text encoder that there is."""
+        used = [i for i, part in enumerate(ENCODERS) if getattr(self, part) is not None]
+        words: Sequence[Words] = ({}, {}) if self.alone else self.words()
+        return used, ([(self.tokenizer, self.tokenizer_2)[i] for i in used],
+                      [getattr(self, ENCODERS[i]) for i in used], [words[i] for i in used])
+
+    def _prompts(self: Any, first: Sequence[str], second: Sequence[str], syntax: str = 'plain',
+                 num_chunks: int = 1) -> tuple[Tensor, Tensor]:
         # The base alone computes as it does without an adapter's fp32 weights in it.
         own = any(part in self.trainable_parts for part in ENCODERS)
         mixed = own if self.alone else self.text_mixed
-        words: Sequence[Words] = ({}, {}) if self.alone else self.words()
-        used = [i for i, part in enumerate(ENCODERS) if getattr(self, part) is not None]
+        used, readers = self._readers()
+        prompts = [(first, second)[i] for i in used]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_trains), self._autocast(mixed):
-            return encode_prompts([(first, second)[i] for i in used],
-                                  [(self.tokenizer, self.tokenizer_2)[i] for i in used],
-                                  [getattr(self, ENCODERS[i]) for i in used], [words[i] for i in used])
+            if syntax == 'plain':
+                return encode_prompts(prompts, *readers)
+            return encode_weighted(num_chunks, prompts, *readers)

@@ -1,3 +1,3 @@
 """Sampling: one loop over any diffusers scheduler, and the guidances that steer it."""
 
-from . import guidance, sampler  # noqa: F401  (fill the registries)
+from . import guidance, sampler, self_attention  # noqa: F401  (fill the registries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,83 +10,190 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffengine_sdxl.registry import GUIDANCES, SAMPLERS, nearest
-from diffengine_sdxl.samplers.guidance import BRANCHES, Guidance, Step, guide
-from diffengine_sdxl.structures import Batch
+from diffengine_sdxl.registry import GUIDANCES, SAMPLERS
+from diffengine_sdxl.samplers import solver
+from diffengine_sdxl.samplers.begin import Repaint, begin, strength_of
+from diffengine_sdxl.samplers.finite import Watch
+from diffengine_sdxl.samplers.guidance import (
+    BRANCHES,
+    CFG,
+    Guidance,
+    Rescale,
+    Step,
+    anchor_of,
+    guidance_embedding,
+    guide,
+)
+from diffengine_sdxl.structures import Batch, Conditioning, Taps
 
 
 @SAMPLERS.register_module()
 class Sampler:
-    """Makes latents from noise, from the prompts and conditions of a batch.
+    """Makes latents from noise, or from a picture, and the prompts and conditions of a batch.
 
     An image depends on its seed and inputs, not on its place in the batch. In fp32 on a CPU the loop is bitwise
-    that of diffusers' SDXL pipelines. Latents stay in fp32; the denoiser casts them.
+    that of diffusers' SDXL pipelines for text-to-image, image-to-image and inpainting. Latents stay in fp32; the
+    denoiser casts them.
 
     Args:
         scheduler: `type`, a scheduler class of diffusers, and settings that replace those of the base's own.
         num_inference_steps: solver steps.
         guidances: configs; at the least classifier-free guidance.
         eta: DDIM's noise, for schedulers that know it.
+        timesteps, sigmas: the solver's own, in place of num_inference_steps.
+        strength: how far back towards noise a given picture is taken; None: 0.3, for inpainting 0.9999.
+        denoising_start, denoising_end: parts of the way at which to begin, with a picture that has its noise already,
+            and to stop: the two halves of an ensemble of expert denoisers. `strength` is ignored beside the first.
 
     Raises:
         ValueError: no such scheduler, or a setting it does not know.
     """
 
     def __init__(self, scheduler: Mapping[str, Any] | None = None, num_inference_steps: int = 50,
-                 guidances: Sequence[Any] = ({'type': 'CFG', 'scale': 5.0},), eta: float = 0.0) -> None:
+                 guidances: Sequence[Any] = ({'type': 'CFG', 'scale': 5.0},), eta: float = 0.0,
+                 timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None,
+                 strength: float | None = None, denoising_start: float | None = None,
+                 denoising_end: float | None = None) -> None:
         settings = dict(scheduler or {'type': 'EulerDiscreteScheduler'})
-        self.scheduler_class = _scheduler_class(settings.pop('type', 'EulerDiscreteScheduler'))
-        known = list(inspect.signature(self.scheduler_class.__init__).parameters)
-        self.knows_zero_snr = 'rescale_betas_zero_snr' in known
-        for key in settings:
-            if key not in known:
-                raise ValueError(f"{self.scheduler_class.__name__} has no setting '{key}'.{nearest(key, known)}")
-        if num_inference_steps < 1:
-            raise ValueError(f'num_inference_steps={num_inference_steps} must be at least 1.')
-        self.settings, self.num_inference_steps, self.eta = settings, num_inference_steps, eta
+        self.scheduler_class = solver.scheduler_class(settings.pop('type', 'EulerDiscreteScheduler'))
         self.guidances: list[Guidance] = [GUIDANCES.build(dict(g)) for g in guidances]
+        self.settings, self.num_inference_steps, self.eta = settings, num_inference_steps, eta
+        self.timesteps, self.sigmas, self.strength = timesteps, sigmas, strength
+        self.denoising_start, self.denoising_end = denoising_start, denoising_end
+        self._check()
+
+    def _check(self) -> None:
+        solver.check_settings(self.scheduler_class, self.settings, self.timesteps, self.sigmas)
+        if self.num_inference_steps < 1:
+            raise ValueError(f'num_inference_steps={self.num_inference_steps} must be at least 1.')
+        for name in ('strength', 'denoising_start', 'denoising_end'):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f'{name}={value} must be above 0 and at most 1.')
+        if (self.denoising_start or 0) >= (self.denoising_end or 2):
+            raise ValueError(f'denoising_start={self.denoising_start} must be below denoising_end='
+                             f'{self.denoising_end}.')
+
+    def changed(self, guidance_scale: float | None = None, guidance_rescale: float | None = None,
+                **settings: Any) -> Sampler:
+        """A copy with other settings, under the names of __init__; None leaves one as it is.
+
+        Args:
+            guidance_scale: of classifier-free guidance, which is added where there is none.
+            guidance_rescale: of Rescale, likewise.
+
+        Raises:
+            ValueError: a value that it cannot take.
+        """
+        new = copy.copy(self)
+        known = inspect.signature(type(self).__init__).parameters
+        for name, value in settings.items():
+            assert name in known and name not in ('scheduler', 'guidances'), name
+            if value is not None:
+                setattr(new, name, value)
+        if settings.get('num_inference_steps') is not None:
+            new.timesteps = new.sigmas = None
+        for name in ('timesteps', 'sigmas'):
+            if settings.get(name) is not None:
+                new.timesteps, new.sigmas = settings.get('timesteps'), settings.get('sigmas')
+        new.guidances = list(self.guidances)
+        for kind, scale in ((CFG, guidance_scale), (Rescale, guidance_rescale)):
+            if scale is not None:
+                old = [g for g in new.guidances if isinstance(g, kind)] or [kind(scale)]
+                new.guidances = [g for g in new.guidances if not isinstance(g, kind)]
+                new.guidances += [kind(scale, window=g.window) for g in old]
+        new._check()
+        return new
 
     @torch.no_grad()
-    def __call__(self, model: Any, batch: Batch, on_step: Callable[[int, int], None] | None = None) -> Tensor:
+    def __call__(self, model: Any, batch: Batch, on_step: Callable[[int, int], None] | None = None,
+                 generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Latents [B, 4, h, w], fp32 (fp64 for an fp64 model), of the pictures that `batch` asks for.
 
         Args:
-            model: an SDXL. batch: its `size` (H, W), else the size of its images or conditions, is the pictures'.
+            model: an SDXL. batch: its `size` (H, W), else the size of its images or conditions, is the pictures';
+                its `start` what to begin with.
             on_step: called with (steps done, steps in all).
+            generators: one a row, CPU's; None makes them of `batch.seed`. A second stage goes on with the first one's.
 
         Raises:
-            ValueError: a side cannot be divided; or latents are not finite, at which step.
+            ValueError: a side cannot be divided, no step is left, other counts of generators and pictures; or latents
+                are not finite, from which step on.
         """
-        scheduler = self.build_scheduler(model)
-        device = batch.time_ids.device
-        scheduler.set_timesteps(self.num_inference_steps, device=device)
-        if hasattr(scheduler, 'set_begin_index'):
-            # Else a scheduler looks its place up by the timestep, and skips a step where two round to the same.
-            scheduler.set_begin_index(0)
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in batch.seed]
-        x = self._noise(model, picture_size(batch, model), generators).to(device)
-        x = x * scheduler.init_noise_sigma
-        options = self._step_options(scheduler, generators)
-        encoded: dict[tuple[str, ...], Any] = {}
-        total = len(scheduler.timesteps)
-        for i, t in enumerate(scheduler.timesteps):
-            begin, end = i / total, (i + 1) / total
-            active = [g for g in self.guidances if g.active(begin, end)]
-            wanted = {b for g in active for b in g.branches()} | {'cond'}
-            branches = tuple(b for b in BRANCHES if b in wanted)
+        generators = list(generators or [torch.Generator().manual_seed(int(seed)) for seed in batch.seed])
+        if len(generators) != len(batch):
+            raise ValueError(f'There are {len(generators)} generator(s) for {len(batch)} pictures; give each its own.')
+        scheduler, way, x, repaint = self._prepared(model, batch, generators)
+        options = solver.step_options(scheduler, self.eta, generators)
+        encoded: dict[tuple[str, ...], Conditioning] = {}
+        watch = Watch()
+        for i, t in enumerate(way.timesteps):
+            done = way.first + i
+            active = self._active(model, done / way.total, (done + 1) / way.total)
+            branches = _branches(active)
             if branches not in encoded:
-                encoded[branches] = model.encode(batch, branches, project=True)
+                encoded[branches] = self._encoded(model, batch, branches, repaint)
+            progress = torch.tensor([[done / way.total, (done + 1) / way.total]])
             rows = scheduler.scale_model_input(torch.cat([x] * len(branches)), t)
-            progress = torch.tensor([[begin, end]]).expand(len(rows), 2)
-            prediction = model.predict(rows, t, encoded[branches], progress).to(x.dtype)
-            step = Step(x, t, dict(zip(branches, prediction.chunk(len(branches)), strict=True)))
-            x = scheduler.step(guide(active, step), t, x, **options, return_dict=False)[0]
+            step = self._evaluated(model, rows, t, encoded[branches], progress, branches, active, x.dtype)
+            watch.begin(i, t)
+            for branch, prediction in step.predictions.items():
+                watch(f"the UNet ('{branch}')", prediction)
+            x = scheduler.step(guide(active, step, watch), t, x, **options, return_dict=False)[0]
+            watch(self.scheduler_class.__name__, x)
+            if repaint is not None:
+                x = repaint.blend(scheduler, x, way.timesteps[i + 1] if i + 1 < len(way.timesteps) else None)
             if on_step is not None:
-                on_step(i + 1, total)
-        if not torch.isfinite(x).all():
-            raise ValueError(f'The sampled latents are not finite after {total} steps; a guidance scale that is too '
-                             'large or fp16 weights that overflow do this.')
+                on_step(i + 1, len(way.timesteps))
+        watch.check(len(way.timesteps))
         return x
+
+    def _prepared(self, model: Any, batch: Batch, generators: list[torch.Generator]) -> Any:
+        """Scheduler, span, latents to begin with, and what inpainting keeps."""
+        size = picture_size(batch, model)
+        scheduler = self.build_scheduler(model)
+        num = solver.set_steps(scheduler, self.num_inference_steps, self.timesteps, self.sigmas, model.device)
+        if self.denoising_start is not None and (batch.start is None or not batch.start.given):
+            raise ValueError(f'denoising_start={self.denoising_start} goes on from a picture that has its noise; there '
+                             'is none.')
+        strength = strength_of(self.strength, batch.start)
+        way = solver.span(scheduler, num, strength, self.denoising_start, self.denoising_end)
+        x, repaint = begin(model, batch.start, size, scheduler, way.timesteps, generators, strength,
+                           noised=self.denoising_start is None)
+        return scheduler, way, x, repaint
+
+    def _active(self, model: Any, begin_: float, end: float) -> list[Guidance]:
+        found = [g for g in self.guidances if g.active(begin_, end)]
+        if model.unet.config.time_cond_proj_dim is not None:  # a distilled LCM reads the scale itself
+            found = [g for g in found if not isinstance(g, CFG)]
+        return sorted(found, key=lambda g: g.order)
+
+    def _encoded(self, model: Any, batch: Batch, branches: tuple[str, ...], repaint: Repaint | None) -> Conditioning:
+        """What the denoiser is told, with what a UNet for inpainting or a distilled one reads besides."""
+        encoded: Conditioning = model.encode(batch, branches, project=True)
+        if repaint is not None and repaint.channels is not None:
+            encoded.channels = torch.cat([repaint.channels] * len(branches))
+        if (dim := model.unet.config.time_cond_proj_dim) is not None:
+            scale = next((g.scale for g in self.guidances if isinstance(g, CFG)), 1.0)
+            encoded.timestep_cond = guidance_embedding(scale, dim).expand(len(encoded.text), dim).to(model.device)
+        return encoded
+
+    def _evaluated(self, model: Any, rows: Tensor, t: Tensor, conditioning: Conditioning, progress: Tensor,
+                   branches: tuple[str, ...], active: Sequence[Guidance], dtype: torch.dtype) -> Step:
+        """The UNet's outputs by branch, and what guidances need beside them."""
+        size = len(rows) // len(branches)
+        at = {branch: slice(i * size, (i + 1) * size) for i, branch in enumerate(branches)}
+        anchor = at[anchor_of(branches)]
+        taps = Taps(perturbed=at.get('perturbed'), anchor=anchor)
+        for guidance in active:
+            guidance.tap(taps)
+        tapped = taps if taps.identity or taps.recorded else None
+        prediction = model.predict(rows, t, conditioning, progress.expand(len(rows), 2), tapped).to(dtype)
+
+        def again(x: Tensor) -> Tensor:
+            return model.predict(x, t, conditioning.rows(anchor), progress.expand(size, 2))
+        predictions = dict(zip(branches, prediction.chunk(len(branches)), strict=True))
+        return Step(rows[anchor], t, predictions, taps.maps, model.schedule, again)
 
     def build_scheduler(self, model: Any) -> Any:
         """A fresh scheduler with the base's noise schedule, prediction type and spacing, and our settings.
@@ -93,20 +201,16 @@ class Sampler:
         Raises:
             ValueError: the model has zero terminal SNR, of which the scheduler knows nothing.
         """
-        if model.schedule.zero_terminal_snr and not self.knows_zero_snr:
+        if model.schedule.zero_terminal_snr and 'rescale_betas_zero_snr' not in inspect.signature(
+                self.scheduler_class.__init__).parameters:
             raise ValueError(f'{self.scheduler_class.__name__} cannot sample a model with zero terminal SNR; take '
                              'EulerDiscreteScheduler, DDIMScheduler or DPMSolverMultistepScheduler.')
         return self.scheduler_class.from_config(model.scheduler_settings, **self.settings)
 
-    def _noise(self, model: Any, size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
-        shape = (1, model.unet.config.out_channels, size[0] // model.vae_factor, size[1] // model.vae_factor)
-        dtype = torch.promote_types(model.unet.dtype, torch.float32)
-        return torch.cat([torch.randn(shape, generator=g, dtype=dtype) for g in generators])
 
-    def _step_options(self, scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-        known = inspect.signature(scheduler.step).parameters
-        options = {'eta': self.eta, 'generator': generators}
-        return {k: v for k, v in options.items() if k in known}
+def _branches(active: Sequence[Guidance]) -> tuple[str, ...]:
+    wanted = {b for g in active for b in g.branches()} | {'cond'}
+    return tuple(b for b in BRANCHES if b in wanted)
 
 
 def picture_size(batch: Batch, model: Any) -> tuple[int, int]:
@@ -116,6 +220,12 @@ def picture_size(batch: Batch, model: Any) -> tuple[int, int]:
         ValueError: nothing says so, or they cannot be divided.
     """
     size = batch.size
+    if size is None and batch.start is not None and batch.start.given:
+        if batch.start.image is not None:
+            size = (batch.start.image.shape[-2], batch.start.image.shape[-1])
+        else:
+            assert batch.start.latents is not None
+            size = (batch.start.latents.shape[-2] * model.vae_factor, batch.start.latents.shape[-1] * model.vae_factor)
     if size is None:
         # What no adapter reads lies over the picture too (a data set's own); an image prompt does not.
         prompts = {n for a in model.adapters.values() if not a.of_picture_size for n in (a.reads, f'{a.reads}_embeds')}
@@ -136,11 +246,3 @@ def check_size(size: tuple[int, int], divisor: int) -> None:
     """
     if size[0] < divisor or size[1] < divisor or size[0] % divisor or size[1] % divisor:
         raise ValueError(f'Pictures of {size[0]} x {size[1]} cannot be made: {divisor} must divide both sides.')
-
-
-def _scheduler_class(name: str) -> Any:
-    import diffusers
-    known = [n for n in dir(diffusers) if n.endswith('Scheduler')]
-    if name not in known:
-        raise ValueError(f"scheduler type='{name}' is not a scheduler of diffusers.{nearest(name, known)}")
-    return getattr(diffusers, name)

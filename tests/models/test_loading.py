@@ -10,7 +10,7 @@ import original_format
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from parity import picture_batch, sampler, stock
+from parity import generators, make_batch, picture_batch, sampler, set_scheduler, stock
 from safetensors.torch import load_file, save_file
 
 from diffengine_sdxl.models.sdxl import SDXL
@@ -247,7 +247,13 @@ def test_weights_with_a_key_missing_or_misnamed(tiny_base: Path, tmp_path: Path,
 
 
 def test_a_base_that_takes_its_guidance_as_an_input(tmp_path: Path) -> None:
-    """A distilled LCM UNet would be sampled without its guidance scale; it is refused instead."""
-    folder = write_tiny_sdxl(tmp_path / 'lcm', time_cond_proj_dim=16)
-    with pytest.raises(ValueError, match='time_cond_proj_dim'):
-        SDXL(pretrained=str(folder))
+    """A distilled LCM's UNet samples as stock's, by the guidance scale that it reads, and is not trained."""
+    folder = write_tiny_sdxl(tmp_path / 'lcm', time_cond_proj_dim=15)
+    model, pipeline = SDXL(pretrained=str(folder), objective=dict(type='Denoise'), trainable=['unet']), stock(folder)
+    set_scheduler(pipeline, 'LCMScheduler')
+    made = [sampler('LCMScheduler', 3, scale)(model, picture_batch(['a cat'], [3])) for scale in (8.0, 2.0)]
+    expected = pipeline('a cat', height=64, width=64, num_inference_steps=3, guidance_scale=8.0, output_type='latent',
+                        generator=generators([3])).images
+    assert torch.equal(made[0], expected) and not torch.equal(*made)
+    with pytest.raises(ValueError, match='guidance scale as an input'):
+        model(make_batch(), mode='loss')

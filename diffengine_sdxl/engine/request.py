@@ -1,0 +1,203 @@
+"""What is asked for: one prompt with its pictures and settings, in diffusers' words; checked before anything loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from diffengine_sdxl.models.weighting import SYNTAXES
+from diffengine_sdxl.registry import nearest
+
+TEXTS = ('prompt', 'prompt_2', 'negative_prompt', 'negative_prompt_2')
+SIZES = ('original_size', 'target_size', 'negative_original_size', 'negative_target_size')
+CORNERS = ('crops_coords_top_left', 'negative_crops_coords_top_left')
+#: Of a config's `infer_cfg`, what is no part of a Request: how the VAE decodes, and whether parts wait in CPU memory.
+OPTIONS = ('vae_tiling', 'vae_slicing', 'offload')
+#: What the refiner may be told apart from the base.
+REFINER = (*TEXTS, *SIZES, *CORNERS, 'aesthetic_score', 'negative_aesthetic_score', 'strength', 'num_inference_steps',
+           'timesteps', 'sigmas', 'guidance_scale', 'guidance_rescale', 'eta', 'denoising_start', 'denoising_end')
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; the names are those of diffusers' SDXL pipelines. None leaves a setting to the config.
+
+    Attributes:
+        prompt, prompt_2, negative_prompt, negative_prompt_2: texts; no prompt_2 is the prompt again.
+        image: to start from (image-to-image), or to repaint in part: path, URL, PIL image, or a tensor, a picture
+            [3, H, W] in [0, 1] or latents [4, h, w].
+        mask_image: what is white is repainted (inpainting): path, URL or PIL image.
+        strength: how far back towards noise an image is taken, in (0, 1]; None: 0.3, with a mask 0.9999.
+        conditions: adapter name -> its picture (path, URL, PIL), a list where it takes several, or
+            {'image': ..., 'mask': ...} where it acts in a part of the picture only.
+        scales, windows: adapter name -> what takes the place of its `scale` and `window`.
+        height, width: of the picture, in pixels; None: those of the image, else the base's own.
+        original_size, target_size, crops_coords_top_left, negative_original_size, negative_target_size,
+            negative_crops_coords_top_left: (height, width) or (top, left) in pixels: SDXL's micro-conditioning.
+        aesthetic_score, negative_aesthetic_score: what a refiner is told in place of the target size.
+        num_inference_steps, timesteps, sigmas, eta: of the solver.
+        guidance_scale, guidance_rescale: of classifier-free guidance.
+        denoising_start, denoising_end: parts of the way from noise (0) to image (1) at which to begin and to stop.
+        num_images_per_prompt: pictures, with the seeds seed, seed + 1, ...
+        seed: of the starting noise.
+        latents: starting noise [4, h, w], a tensor or a .safetensors file that holds one.
+        syntax: how prompts are written: 'plain', or with weights and of any length ('compel').
+        refiner: what the refiner is told otherwise than the base, of REFINER.
+        name: of the picture's file, without number and suffix.
+    """
+
+    prompt: str = ''
+    prompt_2: str | None = None
+    negative_prompt: str | None = None
+    negative_prompt_2: str | None = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    windows: Mapping[str, Any] = field(default_factory=dict)
+    height: int | None = None
+    width: int | None = None
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    negative_original_size: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    num_inference_steps: int | None = None
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    eta: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    num_images_per_prompt: int = 1
+    seed: int = 0
+    latents: Any = None
+    syntax: str = 'plain'
+    refiner: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ''
+
+    @classmethod
+    def of(cls, *settings: Mapping[str, Any], whole: bool = True) -> Request:
+        """A request of settings, the later ones first; None counts as not given, dicts are put together.
+
+        Args:
+            whole: False for a part of what will be asked: what goes with a picture only may come without one.
+
+        Raises:
+            ValueError: a key is unknown, or a value is of the wrong kind, out of range, or contradicts another.
+        """
+        given: dict[str, Any] = {}
+        known = [f.name for f in fields(cls)]
+        for one in settings:
+            for key, value in one.items():
+                if key not in known:
+                    hint = ' It is no setting of one picture: it goes into the config (infer_cfg) or behind --set.' if \
+                        key in OPTIONS else nearest(str(key), [*known, *OPTIONS])
+                    raise ValueError(f"'{key}' is nothing that can be asked for.{hint}")
+                if value is None:
+                    continue
+                if isinstance(value, Mapping) and isinstance(given.get(key), Mapping):
+                    value = {**given[key], **value}
+                given[key] = value
+        return cls(**{key: _as_it_should_be(key, value) for key, value in given.items()})._checked(whole)
+
+    def for_refiner(self) -> Request:
+        """What the refiner is asked: the same texts, sizes and seed, its own number of steps and strength."""
+        kept = {name: getattr(self, name) for name in (*TEXTS, *SIZES, *CORNERS, 'aesthetic_score', 'height', 'width',
+                                                       'negative_aesthetic_score', 'seed', 'syntax')}
+        return Request.of(kept, self.refiner, whole=False)
+
+    def _checked(self, whole: bool) -> Request:
+        if whole and self.image is None:
+            self._check_without_image()
+        for name in ('strength', 'denoising_start', 'denoising_end'):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f'{name}={value} must be above 0 and at most 1.')
+        if self.timesteps is not None and self.sigmas is not None:
+            raise ValueError('Give timesteps or sigmas, not both.')
+        for name, low in (('num_inference_steps', 1), ('num_images_per_prompt', 1), ('height', 1), ('width', 1),
+                          ('seed', 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f'{name}={value} must be at least {low}.')
+        if self.syntax not in SYNTAXES:
+            raise ValueError(f"syntax='{self.syntax}' is not known; choose of {', '.join(map(repr, SYNTAXES))}.")
+        if unknown := [key for key in self.refiner if key not in REFINER]:
+            raise ValueError(f"'{unknown[0]}' is nothing that the refiner can be told."
+                             f'{nearest(unknown[0], list(REFINER))}')
+        try:
+            if self.refiner:
+                self.for_refiner()
+        except ValueError as error:
+            raise ValueError(f'refiner: {error}') from None
+        return self
+
+    def _check_without_image(self) -> None:
+        if self.mask_image is not None:
+            raise ValueError(f"mask_image={_short(self.mask_image)} says what to repaint, but there is no `image`.")
+        if self.strength is not None:
+            raise ValueError(f'strength={self.strength} says how far back an image is taken, but there is no `image`.')
+        if self.denoising_start is not None:
+            raise ValueError(f'denoising_start={self.denoising_start} goes on from an image or latents; give `image`.')
+
+    def with_seed(self, number: int) -> Request:
+        """Picture `number` of this request, alone."""
+        return replace(self, seed=self.seed + number, num_images_per_prompt=1)
+
+
+def _as_it_should_be(key: str, value: Any) -> Any:
+    """`value` in the type of Request's field `key`.
+
+    Raises:
+        ValueError: it cannot be that.
+    """
+    if key in TEXTS or key in ('syntax', 'name'):
+        if not isinstance(value, str):
+            raise ValueError(f'{key}={value!r} must be a text.')
+        return value
+    if key in SIZES or key in CORNERS:
+        pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+        if len(pair) != 2 or not all(_is_whole(side) for side in pair):
+            raise ValueError(f'{key}={value!r} must be two whole numbers of pixels, vertical first.')
+        return tuple(int(side) for side in pair)
+    if key in ('height', 'width', 'num_inference_steps', 'num_images_per_prompt', 'seed'):
+        if not _is_whole(value):
+            raise ValueError(f'{key}={value!r} must be a whole number.')
+        return int(value)
+    if key in ('strength', 'denoising_start', 'denoising_end', 'guidance_scale', 'guidance_rescale', 'eta',
+               'aesthetic_score', 'negative_aesthetic_score'):
+        return _number(key, value)
+    if key in ('timesteps', 'sigmas'):
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f'{key}={value!r} must be a list of numbers.')
+        return tuple(_number(key, v) for v in value) if key == 'sigmas' else tuple(int(_number(key, v)) for v in value)
+    if key in ('conditions', 'scales', 'windows', 'refiner'):
+        if not isinstance(value, Mapping):
+            what = 'its own settings' if key == 'refiner' else 'adapter name -> value'
+            raise ValueError(f'{key}={value!r} must be a dict: {what}.')
+        return {str(k): _number(f'scales.{k}', v) for k, v in value.items()} if key == 'scales' else dict(value)
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value == int(value)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f'{key}={value!r} must be a number.')
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else type(value).__name__

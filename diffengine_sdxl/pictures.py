@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +73,7 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
     if not cell:
         cell = min(512, max([128, *(max(i.size) for i in images)]))
     points = max(12, cell // 18)
-    font, line, gap = ImageFont.load_default(points), points + 6, 6
+    font, line, gap = _font(points), points + 6, 6
     width = gap + len(columns) * (cell + gap)
     wrapped = [wrap(label, font, width - 2 * gap) for label, _ in rows]
     heights = [len(lines) * line + cell + 2 * gap for lines in wrapped]
@@ -98,6 +102,13 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], colu
             sheet.paste(shown, corner)
         y += height
     return sheet
+
+
+def _font(points: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font that matplotlib brings, which has Greek, Cyrillic and accents; PIL's own has plain Latin alone."""
+    found = find_spec('matplotlib')
+    path = Path(found.origin).parent / 'mpl-data/fonts/ttf/DejaVuSans.ttf' if found and found.origin else None
+    return ImageFont.truetype(str(path), points) if path and path.is_file() else ImageFont.load_default(points)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
@@ -144,3 +155,47 @@ def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
         axes.set_xlabel('optimizer step')
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def png_text(path: str | Path, keyword: str, most: int) -> str | None:
+    """The text of a PNG's iTXt chunk `keyword`, or None; the file is walked through to its end, no pixel decoded.
+
+    Source: PNG specification, third edition, 5.3 (chunks) and 11.3.3.4 (iTXt).
+
+    Args:
+        most: bytes of the text at most; PIL's own reader has no limit here.
+
+    Raises:
+        ValueError: it is no PNG, is cut off or damaged, or the text is longer or compressed.
+    """
+    mark, found = keyword.encode('latin-1') + b'\0', None
+    try:
+        with open(path, 'rb') as file:
+            if file.read(8) != b'\x89PNG\r\n\x1a\n':
+                raise ValueError(f"'{path}' is no PNG.")
+            size, kind = os.fstat(file.fileno()).st_size, b''
+            while kind != b'IEND':
+                head = file.read(8)
+                length, kind = struct.unpack('>I4s', head) if len(head) == 8 else (size, b'')
+                end = file.tell() + length + 4
+                if end > size:
+                    raise ValueError(f"'{path}' is cut off.")
+                if kind == b'iTXt' and found is None and file.read(min(length, len(mark))) == mark:
+                    if length > most + len(mark) + 256:
+                        raise ValueError(f"'{path}' holds {length} bytes of '{keyword}'; at most {most} are read.")
+                    found = file.read(length - len(mark))
+                    if zlib.crc32(kind + mark + found).to_bytes(4, 'big') != file.read(4):
+                        raise ValueError(f"The chunk '{keyword}' of '{path}' is damaged.")
+                file.seek(end)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if found is None:
+        return None
+    # Compressed or not, method, language, translated keyword: two bytes, and two strings that end with 0.
+    text = found[2:].split(b'\0', 2)[-1]
+    if found[:1] != b'\0':
+        raise ValueError(f"The chunk '{keyword}' of '{path}' is compressed, as this engine does not write it.")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The chunk '{keyword}' of '{path}' is damaged: {error}.") from error

@@ -110,16 +110,6 @@ class Conditioning:
     channels: Tensor | None = None
     timestep_cond: Tensor | None = None
 
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Stack along the batch. All parts must hold the same adapters in the same state."""
-        first = parts[0]
-        assert all(p.projected == first.projected and p.adapters.keys() == first.adapters.keys() for p in parts)
-        adapters = {name: {k: torch.cat([p.adapters[name][k] for p in parts]) for k in tensors}
-                    for name, tensors in first.adapters.items()}
-        return replace(first, text=torch.cat([p.text for p in parts]), pooled=torch.cat([p.pooled for p in parts]),
-                       time_ids=torch.cat([p.time_ids for p in parts]), adapters=adapters)
-
     def rows(self, index: slice | Tensor) -> Conditioning:
         """The rows that `index` takes along the batch."""
         adapters = {name: {k: t[index] for k, t in tensors.items()} for name, tensors in self.adapters.items()}

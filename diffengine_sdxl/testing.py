@@ -59,6 +59,10 @@ def tiny_unet(channels: tuple[int, ...] = (16, 32, 64), cross_attention_dim: int
     return UNet2DConditionModel(**{**config, **changes})
 
 
+#: The down blocks of SDXL's refiner.
+REFINER_BLOCKS = ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D')
+
+
 def tiny_vae(num_blocks: int = 4) -> Any:
     """A VAE whose latents are 2 ** (num_blocks - 1) times smaller than its images."""
     from diffusers import AutoencoderKL
@@ -104,7 +108,7 @@ def write_tiny_sdxl(folder: str | Path, seed: int = 0, vae_blocks: int = 4, hidd
         vae_blocks: 4 for SDXL's factor of 8, 3 for a factor of 4.
         hidden: width of each text encoder; `cross_attention_dim` of the UNet is twice that.
         scheduler: changes to the scheduler's config, e.g. `dict(prediction_type='v_prediction')`.
-        unet: changes to the UNet, e.g. `channels`.
+        unet: changes to the UNet, e.g. `channels`; `in_channels=9` for one that takes a mask (inpainting).
     """
     from diffusers import StableDiffusionXLPipeline
     with rng.fork(seed, 'tiny sdxl'):
@@ -113,6 +117,25 @@ def write_tiny_sdxl(folder: str | Path, seed: int = 0, vae_blocks: int = 4, hidd
             vae=tiny_vae(vae_blocks), text_encoder=text_encoder, text_encoder_2=text_encoder_2,
             tokenizer=tiny_tokenizer(), tokenizer_2=tiny_tokenizer('!'), unet=tiny_unet(**unet),
             scheduler=sdxl_scheduler(**(scheduler or {})), add_watermarker=False)
+    pipeline.save_pretrained(str(folder))
+    return Path(folder)
+
+
+def write_tiny_refiner(folder: str | Path, seed: int = 1, hidden: int = 32, scheduler: dict[str, Any] | None = None,
+                       **unet: Any) -> Path:
+    """Write a tiny refiner in diffusers' layout: one text encoder, four blocks, five time ids. See `write_tiny_sdxl`.
+
+    Its VAE and text encoder are random too, of the shapes of a base's with the same `hidden`, which it may share.
+    """
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+    blocks = {'channels': (16, 32, 64, 64), 'down_block_types': REFINER_BLOCKS, 'transformer_layers_per_block': 1,
+              'up_block_types': tuple(name.replace('Down', 'Up') for name in REFINER_BLOCKS)}
+    with rng.fork(seed, 'tiny refiner'):
+        pipeline = StableDiffusionXLImg2ImgPipeline(
+            vae=tiny_vae(), text_encoder=None, text_encoder_2=tiny_text_encoders(hidden)[1], tokenizer=None,
+            tokenizer_2=tiny_tokenizer('!'), scheduler=sdxl_scheduler(**(scheduler or {})), add_watermarker=False,
+            unet=tiny_unet(**{**blocks, **dict(cross_attention_dim=hidden, num_time_ids=5), **unet}),
+            requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)
     pipeline.save_pretrained(str(folder))
     return Path(folder)
 

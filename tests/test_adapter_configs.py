@@ -1,4 +1,4 @@
-"""The configs of every kind train on the tiny base; the compositions of the Refiners guide are stock's, bitwise."""
+"""The configs of every kind train on the tiny base."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 import torch
 from engine.helpers import train, weights
-from kinds import CASES, SEEDS, STEPS, build, run, shaken
-from parity import PROMPTS, images, picture_batch, sampler, stock
+from kinds import CASES, build, shaken
 
 from diffengine_sdxl.engine import config
-from diffengine_sdxl.registry import MODELS
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
 TRAINED = {
@@ -20,28 +18,22 @@ TRAINED = {
     'stable_diffusion_xl_controlnet_fill50k': ['control'], 'stable_diffusion_xl_textual_inversion': ['word'],
     'stable_diffusion_xl_lora_t2i_adapter': ['adapter', 'style'],
     'stable_diffusion_xl_t2i_adapter_beside_lora': ['adapter']}
-COMPOSED = ('stable_diffusion_xl_two_loras', 'stable_diffusion_xl_two_loras_ip_adapter_plus',
-            'stable_diffusion_xl_two_loras_ip_adapter_plus_t2i_adapter')
 
 
 @pytest.fixture(scope='module')
 def parts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of exported adapters that look trained, and the image encoder of the IP-Adapter."""
+    """A folder of what configs name: an exported LoRA that looks trained, and the image encoder of IP-Adapters."""
     folder = tmp_path_factory.mktemp('parts')
-    kinds = {'first': CASES['lora_everywhere'], 'second': CASES['lora'], 'ip': CASES['ip_adapter_plus'],
-             'depth': CASES['t2i_adapter']}
-    model = shaken(build(tiny_base, {name: {**case.config, 'reads': name} if case.reads else case.config
-                                     for name, case in kinds.items()}), *(kinds[name] for name in sorted(kinds)))
-    for name, adapter in model.adapters.items():
-        adapter.save(folder / name)
+    case = CASES['lora']
+    shaken(build(tiny_base, {'style': case.config}), case).adapters['style'].save(folder / 'style')
     write_tiny_image_encoder(folder / 'encoder')
     return folder
 
 
 def test_all_are_here() -> None:
-    """A config for SDXL in these folders is in one of both lists."""
-    found = {p.stem for p in config.installed_configs() if p.parent.name not in ('t2i_adapter', 'shapes', 'tiny')}
-    assert found == {*TRAINED, *COMPOSED}
+    """Those of other folders have tests of their own."""
+    elsewhere = ('infer', 't2i_adapter', 'shapes', 'tiny')
+    assert {p.stem for p in config.installed_configs() if p.parent.name not in elsewhere} == {*TRAINED}
 
 
 @pytest.mark.parametrize('name', TRAINED)
@@ -61,54 +53,8 @@ def test_a_config_trains(name: str, tiny_base: Path, circles: Path, parts: Path,
         options |= {'image_prompt_size': 64, 'model.adapters.ip.image_encoder': str(parts / 'encoder'),
                     'model.adapters.ip.image_encoder_subfolder': None}
     if 'beside_lora' in name:
-        options['model.adapters.style.weights'] = str(parts / 'second')
+        options['model.adapters.style.weights'] = str(parts / 'style')
     train(tmp_path, options, name=name)
     assert sorted(p.name for p in (tmp_path / 'step2').iterdir() if p.is_dir()) == TRAINED[name]
     one, two = weights(tmp_path, 1), weights(tmp_path, 2)
     assert one and sum(torch.equal(one[k], two[k]) for k in one) == 0
-
-
-@pytest.mark.parametrize('name', COMPOSED)
-def test_a_composition_is_stocks(name: str, tiny_base: Path, parts: Path) -> None:
-    """Two LoRAs at the guide's scales, then an IP-Adapter plus, then a T2I-Adapter, as the config has them."""
-    from diffusers import T2IAdapter
-    from transformers import CLIPVisionModelWithProjection
-    options: dict[str, Any] = {'model.pretrained': str(tiny_base), 'model.vae': None, 'mixed_precision': 'no',
-                               'model.adapters.scifi.weights': str(parts / 'first'),
-                               'model.adapters.pixel_art.weights': str(parts / 'second')}
-    if 'ip_adapter' in name:
-        options |= {f'model.adapters.ip.{key}': value for key, value in dict(
-            weights=str(parts / 'ip'), subfolder=None, weight_name=None, image_encoder=str(parts / 'encoder'),
-            image_encoder_subfolder=None).items()}
-    if 't2i' in name:
-        options['model.adapters.depth.weights'] = str(parts / 'depth')
-    cfg = config.resolve(config.load(name, options))
-    model: Any = MODELS.build(dict(cfg.model))
-    scales = {adapter: model.adapters[adapter].scale for adapter in model.adapters}
-    reference, depth = images(1, seed=8), images(1, seed=9)
-    batch = picture_batch(PROMPTS[:1], SEEDS[:1], conditions={'reference': reference, 'conditioning_image': depth})
-    ours = sampler(steps=STEPS)(model, batch)
-
-    extra = {'adapter': T2IAdapter.from_pretrained(parts / 'depth')} if 't2i' in name else {}
-    pipeline = stock(tiny_base, 'StableDiffusionXLAdapterPipeline' if extra else 'StableDiffusionXLPipeline', **extra)
-    arguments: dict[str, Any] = {}
-    if 'ip_adapter' in name:
-        net = CLIPVisionModelWithProjection.from_pretrained(parts / 'encoder').requires_grad_(False)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (
-            (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
-        pixels = (reference - mean) / std
-        embeds = [net(p, output_hidden_states=True).hidden_states[-2] for p in (torch.zeros_like(pixels), pixels)]
-        pipeline.load_ip_adapter(str(parts / 'ip'), subfolder='', weight_name='ip_adapter.safetensors',
-                                 image_encoder_folder=None)
-        pipeline.set_ip_adapter_scale(scales['ip'])
-        arguments['ip_adapter_image_embeds'] = [torch.stack(embeds)]
-    for adapter, folder in (('pixel_art', 'second'), ('scifi', 'first')):
-        pipeline.load_lora_weights(str(parts / folder), adapter_name=adapter)
-    pipeline.set_adapters(['pixel_art', 'scifi'], [scales['pixel_art'], scales['scifi']])
-    if extra:
-        arguments |= {'image': depth, 'adapter_conditioning_scale': scales['depth']}
-    expected = run(pipeline, batch, **arguments)
-    assert torch.equal(ours, expected)
-    guide = {'two_loras': (1.0, 1.4), 'plus': (1.5, 1.55), 't2i_adapter': (1.5, 1.55)}
-    assert (scales['scifi'], scales['pixel_art']) == next(v for k, v in guide.items() if name.endswith(k))
-    assert scales.get('depth', 0.72) == 0.72 and scales.get('ip', 1.0) == 1.0

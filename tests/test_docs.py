@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from diffengine_sdxl.engine import config, launch
+from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ['README.md', 'CONTRIBUTING.md', 'configs/t2i_adapter/README.md',
+PAGES = ['README.md', 'CONTRIBUTING.md', 'configs/t2i_adapter/README.md', 'configs/infer/README.md',
          *sorted(f'docs/{p.name}' for p in (ROOT / 'docs').glob('*.md'))]
 FOLDERS = ('diffengine_sdxl', 'configs', 'tools', 'benchmarks', 'docs')
 FILL50K = 'stable_diffusion_xl_t2i_adapter_fill50k'
@@ -125,11 +126,13 @@ COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 @pytest.fixture(scope='module')
 def place(tiny_base: Path, circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to run in: BASE and DATA are a tiny SDXL and drawn circles."""
+    """A folder to run in: BASE and DATA are a tiny SDXL and drawn circles, STYLE is a LoRA of that base."""
     folder = tmp_path_factory.mktemp('docs')
     shutil.copytree(tiny_base, folder / 'BASE')
     shutil.copytree(circles, folder / 'DATA')
     write_tiny_image_encoder(folder / 'ENCODER')
+    model = SDXL(pretrained=str(tiny_base), adapters=dict(style=dict(type='LoRA', rank=2)))
+    model.adapters['style'].save(folder / 'STYLE')
     return folder
 
 
@@ -204,6 +207,20 @@ def evaluate(arguments: list[str], place: Path) -> None:
     assert list(found) == (['base'] if args.checkpoint == 'none' else ['base', 'adapted'])
 
 
+def make_pictures(arguments: list[str], place: Path) -> None:
+    """Check the command as it is written, then run it in two steps: on the base of the shapes, or on a tiny one."""
+    args = parsed('infer.py', arguments)
+    if Path(args.config).suffix != '.png':
+        args.num_inference_steps = 2
+        sdxl = config.load(args.config).model.pretrained != 'diffengine_sdxl::shapes/base'
+        own = ['model.pretrained=BASE', 'model.vae=None', 'mixed_precision=no'] if sdxl else []
+        args.cfg_options = [*(args.cfg_options or []), *own]
+        args.height, args.width = args.height and 64, args.width and 64
+    assert launch.infer(args) == 0
+    if args.out:
+        assert (place / args.out / 'index.html').is_file() and any((place / args.out).glob('00000-*.png'))
+
+
 def run_tool(words: list[str], folder: Path) -> None:
     """A tool of another kind, in this process; where it would take minutes, with small numbers."""
     tool, arguments = words[1], [re.sub(r'step\d+', 'step2', word) for word in words[2:]]
@@ -226,6 +243,9 @@ def test_commands_of(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder.mkdir()
     for name in ('BASE', 'DATA', 'ENCODER'):
         shutil.copytree(place / name, folder / name)
+    shutil.copy(place / 'STYLE' / 'pytorch_lora_weights.safetensors', folder / 'STYLE.safetensors')
+    shutil.copy(place / 'DATA' / 'conditioning_images' / '00000.png', folder / 'EDGES.png')
+    (folder / 'PROMPTS.jsonl').write_text('{"prompt": "a castle", "seed": 3}\n')
     monkeypatch.chdir(folder)
     for command in (c for p, c in COMMANDS if p == page):
         run_command(shlex.split(command), folder)
@@ -246,6 +266,10 @@ def run_command(words: list[str], folder: Path) -> None:
         evaluate(words[3:], folder)
     elif words[:2] == ['python', 'tools/test.py']:
         evaluate(words[2:], folder)
+    elif words[:4] == ['mim', 'run', 'diffengine_sdxl', 'infer']:
+        make_pictures(words[4:], folder)
+    elif words[:2] == ['python', 'tools/infer.py']:
+        make_pictures(words[2:], folder)
     elif words[0] == 'python' and words[1].startswith('tools/'):
         run_tool(words, folder)
     elif words[0] == 'python' and words[1].startswith('benchmarks/'):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from diffengine_sdxl.schedule import NoiseSchedule
@@ -30,6 +30,23 @@ def test_alpha_bar_is_bitwise_that_of_diffusers(config, zero):
         assert schedule.num_train_timesteps == len(reference)
         assert schedule.zero_terminal_snr is zero and (float(reference[-1]) == 0) is zero
         assert schedule.config['rescale_betas_zero_snr'] is zero
+
+
+@pytest.mark.parametrize('zero', [False, True])
+def test_alpha_bar_between_timesteps_is_that_of_the_solvers_sigma(zero):
+    """Karras sigmas lie between those of training; a variance-preserving input of such a step has 1 / (1 + sigma^2)."""
+    schedule = NoiseSchedule.from_config(SDXL, 'v_prediction', zero_terminal_snr=zero)
+    solver = EulerDiscreteScheduler.from_config({**schedule.config, 'timestep_spacing': 'trailing',
+                                                 'use_karras_sigmas': True})
+    solver.set_timesteps(30)
+    t, expected = solver.timesteps, 1 / (1 + solver.sigmas[:-1].double() ** 2)
+    fractional = t != t.round()
+    assert fractional.sum() > 20 and (not zero or t[fractional].max() > 998)
+    # The scheduler's timesteps are fp32, to 6e-5 near 1000, where one step changes alpha-bar by a factor.
+    torch.testing.assert_close(schedule.alpha_bar(t)[fractional].double(), expected[fractional], rtol=1e-4, atol=0)
+    whole = torch.tensor([0.0, 1, 400, 998, 999])
+    assert torch.equal(schedule.alpha_bar(whole), schedule.alpha_bar(T))
+    assert schedule.alpha_bar(t[1]).shape == () and schedule.alpha_bar(t[:2], torch.zeros(2, 4, 1)).shape == (2, 1, 1)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

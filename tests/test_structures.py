@@ -25,20 +25,16 @@ def call(num: int = 2, **kwargs: Any) -> UNetCall:
                        **kwargs})
 
 
-def test_cat_and_rows_are_inverse() -> None:
-    """Every tensor, also those of adapters."""
-    both = Conditioning.cat([conditioning(2), conditioning(3, 10, projected=False)])
-    assert both.text[:, 0, 0].tolist() == [0, 1, 10, 11, 12] and both.pooled.shape == (5, 5)
-    assert both.adapters['a']['y'].flatten().tolist() == [0, 2, 20, 22, 24]
-    assert both.adapters['b']['x'].tolist() == [0, -1, -10, -11, -12] and both.projected is False
+def test_rows_of_a_conditioning() -> None:
+    """Of every tensor, also those of adapters and of a UNet with more inputs; what is not there stays so."""
+    row = torch.arange(5.0)
+    both = conditioning(5, channels=row.view(5, 1, 1, 1), timestep_cond=row.view(5, 1))
     for index in (slice(2, 5), torch.tensor([2, 3, 4]), torch.tensor([False, False, True, True, True])):
         part = both.rows(index)
-        for name in ('text', 'pooled', 'time_ids'):
+        for name in ('text', 'pooled', 'time_ids', 'channels', 'timestep_cond'):
             assert torch.equal(getattr(part, name), getattr(both, name)[2:])
         assert torch.equal(part.adapters['a']['x'], both.adapters['a']['x'][2:])
-    with pytest.raises(AssertionError):
-        Conditioning.cat([conditioning(2), conditioning(2, projected=True)])
-    assert len(both.text) == 5  # nothing was changed in place
+    assert len(both.text) == 5 and conditioning(2).rows(slice(1)).channels is None
 
 
 @pytest.mark.parametrize('shape', [(3,), (3, 4), (3, 2, 2, 2)])

@@ -89,7 +89,8 @@ class ControlNet(Adapter):
         if image.dim() != 4 or image.shape[1] != wanted:
             raise ValueError(f"Adapter '{self.name}' takes images of {wanted} channels, [B, {wanted}, H, W]; "
                              f"'{self.reads}' is of shape {tuple(image.shape)}.")
-        return {'image': image}
+        # In memory as diffusers leaves it: the kernels depend on it, and with them the last bits.
+        return {'image': image.contiguous()}
 
     def uncond(self, tensors: Tensors) -> Tensors:
         """The control image too: it steers both branches of guidance, as in diffusers."""

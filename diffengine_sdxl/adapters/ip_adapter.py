@@ -194,8 +194,8 @@ class IPAdapter(Adapter):
         mask = tensors.get('mask')
         size = tuple(side * self.vae_factor for side in call.sample.shape[-2:])
         if mask is not None and tuple(mask.shape[-2:]) != size:
-            raise ValueError(f"The mask '{self.mask_name}' of adapter '{self.name}' is {mask.shape[-2]} x {mask.shape[-1]}; "
-                             f'it must have the size of the picture, {size[0]} x {size[1]}.')
+            raise ValueError(f"The mask '{self.mask_name}' of adapter '{self.name}' is {mask.shape[-2]} x "
+                             f'{mask.shape[-1]}; it must have the size of the picture, {size[0]} x {size[1]}.')
         scale = self._fixed_scale(call, len(call.sample))
         if isinstance(scale, Tensor):
             scale = scale.view(-1, 1, 1)

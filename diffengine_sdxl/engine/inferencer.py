@@ -25,7 +25,6 @@ from diffengine_sdxl.models import stages
 from diffengine_sdxl.pictures import labelled_grid, to_pil
 from diffengine_sdxl.registry import INFERENCERS, MODELS
 from diffengine_sdxl.samplers.sampler import check_size
-from diffengine_sdxl.structures import checked_window
 
 OUTPUT_TYPES = ('pil', 'pt', 'latent')
 #: Of a Request, what a sampler takes.
@@ -82,11 +81,11 @@ class SDXLInferencer(BaseInferencer):
         cfg = copy.deepcopy(config) if isinstance(config, Config) else configs.load(config, overrides)
         if isinstance(config, Config):
             check(configs.resolve(cfg))
-        path = weighted(cfg, weights)
-        self.cfg = configs.resolve(cfg)
-        if self.cfg.get('model') is None or not self.cfg.model.get('sampler'):
+        if not (cfg.get('model') or {}).get('sampler'):
             raise ValueError('The config has no `model.sampler`, which makes the pictures; add one, as '
                              'configs/_base_/samplers/euler.py.')
+        path = weighted(cfg, weights)
+        self.cfg = configs.resolve(cfg)
         self.defaults, self.options = split(self.cfg)
         Request.of(self.defaults, whole=False)
         self.device = device_of(device)
@@ -179,8 +178,8 @@ class SDXLInferencer(BaseInferencer):
         first = requests[0]
         size = size_of(self.model, first)
         check_size(size, self.model.size_divisor)
-        self._check_conditions(first)
         batch = request_batch(self.model, requests, size)
+        self._check_conditions(first)
         base = stages.Stage(self.model, batch, _sampler(self.model.sampler, first))
         second = None
         if self.refiner is not None:
@@ -285,16 +284,21 @@ def _alike(model: Any, refiner: Any, request: Request) -> Any:
     """What must be equal in pictures that are made together."""
     from diffengine_sdxl.models.text import num_chunks
     chunks = [num_chunks(model, request), *([] if refiner is None else [num_chunks(refiner, request.for_refiner())])]
-    shape = {name: len(value) if isinstance(value, list | tuple) else isinstance(value, Mapping)
+    given = {name: value if isinstance(value, Mapping) else {'image': value}
              for name, value in request.conditions.items()}
+    shape = {name: [_count(value.get(part)) for part in ('image', 'mask')] for name, value in given.items()}
     image = request.image
     kind = tuple(image.shape) if isinstance(image, Tensor) else image is not None
     return repr((size_of(model, request), [getattr(request, name) for name in OF_SAMPLER], request.scales,
                  request.windows, shape, kind, request.mask_image is not None, request.latents is not None,
-                 request.negative_prompt is None, request.negative_original_size is None, request.syntax, chunks,
-                 request.negative_crops_coords_top_left is None, request.negative_target_size is None,
+                 [getattr(request, name) is None for name in request.__dict__ if name.startswith('negative_')],
+                 request.syntax, chunks,
                  {k: v for k, v in request.refiner.items() if k in OF_SAMPLER},
-                 request.refiner.get('negative_prompt') is None))
+                 [request.refiner.get(name) is None for name in ('negative_prompt', 'negative_prompt_2')]))
+
+
+def _count(pictures: Any) -> int:
+    return len(pictures) if isinstance(pictures, list | tuple) else int(pictures is not None)
 
 
 def _sampler(sampler: Any, request: Request) -> Any:
@@ -322,7 +326,7 @@ def _set(model: Any, scales: Mapping[str, float], windows: Mapping[str, Any]) ->
     """
     with ExitStack() as stack:
         for name, value, attribute in (*((n, v, 'scale') for n, v in scales.items()),
-                                       *((n, checked_window(v), 'window') for n, v in windows.items())):
+                                       *((n, v, 'window') for n, v in windows.items())):
             if name not in model.adapters:
                 raise ValueError(f"{attribute}s name '{name}', and there is no such adapter; there are "
                                  f'{", ".join(model.adapters) or "none"}.')

@@ -219,15 +219,34 @@ def export(args: Any) -> int:
     return _said(work, 'export')
 
 
+def infer(args: Any) -> int:
+    """Make pictures as `args` say (see `engine.infer.infer`); the exit code, also 1 where a row of several failed.
+
+    Args:
+        args: as tools/infer.py parses them.
+    """
+    codes: list[int] = []
+
+    def work(_: list[Any]) -> None:
+        from diffengine_sdxl.engine import infer as pictures
+        if args.batch_size < 1:
+            raise ValueError(f'--batch-size {args.batch_size} must be at least 1.')
+        _quiet()
+        codes.append(pictures.say(pictures.infer(args)))
+    return _said(work, 'infer') or codes[0]
+
+
 #: What may help where the device has no room, and what is said of a run that was stopped.
 SMALLER = {'train': 'A smaller train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
                     'model.gradient_checkpointing=True or a smaller resolution may help.',
            'test': 'A smaller test_dataloader.batch_size or a smaller resolution may help.',
            'cache': 'A smaller train_dataloader.batch_size or a smaller resolution may help.', 'shapes': '',
-           'scales': '', 'export': ''}
+           'scales': '', 'export': '',
+           'infer': 'A smaller --batch-size or size, vae_tiling=True or offload=True (--set) may help.'}
 STOPPED = {'train': 'Stopped. Add --resume to go on from the last checkpoint.', 'test': 'Stopped.',
            'cache': 'Stopped; nothing was written.', 'shapes': 'Stopped; nothing was written.', 'scales': 'Stopped.',
-           'export': 'Stopped; nothing was written.'}
+           'export': 'Stopped; nothing was written.',
+           'infer': 'Stopped. The same command goes on with what is not there yet.'}
 
 
 def _run(args: Any, config_of: Callable[[Any], Any], task: str) -> int:

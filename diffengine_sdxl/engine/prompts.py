@@ -96,13 +96,13 @@ def size_of(model: Any, request: Request) -> tuple[int, int]:
 
 def _natural_size(model: Any, request: Request) -> tuple[int, int] | None:
     """The size of the image that is given, or of the first one that lies over the picture."""
-    latents = request.latents if request.image is None else request.image
-    if latents is request.latents and isinstance(latents, str | Path):
-        latents = read_latents(latents)
-    if isinstance(latents, Tensor):
-        factor = model.vae_factor if latents.shape[-3] == model.unet.config.out_channels else 1
-        return latents.shape[-2] * factor, latents.shape[-1] * factor
     image = request.image
+    if image is None and request.latents is not None:
+        image = read_latents(request.latents)
+    if isinstance(image, Tensor):
+        _, channels, height, width = _one(image, 'image').shape
+        factor = model.vae_factor if channels == model.unet.config.out_channels else 1
+        return height * factor, width * factor
     if image is None:
         over = [value for name, value in request.conditions.items()
                 if name in model.adapters and model.adapters[name].of_picture_size]

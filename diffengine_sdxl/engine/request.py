@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 from diffengine_sdxl.models.weighting import SYNTAXES
 from diffengine_sdxl.registry import nearest
+from diffengine_sdxl.structures import checked_window
 
 TEXTS = ('prompt', 'prompt_2', 'negative_prompt', 'negative_prompt_2')
 SIZES = ('original_size', 'target_size', 'negative_original_size', 'negative_target_size')
@@ -128,6 +130,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f'{name}={value} must be at least {low}.')
+        if self.seed + self.num_images_per_prompt > 2 ** 63:
+            raise ValueError(f'seed={self.seed} is too large; seeds count up from it and end below 2 ** 63.')
         if self.syntax not in SYNTAXES:
             raise ValueError(f"syntax='{self.syntax}' is not known; choose of {', '.join(map(repr, SYNTAXES))}.")
         if unknown := [key for key in self.refiner if key not in REFINER]:
@@ -165,38 +169,50 @@ def _as_it_should_be(key: str, value: Any) -> Any:
         return value
     if key in SIZES or key in CORNERS:
         pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
-        if len(pair) != 2 or not all(_is_whole(side) for side in pair):
-            raise ValueError(f'{key}={value!r} must be two whole numbers of pixels, vertical first.')
-        return tuple(int(side) for side in pair)
+        try:
+            height, width = (_whole(key, side) for side in pair)
+        except ValueError:
+            raise ValueError(f'{key}={value!r} must be two whole numbers of pixels, vertical first.') from None
+        return height, width
     if key in ('height', 'width', 'num_inference_steps', 'num_images_per_prompt', 'seed'):
-        if not _is_whole(value):
-            raise ValueError(f'{key}={value!r} must be a whole number.')
-        return int(value)
+        return _whole(key, value)
     if key in ('strength', 'denoising_start', 'denoising_end', 'guidance_scale', 'guidance_rescale', 'eta',
                'aesthetic_score', 'negative_aesthetic_score'):
         return _number(key, value)
     if key in ('timesteps', 'sigmas'):
         if not isinstance(value, list | tuple) or not value:
             raise ValueError(f'{key}={value!r} must be a list of numbers.')
-        return tuple(_number(key, v) for v in value) if key == 'sigmas' else tuple(int(_number(key, v)) for v in value)
+        return tuple(_number(key, v) if key == 'sigmas' else _whole(key, v) for v in value)
     if key in ('conditions', 'scales', 'windows', 'refiner'):
         if not isinstance(value, Mapping):
             what = 'its own settings' if key == 'refiner' else 'adapter name -> value'
             raise ValueError(f'{key}={value!r} must be a dict: {what}.')
-        return {str(k): _number(f'scales.{k}', v) for k, v in value.items()} if key == 'scales' else dict(value)
+        check = {'scales': _number, 'windows': _window}.get(key, lambda _, part: part)
+        return {str(k): check(f'{key}.{k}', v) for k, v in value.items()}
     return value
 
 
-def _is_whole(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and value == int(value)
+def _whole(key: str, value: Any) -> int:
+    # Any kind of number, numpy's too, as long as it is whole.
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
+        raise ValueError(f'{key}={value!r} must be a whole number.')
+    return int(value)  # type: ignore[call-overload,no-any-return]
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f'{key}={value!r} must be a number.')
-    return float(value)
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        pass
+    raise ValueError(f'{key}={value!r} must be a number.')
+
+
+def _window(key: str, value: Any) -> tuple[float, float]:
+    try:
+        return checked_window(value)
+    except ValueError as error:
+        raise ValueError(f'{key}: {error}') from None
 
 
 def _short(value: Any) -> str:

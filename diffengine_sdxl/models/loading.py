@@ -54,7 +54,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     elif is_single_file(pretrained):
         parts = load_single_file(pretrained, config=config, dtypes=dtypes, skip=tuple(skip),
                                  revision=hub.get('revision'), cache_dir=hub.get('cache_dir'))
-        parts['scheduler'] = dict(parts['scheduler'].config)
+        parts |= {'scheduler': dict(parts['scheduler'].config), 'null_text': _null_text(parts.pop('index'))}
     else:
         parts = _folder_components(str(pretrained), dtypes, skip=skip, **hub)
     parts.update(given)

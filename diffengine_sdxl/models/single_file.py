@@ -19,6 +19,9 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 SDXL_FILES = Path(__file__).parent / 'sdxl_files'
+#: What the refiner has of its own; its other parts are those of SDXL_FILES.
+REFINER_FILES = Path(__file__).parent / 'refiner_files'
+COMPONENTS = ('unet', 'vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2', 'scheduler')
 SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.bin')
 
 UNET, VAE = 'model.diffusion_model.', 'first_stage_model.'
@@ -75,22 +78,26 @@ def load_single_file(source: str | Path, config: str | Path | None = None,
     Args:
         source: a path, `https://huggingface.co/<org>/<repo>/blob/<revision>/<file>` or `<org>/<repo>/<file>`.
         config: a diffusers folder whose component configs, scheduler and tokenizers hold for the file; None means
-            SDXL base 1.0's, which come with the package.
+            those of SDXL's base or refiner 1.0, which come with the package.
         dtypes: component name -> dtype of its weights; float32 for the others.
         skip: components not to load, e.g. `{'vae'}` for a file that has none.
         revision, cache_dir: of the hub.
 
     Returns:
         unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, scheduler; None for what `skip` or the
-        config's model_index.json leaves out (a refiner has no text_encoder). Models are in eval mode.
+        config's model_index.json leaves out (a refiner has no text_encoder). Models are in eval mode. And `index`, that
+        model_index.json.
 
     Raises:
         ValueError: the file is missing, truncated, not an SDXL, holds code, or its tensors don't fit: which.
     """
-    folder = Path(config or SDXL_FILES)
-    index = _model_index(folder)
+    content = _model_index(Path(config)) if config else {}
     path = local_path(source, revision, cache_dir)
     tensors = read_tensors(path)
+    refiner = any(k.startswith(f'{EMBEDDER.format(0)}model.') for k in tensors)
+    folder = Path(config or (REFINER_FILES if refiner else SDXL_FILES))
+    content = content or _model_index(folder)
+    index = {n: bool((content.get(n) or [None])[0]) for n in COMPONENTS}
     wanted = [n for n in ('unet', 'vae', 'text_encoder', 'text_encoder_2') if index[n] and n not in skip]
     prefixes = {'unet': UNET, 'vae': VAE, 'text_encoder': EMBEDDER.format(0),
                 'text_encoder_2': EMBEDDER.format(1 if index['text_encoder'] else 0)}
@@ -105,7 +112,7 @@ def load_single_file(source: str | Path, config: str | Path | None = None,
     used = len({o.key for found in origins.values() for o in found.values()})
     print_log(f"'{path}': {used} of {len(tensors)} tensors used, {len(tensors) - used} are no weights of "
               f'{", ".join(wanted)}.', logger='current')
-    return {**parts, **_without_weights(folder, index)}
+    return {**parts, **_without_weights(folder, index), 'index': content}
 
 
 def load_single_vae(source: str | Path, config: str | Path | None = None, dtype: torch.dtype = torch.float32,
@@ -206,6 +213,7 @@ def empty_model(name: str, folder: Path) -> nn.Module:
     cls: Any = {'unet': diffusers.UNet2DConditionModel, 'vae': diffusers.AutoencoderKL,
                 'text_encoder': transformers.CLIPTextModel,
                 'text_encoder_2': transformers.CLIPTextModelWithProjection}[name]
+    folder = _holder(name, folder)
     place = folder / name if (folder / name).is_dir() else folder
     if not (place / 'config.json').is_file():
         raise ValueError(f"'{folder}' has no {name}/config.json, which says what the single file holds.")
@@ -217,24 +225,29 @@ def empty_model(name: str, folder: Path) -> nn.Module:
         return cls(cls.config_class.from_pretrained(place)).eval()
 
 
-def _model_index(folder: Path) -> dict[str, bool]:
+def _model_index(folder: Path) -> dict[str, Any]:
     path = folder / 'model_index.json'
     if not path.is_file():
         raise ValueError(f"'{folder}' holds no model_index.json; the config of a single file is a diffusers folder.")
-    index = json.loads(path.read_text())
-    names = ('unet', 'vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2', 'scheduler')
-    return {n: bool((index.get(n) or [None])[0]) for n in names}
+    index: dict[str, Any] = json.loads(path.read_text())
+    return index
+
+
+def _holder(name: str, folder: Path) -> Path:
+    """The folder that has the folder of component `name`."""
+    return SDXL_FILES if folder == REFINER_FILES and not (folder / name).is_dir() else folder
 
 
 def _without_weights(folder: Path, index: Mapping[str, bool]) -> dict[str, Any]:
     import diffusers
     import transformers
+    tokenizers = {n: transformers.CLIPTokenizer.from_pretrained(_holder(n, folder), subfolder=n) if index[n] else None
+                  for n in ('tokenizer', 'tokenizer_2')}
+    folder = _holder('scheduler', folder)
     scheduler = json.loads((folder / 'scheduler' / 'scheduler_config.json').read_text())['_class_name']
     if not issubclass(getattr(diffusers, scheduler, object), diffusers.SchedulerMixin):
         raise ValueError(f"'{folder}/scheduler' names '{scheduler}', which is no scheduler of diffusers.")
-    parts = {n: transformers.CLIPTokenizer.from_pretrained(folder, subfolder=n) if index[n] else None
-             for n in ('tokenizer', 'tokenizer_2')}
-    return {**parts, 'scheduler': getattr(diffusers, scheduler).from_pretrained(folder, subfolder='scheduler')}
+    return {**tokenizers, 'scheduler': getattr(diffusers, scheduler).from_pretrained(folder, subfolder='scheduler')}
 
 
 def _origins(name: str, model: nn.Module, prefix: str) -> Iterator[tuple[str, Origin]]:

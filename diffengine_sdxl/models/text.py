@@ -227,8 +227,7 @@ def _longest(model: Any, text: str, text_2: str | None, negative: str | None, ne
     if negative is not None or negative_2 is not None:
         first = negative or ''
         pairs.append((first, first if negative_2 is None else negative_2))
-    used, readers = model._readers()
-    return max(encoder.num_chunks(pair[i]) for i, encoder in zip(used, weighted_encoders(*readers), strict=True)
+    return max(encoder.num_chunks(pair[i]) for i, encoder in enumerate(weighted_encoders(*model._readers()))
                for pair in pairs)
 
 
@@ -297,7 +296,7 @@ class Prompts:
     def _shape_of_text(self: Any, batch: Batch, num_chunks: int) -> tuple[Tensor, Tensor]:
         """Tensors of the text's shapes, for zeros."""
         width = sum(e.config.hidden_size for e in (self.text_encoder, self.text_encoder_2) if e is not None)
-        kwargs = {'device': self.unet_weight.device, 'dtype': self.text_encoder_2.dtype}
+        kwargs = {'device': self.device, 'dtype': self.text_encoder_2.dtype}
         return (torch.empty(len(batch), num_chunks * self.tokenizer_2.model_max_length, width, **kwargs),
                 torch.empty(len(batch), self.text_encoder_2.config.projection_dim, **kwargs))
 
@@ -321,20 +320,21 @@ class Prompts:
                 taught(tokenizer, held)
         return words
 
-    def _readers(self: Any) -> tuple[list[int], tuple[list[Any], list[Any], list[Words]]]:
-        """What reads prompts: number; and tokenizer, encoder and new words of each text encoder that there is."""
+    def _readers(self: Any) -> tuple[list[Any], list[Any], list[Words]]:
+        """What reads prompts: tokenizer, encoder and new words of each text encoder that there is."""
         used = [i for i, part in enumerate(ENCODERS) if getattr(self, part) is not None]
         words: Sequence[Words] = ({}, {}) if self.alone else self.words()
-        return used, ([(self.tokenizer, self.tokenizer_2)[i] for i in used],
-                      [getattr(self, ENCODERS[i]) for i in used], [words[i] for i in used])
+        return ([(self.tokenizer, self.tokenizer_2)[i] for i in used], [getattr(self, ENCODERS[i]) for i in used],
+                [words[i] for i in used])
 
     def _prompts(self: Any, first: Sequence[str], second: Sequence[str], syntax: str = 'plain',
                  num_chunks: int = 1) -> tuple[Tensor, Tensor]:
         # The base alone computes as it does without an adapter's fp32 weights in it.
         own = any(part in self.trainable_parts for part in ENCODERS)
         mixed = own if self.alone else self.text_mixed
-        used, readers = self._readers()
-        prompts = [(first, second)[i] for i in used]
+        readers = self._readers()
+        # A refiner's only encoder is the second one; as in diffusers it reads the first prompt all the same.
+        prompts = [first, second][:len(readers[1])]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_trains), self._autocast(mixed):
             if syntax == 'plain':
                 return encode_prompts(prompts, *readers)

@@ -145,13 +145,15 @@ def original_tensors(folder: Path) -> Tensors:
     """All tensors of the diffusers folder, named and shaped as in Stability's single file (fp32)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
-    return {**below('model.diffusion_model.',
-                    unet_tensors(UNet2DConditionModel.from_pretrained(folder, subfolder='unet'))),
-            **below('first_stage_model.', vae_tensors(AutoencoderKL.from_pretrained(folder, subfolder='vae'))),
-            **below('conditioner.embedders.0.transformer.',
-                    clip_tensors(CLIPTextModel.from_pretrained(folder, subfolder='text_encoder'))),
-            **below('conditioner.embedders.1.model.', open_clip_tensors(
-                CLIPTextModelWithProjection.from_pretrained(folder, subfolder='text_encoder_2')))}
+    out = {**below('model.diffusion_model.',
+                   unet_tensors(UNet2DConditionModel.from_pretrained(folder, subfolder='unet'))),
+           **below('first_stage_model.', vae_tensors(AutoencoderKL.from_pretrained(folder, subfolder='vae')))}
+    base = (folder / 'text_encoder').is_dir()  # a refiner has one encoder only
+    if base:
+        out |= below('conditioner.embedders.0.transformer.',
+                     clip_tensors(CLIPTextModel.from_pretrained(folder, subfolder='text_encoder')))
+    return out | below(f'conditioner.embedders.{int(base)}.model.', open_clip_tensors(
+        CLIPTextModelWithProjection.from_pretrained(folder, subfolder='text_encoder_2')))
 
 
 def write(path: Path, tensors: Tensors) -> Path:

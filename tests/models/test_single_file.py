@@ -13,7 +13,13 @@ from torch import Tensor
 
 from diffengine_sdxl import testing
 from diffengine_sdxl.models import single_file
-from diffengine_sdxl.models.single_file import SDXL_FILES, empty_model, load_single_file, load_single_vae
+from diffengine_sdxl.models.single_file import (
+    REFINER_FILES,
+    SDXL_FILES,
+    empty_model,
+    load_single_file,
+    load_single_vae,
+)
 
 MODELS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
 UNET_KEY = 'model.diffusion_model.input_blocks.0.0.weight'
@@ -44,7 +50,7 @@ def stock(base: Path) -> Any:
 def test_gives_the_weights_of_the_folder(base: Path, tensors: dict[str, Tensor], tmp_path: Path, suffix: str) -> None:
     parts = load_single_file(original_format.write(tmp_path / f'x{suffix}', tensors), config=base)
     pipeline = stock(base)
-    assert set(parts) == {*MODELS, 'tokenizer', 'tokenizer_2', 'scheduler'}
+    assert set(parts) == {*MODELS, 'tokenizer', 'tokenizer_2', 'scheduler', 'index'}
     for name in MODELS:
         assert_same_weights(parts[name], getattr(pipeline, name))
         assert type(parts[name]) is type(getattr(pipeline, name))
@@ -265,3 +271,25 @@ def test_the_packaged_tokenizers_are_those_of_clip() -> None:
     scheduler = EulerDiscreteScheduler.from_pretrained(SDXL_FILES, subfolder='scheduler')
     ours, theirs = dict(scheduler.config), dict(testing.sdxl_scheduler().config)
     assert {k: v for k, v in ours.items() if k[0] != '_'} == {k: v for k, v in theirs.items() if k[0] != '_'}
+
+
+def test_a_refiner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known by its tensors; what it has of its own comes with the package, the rest is the base's."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+    folder = testing.write_tiny_refiner(tmp_path / 'refiner')
+    file = original_format.write(tmp_path / 'x.safetensors', original_format.original_tensors(folder))
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
+    parts = load_single_file(file, config=folder)
+    assert parts['text_encoder'] is parts['tokenizer'] is None and not parts['index']['force_zeros_for_empty_prompt']
+    for name in ('unet', 'vae', 'text_encoder_2'):
+        assert_same_weights(parts[name], getattr(pipeline, name))
+    monkeypatch.setattr(single_file, 'REFINER_FILES', folder)
+    assert_same_weights(load_single_file(file)['unet'], pipeline.unet)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match='does not fit the configs'):  # too small for what the package has
+        load_single_file(file)
+    unet = empty_model('unet', REFINER_FILES)
+    # The published UNet's 4.52 GB in fp16.
+    assert sum(p.numel() for p in unet.parameters()) == 2_259_526_660
+    names = {f'model.diffusion_model.{key}' for key in original_format.unet_tensors(unet)}
+    assert names == {origin.key for _, origin in single_file._origins('unet', unet, single_file.UNET)}

@@ -201,13 +201,13 @@ def test_a_lora_in_the_text_encoders(tiny_base: Path, model: SDXL) -> None:
 
 
 def test_the_refiner(tmp_path: Path) -> None:
-    """One text encoder, which reads the second prompt where there is one."""
+    """One text encoder, which reads the first prompt, as stock's."""
     model = SDXL(pretrained=str(write_tiny_refiner(tmp_path / 'refiner')))
     with torch.no_grad():
         expected = Compel(model.tokenizer_2, model.text_encoder_2, truncate_long_prompts=False, requires_pooled=True,
                           returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED)
         text, pooled = expected('o' * 200)
-    for texts in (dict(text=['o' * 200]), dict(text=['(x)2'], text_2=['o' * 200])):
+    for texts in (dict(text=['o' * 200]), dict(text=['o' * 200], text_2=['(x)2'])):
         got = model.encode(make_batch(1, **texts, syntax='compel'))
         assert torch.equal(got.text, text) and torch.equal(got.pooled, pooled) and text.shape == (1, 231, 32)
 

@@ -1,0 +1,6 @@
+"""SDXL's refiner 1.0 behind the base: it takes over noisy latents, or refines finished ones; two parts are the base's."""
+refiner = dict(
+    type='SDXL',
+    pretrained='stabilityai/stable-diffusion-xl-refiner-1.0',
+    shared=['text_encoder_2', 'vae'],
+    mixed_precision='$mixed_precision')

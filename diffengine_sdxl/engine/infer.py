@@ -1,0 +1,268 @@
+"""Pictures from the command line: prompts and settings to a folder of PNGs, each of which can be made again."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from diffengine_sdxl.engine import config as configs
+from diffengine_sdxl.engine import provenance
+from diffengine_sdxl.engine.config_check import accepted, check
+from diffengine_sdxl.engine.export import versions
+from diffengine_sdxl.engine.gallery import Gallery
+from diffengine_sdxl.engine.inferencer import SDXLInferencer, split
+from diffengine_sdxl.engine.prompt_files import read_prompts
+from diffengine_sdxl.engine.request import OPTIONS, Request
+from diffengine_sdxl.engine.tested import NONE, weighted
+from diffengine_sdxl.registry import ADAPTERS, nearest
+
+#: Where in `infer_cfg` the options of the command line go.
+OPTION_KEYS = ('prompt_2', 'negative_prompt', 'negative_prompt_2', 'image', 'mask_image', 'strength', 'height', 'width',
+               'num_inference_steps', 'guidance_scale', 'num_images_per_prompt', 'seed', 'denoising_end')
+
+
+@dataclass
+class Asked:
+    """One picture of what was asked for.
+
+    Attributes:
+        number: its place among all; broken rows count too, so that files keep their names when these are mended.
+        where: words that name its row, in errors.
+    """
+
+    number: int
+    where: str
+    request: Request
+
+
+@dataclass
+class Outcome:
+    """What became of it all."""
+
+    folder: Path
+    made: int = 0
+    present: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def note(self, one: Asked, error: ValueError) -> None:
+        """Why `one` was not made; the same of several pictures of a row is said once."""
+        message = f'{one.where}: {error}' if one.where else str(error)
+        if message not in self.errors:
+            self.errors.append(message)
+
+
+#: A picture to make, its path, and its settings.
+Todo = tuple[Asked, Path, dict[str, Any]]
+
+
+def infer(args: Any) -> Outcome:
+    """Make what the command line asks for; what is there already is left as it is.
+
+    Rows and pictures that cannot be made are told in `errors`; the others are made.
+
+    Args:
+        args: config (a config, or a PNG that was made here), prompt, prompts, OPTION_KEYS, condition, adapter, set,
+            weights, out, device, batch_size, cfg_options; as tools/infer.py parses them.
+
+    Raises:
+        ValueError: nothing can be made: the config, the weights, an option.
+    """
+    again = Path(args.config).suffix.lower() == '.png'
+    outcome = Outcome(Path(args.out or _default_folder(args.config, again)))
+    cfg, asked, weights = _again(args) if again else _from_config(args, outcome.errors)
+    if not asked:
+        return outcome
+    gallery = Gallery(outcome.folder)
+    record = configs.resolve(cfg)
+    todo = []
+    for one in asked:
+        try:
+            path = gallery.path_of(one.number, one.request)
+            settings = provenance.record(one.request, record, weights)
+            if gallery.done(path, settings):
+                outcome.present += 1
+            else:
+                todo.append((one, path, settings))
+        except ValueError as error:
+            outcome.note(one, error)
+    try:
+        if todo:
+            inferencer = SDXLInferencer(cfg, weights, args.device)
+            _make(inferencer, todo, args.batch_size, gallery, outcome)
+    finally:
+        if outcome.made or outcome.present:
+            gallery.finish()
+    return outcome
+
+
+def _make(inferencer: SDXLInferencer, todo: Sequence[Todo], batch_size: int, gallery: Gallery, outcome: Outcome
+          ) -> None:
+    """Make, write and tell of each picture. A picture that fails does not stop the others."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    bar = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   console=Console(stderr=True))
+    with bar:
+        pictures, steps = bar.add_task('pictures', total=len(todo)), bar.add_task('steps', total=None)
+
+        def on_step(done: int, total: int) -> None:
+            bar.update(steps, completed=done, total=total)
+
+        def make(some: Sequence[Todo]) -> None:
+            left = dict(enumerate(some))
+            try:
+                for job in inferencer.preprocess([one.request for one, *_ in some], len(some)):
+                    began = time.perf_counter()
+                    images = inferencer.postprocess(list(inferencer.forward(job, on_step=on_step)))
+                    seconds = (time.perf_counter() - began) / len(images)
+                    made = {'versions': versions(), 'device': str(inferencer.device), 'seconds': round(seconds, 3),
+                            'batch_size': len(images), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+                    for i, image in zip(job.indices, images, strict=True):
+                        _, path, settings = left.pop(i)
+                        gallery.add(path, image, {**settings, 'made': made})
+                        outcome.made += 1
+                        bar.console.print(f'{path} ({seconds:.1f} s)', highlight=False, soft_wrap=True, markup=False)
+                        bar.advance(pictures)
+            except ValueError as error:
+                if len(some) == 1:
+                    outcome.note(some[0][0], error)
+                    bar.advance(pictures)
+                # One of several is at fault; which one, they say alone.
+                for one in left.values() if len(some) > 1 else ():
+                    make([one])
+        for begin in range(0, len(todo), batch_size):
+            make(todo[begin:begin + batch_size])
+
+
+def _default_folder(name: str, again: bool) -> str:
+    stem = Path(name).stem
+    return str(Path(name).with_name(f'{stem}-again')) if again else str(Path('work_dirs') / stem / 'images')
+
+
+def _from_config(args: Any, errors: list[str]) -> tuple[Config, list[Asked], str | None]:
+    """Config and pictures of the command line; broken rows are noted in `errors`."""
+    cfg = configs.load(args.config, args.cfg_options or ())
+    if not cfg.get('model'):
+        raise ValueError(f"The config '{args.config}' has no `model`, so it makes no pictures.")
+    _add_adapters(cfg, args.adapter or ())
+    given = {key: getattr(args, key) for key in OPTION_KEYS if getattr(args, key) is not None}
+    given.update(_nested(configs.parse_overrides(args.set or (), '--set')))
+    if conditions := _conditions(args.condition or ()):
+        given['conditions'] = {**given.get('conditions', {}), **conditions}
+    options = {key: given.pop(key) for key in OPTIONS if key in given}
+    cfg.infer_cfg = {**(cfg.get('infer_cfg') or {}), **options}
+    if args.weights == NONE:
+        weighted(cfg, NONE)
+    check(configs.resolve(cfg))
+    defaults, _ = split(configs.resolve(cfg))
+    rows: list[tuple[str, Mapping[str, Any] | None]] = [('', {'prompt': prompt}) for prompt in args.prompt or ()]
+    if args.prompts is not None:
+        for read in read_prompts(args.prompts, {**defaults, **given}):
+            if read.error is not None:
+                errors.append(read.error)
+            rows.append((f"'{args.prompts}', line {read.number}", None if read.error else read.settings))
+    elif not rows:
+        rows = [('', {})]
+    usual = Request.of(defaults, given, whole=False)
+    asked: list[Asked] = []
+    number = 0
+    for where, row in rows:
+        request = usual if row is None else Request.of(defaults, given, row)
+        if row is not None:
+            asked += [Asked(number + k, where, request.with_seed(k)) for k in range(request.num_images_per_prompt)]
+        number += request.num_images_per_prompt
+    return cfg, asked, args.weights
+
+
+def _again(args: Any) -> tuple[Config, list[Asked], str | None]:
+    """Config and picture as a PNG tells them of itself. It may be a stranger's: what it names is checked first.
+
+    Raises:
+        ValueError: it tells nothing, what it was made of has changed, or an option contradicts it.
+    """
+    known = ('prompt', 'prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *OPTION_KEYS)
+    if others := [name for name in known if getattr(args, name) not in (None, [])]:
+        raise ValueError(f"'{args.config}' is made again as it says of itself; {', '.join(others)} cannot be changed. "
+                         'Name the config to make another picture.')
+    settings = provenance.read_png(args.config)
+    if unchecked := provenance.check_unchanged(settings):
+        print(f"Not checked, as they come from elsewhere: {', '.join(unchecked)}.")
+    cfg = Config(settings['config'])
+    check(cfg)
+    return cfg, [Asked(0, '', Request.of(settings['request']))], settings.get('weights')
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """{'scales.style': 0.5} as {'scales': {'style': 0.5}}.
+
+    Raises:
+        ValueError: what should hold others has a value.
+    """
+    given: dict[str, Any] = {}
+    for key, value in options.items():
+        *path, last = key.split('.')
+        node = given
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--set '{key}': '{part}' is {node!r} already.")
+        node[last] = value
+    return given
+
+
+def _conditions(items: Sequence[str]) -> dict[str, Any]:
+    """['depth=d.png', 'ip=a.png', 'ip=b.png'] as {'depth': 'd.png', 'ip': ['a.png', 'b.png']}; 'ip.mask=m.png' too."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for item in items:
+        name, equals, source = item.partition('=')
+        name, _, part = name.partition('.')
+        if not equals or not name or not source or part not in ('', 'image', 'mask'):
+            raise ValueError(f"--condition takes ADAPTER=FILE, or ADAPTER.mask=FILE; '{item}' is not of that form.")
+        found.setdefault(name, {}).setdefault(part or 'image', []).append(source)
+    single = {name: {part: files if len(files) > 1 else files[0] for part, files in parts.items()}
+              for name, parts in found.items()}
+    return {name: parts if 'mask' in parts else parts['image'] for name, parts in single.items()}
+
+
+def _add_adapters(cfg: Config, items: Sequence[str]) -> None:
+    """Put adapters of the command line into the config: 'style=FILE,scale=0.8,type=LoRA'.
+
+    Raises:
+        ValueError: it is not of that form, or names what the adapter's class does not know.
+    """
+    for item in items:
+        head, *rest = item.split(',')
+        name, equals, source = head.partition('=')
+        pairs = dict(part.partition('=')[::2] for part in rest)
+        if not equals or not name or not source or not all('=' in part for part in rest):
+            raise ValueError(f"--adapter takes NAME=SOURCE[,scale=0.8][,type=LoRA][,subfolder=...]; '{item}' is not of "
+                             'that form.')
+        adapters = cfg.model.get('adapters') or {}
+        old = adapters.get(name) or {}
+        kind = pairs.pop('type', old.get('type', 'LoRA'))
+        same = kind == old.get('type')
+        known = list(accepted(ADAPTERS.get(kind)) or ())
+        if unknown := [key for key in pairs if key not in known]:
+            raise ValueError(f"--adapter '{item}': a {kind} has no '{unknown[0]}'.{nearest(unknown[0], known)}")
+        values = configs.parse_overrides([f'{key}={value}' for key, value in pairs.items()], '--adapter')
+        # Another file is not in the folder of the first.
+        kept = {k: v for k, v in old.items() if k not in ('subfolder', 'weight_name', 'revision', 'variant')
+                or k == 'variant' and kind == 'IPAdapter'} if same else {}
+        cfg.model.adapters = ConfigDict({**adapters, name: {**kept, 'type': kind, 'weights': source, 'trainable': False,
+                                                            **values}})
+
+
+def say(outcome: Outcome) -> int:
+    """Tell what became of it; the exit code: 1 if a row or a picture failed."""
+    parts = [f'{outcome.made} made'] + ([f'{outcome.present} there already'] if outcome.present else [])
+    if outcome.made or outcome.present:
+        print(f"{', '.join(parts)}: '{outcome.folder / 'index.html'}' shows them.")
+    for error in outcome.errors:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+    return 1 if outcome.errors else 0

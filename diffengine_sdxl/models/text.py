@@ -194,12 +194,15 @@ def _new_words(encoder: Any, ids: Tensor, num_known: int, words: Words) -> Itera
         yield
         return
     layer, vectors = encoder.get_input_embeddings(), torch.cat(list(words.values()))
-    is_new = (ids >= num_known).unsqueeze(-1)
-    handles = [
-        layer.register_forward_pre_hook(lambda _layer, args: (args[0].clamp(max=num_known - 1), *args[1:])),
+
+    def spoken(_layer: Any, _args: Any, out: Tensor) -> Tensor:
+        # The encoder may have come to its device after the ids were made (engine.placing).
+        at = ids.to(out.device)
+        new = vectors.to(out.device)[(at - num_known).clamp(min=0)].to(out.dtype)
         # A word that no prompt has gets a gradient of zeros: the graph is the same in every step.
-        layer.register_forward_hook(lambda _layer, _args, out: torch.where(
-            is_new, vectors[(ids - num_known).clamp(min=0)].to(out.dtype), out))]
+        return torch.where((at >= num_known).unsqueeze(-1), new, out)
+    handles = [layer.register_forward_pre_hook(lambda _layer, args: (args[0].clamp(max=num_known - 1), *args[1:])),
+               layer.register_forward_hook(spoken)]
     try:
         yield
     finally:

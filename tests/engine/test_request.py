@@ -1,0 +1,170 @@
+"""What can be asked for: settings put together, brought into their types, refused in a sentence that names the key."""
+
+import re
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffengine_sdxl.engine import config as configs
+from diffengine_sdxl.engine.prompts import read_latents, request_batch, size_of
+from diffengine_sdxl.engine.request import OPTIONS, REFINER, Request
+from diffengine_sdxl.models.sdxl import SDXL
+
+
+def test_later_settings_win() -> None:
+    """None is not given; dicts are put together, all else is replaced; nothing given is changed."""
+    first = dict(prompt='a', seed=3, scales=dict(x=0.5, y=1), sigmas=[2, 1], negative_prompt='no')
+    second = dict(prompt='b', seed=None, scales=dict(y=2), crops_coords_top_left=[1.0, 2], negative_prompt='')
+    request = Request.of(first, {}, second)
+    assert (request.prompt, request.seed, request.negative_prompt) == ('b', 3, '')
+    assert request.scales == dict(x=0.5, y=2.0) and request.sigmas == (2.0, 1.0)
+    assert request.crops_coords_top_left == (1, 2) and type(request.crops_coords_top_left[0]) is int
+    assert first['scales'] == dict(x=0.5, y=1) and Request.of() == Request()
+    assert Request.of(dict(original_size=512)).original_size == (512, 512)
+    given = Request.of(dict(seed=np.int64(3), strength=np.float32(0.5), image='i', timesteps=[np.int32(9)]))
+    assert given == Request.of(dict(seed=3, strength=0.5, image='i', timesteps=[9]))
+    assert json.loads(json.dumps(vars(given)))['seed'] == 3
+
+
+def test_each_picture_of_a_request() -> None:
+    request = Request.of(dict(prompt='a', seed=7, num_images_per_prompt=3))
+    assert [request.with_seed(k).seed for k in range(3)] == [7, 8, 9]
+    assert request.with_seed(2) == Request.of(dict(prompt='a', seed=9))
+
+
+def test_what_the_refiner_is_told() -> None:
+    """The base's texts, sizes, scores and seed; its own steps, strength and guidance; none of the base's pictures."""
+    base = dict(prompt='a', prompt_2='b', seed=4, image='i.png', mask_image='m.png', strength=0.9, guidance_scale=3.0,
+                num_inference_steps=9, conditions=dict(x='c.png'), crops_coords_top_left=(1, 2), aesthetic_score=7,
+                latents='n.safetensors', height=64, num_images_per_prompt=2)
+    told = Request.of(base, dict(refiner=dict(prompt='c', strength=0.2, num_inference_steps=5))).for_refiner()
+    assert told == Request.of(dict(prompt='c', prompt_2='b', seed=4, crops_coords_top_left=(1, 2), aesthetic_score=7,
+                                   height=64, strength=0.2, num_inference_steps=5), whole=False)
+    assert set(REFINER) <= {f.name for f in fields(Request)}
+
+
+#: Settings, and the sentence that refuses them.
+BAD: list[tuple[dict[str, Any], str]] = [
+    (dict(promt='a'), r"'promt' is nothing that can be asked for. Did you mean 'prompt'"),
+    (dict(vae_tilin=True), r"'vae_tilin' is nothing that can be asked for. Did you mean 'vae_tiling'"),
+    (dict(offload=True), r"'offload' is nothing that can be asked for.*infer_cfg"),
+    (dict(prompt=3), 'prompt=3 must be a text'),
+    (dict(negative_prompt=['a']), r"negative_prompt=\['a'\] must be a text"),
+    (dict(original_size=(1, 2, 3)), r'original_size=\(1, 2, 3\) must be two whole numbers of pixels, vertical first'),
+    (dict(crops_coords_top_left='1,2'), "crops_coords_top_left='1,2' must be two whole"),
+    (dict(target_size=(1.5, 2)), r'target_size=\(1.5, 2\) must be two whole'),
+    (dict(seed=-1), 'seed=-1 must be at least 0'), (dict(seed=1.5), 'seed=1.5 must be a whole number'),
+    (dict(seed=True), 'seed=True must be a whole number'),
+    (dict(seed=2 ** 64), 'seed=18446744073709551616 is too large'),
+    (dict(num_images_per_prompt=0), 'num_images_per_prompt=0 must be at least 1'),
+    (dict(num_inference_steps=0), 'num_inference_steps=0 must be at least 1'),
+    (dict(height=0), 'height=0 must be at least 1'), (dict(width='x'), "width='x' must be a whole number"),
+    (dict(image='a', strength=0), 'strength=0.0 must be above 0 and at most 1'),
+    (dict(image='a', strength=1.01), 'strength=1.01 must be above 0'),
+    (dict(denoising_end=float('nan')), 'denoising_end=nan must be a number'),
+    (dict(guidance_scale='5'), "guidance_scale='5' must be a number"),
+    (dict(guidance_scale=float('inf')), 'guidance_scale=inf must be a number'),
+    (dict(strength=0.5), r'strength=0.5 says how far back.*no `image`'),
+    (dict(mask_image='m.png'), r"mask_image='m.png' says what to repaint, but there is no `image`"),
+    (dict(mask_image=Image.new('L', (8, 8))), r'mask_image=Image says what to repaint'),
+    (dict(denoising_start=0.5), 'denoising_start=0.5 goes on from an image'),
+    (dict(timesteps=[3, 2], sigmas=[1.0]), 'Give timesteps or sigmas, not both'),
+    (dict(sigmas=[]), r'sigmas=\[\] must be a list of numbers'), (dict(timesteps=5), 'timesteps=5 must be a list'),
+    (dict(timesteps=[9, 'a']), "timesteps='a' must be a whole number"),
+    (dict(eta=10 ** 400), 'eta=1000.* must be a number'), (dict(seed=10 ** 400), 'seed=1000.* is too large'),
+    (dict(seed=2 ** 63 - 1, num_images_per_prompt=2), 'seed=9223372036854775807 is too large'),
+    (dict(seed=float('inf')), 'seed=inf must be a whole number'),
+    (dict(timesteps=[9.5]), 'timesteps=9.5 must be a whole number'),
+    (dict(scales=0.5), 'scales=0.5 must be a dict: adapter name -> value'),
+    (dict(scales=dict(a='b')), "scales.a='b' must be a number"),
+    (dict(conditions=['x']), 'conditions=.*must be a dict'),
+    (dict(windows=dict(a=(1, 0))), r"windows.a: window=\(1, 0\) must be \(start, end\)"),
+    (dict(windows=dict(a='x')), "windows.a: window='x' must be"),
+    (dict(refiner=0.3), 'refiner=0.3 must be a dict: its own settings'),
+    (dict(refiner=dict(strenth=0.3)), r"'strenth' is nothing that the refiner can be told. Did you mean 'strength'"),
+    (dict(refiner=dict(image='a')), "'image' is nothing that the refiner can be told"),
+    (dict(refiner=dict(strength=2)), 'refiner: strength=2.0 must be above 0'),
+    (dict(syntax='compell'), "syntax='compell' is not known")]
+
+
+@pytest.mark.parametrize(('settings', 'sentence'), BAD, ids=[re.sub(r'<.*>', 'picture', str(list(s.items())[-1])) for s, _ in BAD])
+def test_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Request.of(settings)
+
+
+@pytest.mark.parametrize(('infer_cfg', 'sentence'), [
+    (dict(promt='a'), "infer_cfg: 'promt' is nothing.*'prompt'"), (dict(offload=1), 'infer_cfg.offload=1 must be True'),
+    (dict(seed=-1), 'infer_cfg: seed=-1'), ('text', "infer_cfg='text' must be a dict"),
+    (dict(refiner=dict(strenth=1)), "infer_cfg: 'strenth'.*'strength'")])
+def test_defaults_are_checked_with_the_config(infer_cfg: Any, sentence: str) -> None:
+    """What only goes with a picture may wait for one; all else is refused before anything loads."""
+    with pytest.raises(ValueError, match=sentence):
+        configs.load('sdxl_text_to_image', {'infer_cfg': infer_cfg})
+    waiting = dict(strength=0.5, mask_image='m.png', **dict.fromkeys(OPTIONS, True))
+    configs.load('sdxl_text_to_image', {'infer_cfg': waiting})
+
+
+@pytest.fixture(scope='module')
+def model(tiny_base: Path) -> SDXL:
+    return SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(type='T2IAdapter', reads='map')))
+
+
+def test_how_large_a_picture_is(model: SDXL, tmp_path: Path) -> None:
+    """What is said; else the image's size cut down, the control image's, the latents', the base's own; one side may be
+    said alone."""
+    image, wide = Image.new('RGB', (75, 61)), Image.new('RGB', (99, 40))
+    image.save(tmp_path / 'i.png')
+    noise = torch.zeros(4, 5, 7)
+    save_file({'x': noise}, tmp_path / 'n.safetensors')
+    cases: list[tuple[dict[str, Any], tuple[int, int]]] = [
+        ({}, (64, 64)), (dict(height=40), (40, 64)), (dict(height=40, width=56), (40, 56)),
+        (dict(image=image), (48, 64)), (dict(image=str(tmp_path / 'i.png'), width=80), (48, 80)),
+        (dict(conditions=dict(a=wide)), (32, 96)), (dict(conditions=dict(a=wide), image=image), (48, 64)),
+        (dict(image=torch.zeros(3, 48, 80)), (48, 80)), (dict(image=noise), (40, 56)), (dict(latents=noise), (40, 56)),
+        (dict(latents=tmp_path / 'n.safetensors'), (40, 56)), (dict(image=Image.new('RGB', (3, 5))), (16, 16))]
+    for settings, size in cases:
+        assert size_of(model, Request.of(settings)) == size, settings
+
+
+def test_time_ids(model: SDXL) -> None:
+    """diffusers' defaults: none of their own for the unconditional half, but of an image, whose corner is shared."""
+    crop = dict(crops_coords_top_left=(3, 5))
+
+    def ids(**settings: Any) -> tuple[list[float], list[float] | None]:
+        batch = request_batch(model, [Request.of(settings)], (48, 64))
+        assert batch.time_ids is not None
+        negative = batch.negative_time_ids
+        return batch.time_ids[0].tolist(), None if negative is None else negative[0].tolist()
+    assert ids() == ([48, 64, 0, 0, 48, 64], None)
+    assert ids(**crop, original_size=(9, 8)) == ([9, 8, 3, 5, 48, 64], None)
+    assert ids(**crop, negative_crops_coords_top_left=(1, 1))[1] == [48, 64, 1, 1, 48, 64]
+    assert ids(**crop, negative_original_size=(7, 6), negative_target_size=(5, 4))[1] == [7, 6, 0, 0, 5, 4]
+    assert ids(**crop, image=Image.new('RGB', (8, 8)))[1] == [48, 64, 3, 5, 48, 64]
+    assert ids(**crop, image=Image.new('RGB', (8, 8)), negative_original_size=(7, 6))[1] == [7, 6, 3, 5, 48, 64]
+
+
+def test_latents(tmp_path: Path) -> None:
+    """A tensor of one picture, or a file of one tensor; never unpickled."""
+    noise = torch.randn(4, 5, 7)
+    for given in (noise, noise[None], noise.half()):
+        assert read_latents(given).shape == (4, 5, 7) and read_latents(given).dtype == torch.float32
+    assert read_latents(noise.double()).dtype == torch.float64
+    save_file({'a': noise, 'b': noise + 1}, tmp_path / 'two.safetensors')
+    torch.save(noise, tmp_path / 'noise.pt')
+    (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'two.safetensors').read_bytes()[:99])
+    for bad, sentence in ((noise[0], r'\[4, h, w\], for one picture; these are \[5, 7\]'),
+                          (torch.stack([noise] * 2), r'these are \[2, 4, 5, 7\]'), (3, 'these are int'),
+                          (tmp_path / 'two.safetensors', "two.safetensors' holds 2 tensors"),
+                          (tmp_path / 'noise.pt', "noise.pt' cannot be read as a .safetensors file"),
+                          (tmp_path / 'cut.safetensors', "cut.safetensors' cannot be read as"),
+                          (str(tmp_path / 'none'), "none' cannot be read.*No such file")):
+        with pytest.raises(ValueError, match=sentence):
+            read_latents(bad)

@@ -96,6 +96,9 @@ class SDXLInferencer(BaseInferencer):
         self.refiner: Any = None
         if self.cfg.get('refiner') is not None:
             self.refiner = MODELS.build({'seed': seed, **self.cfg.refiner, 'base': self.model}).eval()
+            if self.refiner.sampler is None:  # the base's, but for the part of the way
+                self.refiner.sampler = copy.copy(self.model.sampler)
+                vars(self.refiner.sampler).update(dict.fromkeys(('strength', 'denoising_start', 'denoising_end')))
         for model in self.models:
             model.requires_grad_(False)
         self.release = place(self.models, self.device, bool(self.options.get('offload')))
@@ -180,13 +183,14 @@ class SDXLInferencer(BaseInferencer):
         check_size(size, self.model.size_divisor)
         batch = request_batch(self.model, requests, size)
         self._check_conditions(first)
-        base = stages.Stage(self.model, batch, _sampler(self.model.sampler, first))
+        sampler = self.model.sampler.changed(**{name: getattr(first, name) for name in OF_SAMPLER})
+        base = stages.Stage(self.model, batch, sampler)
         second = None
         if self.refiner is not None:
             check_size(size, self.refiner.size_divisor)
             told = [r.for_refiner() for r in requests]
             second = stages.Stage(self.refiner, request_batch(self.refiner, told, size, goes_on=True),
-                                  _refiners(self.refiner.sampler or self.model.sampler, first, told[0]))
+                                  _refiners(self.refiner.sampler, sampler, told[0]))
         elif first.refiner:
             raise ValueError('`refiner` says what the refiner is told, but the config has no `refiner`.')
         return Job(indices, base, second, first.scales, first.windows)
@@ -301,19 +305,14 @@ def _count(pictures: Any) -> int:
     return len(pictures) if isinstance(pictures, list | tuple) else int(pictures is not None)
 
 
-def _sampler(sampler: Any, request: Request) -> Any:
-    """The config's sampler with what a request changes."""
-    return sampler.changed(**{name: getattr(request, name) for name in OF_SAMPLER})
-
-
-def _refiners(sampler: Any, base: Request, told: Request) -> Any:
-    """The refiner's sampler: it goes on where the base stops, or takes the finished latents back by its strength."""
+def _refiners(sampler: Any, base: Any, told: Request) -> Any:
+    """The refiner's sampler: it goes on where the base's stops, or takes the finished latents back by its strength."""
     own = {name: getattr(told, name) for name in OF_SAMPLER}
     if base.denoising_end is not None and base.denoising_end < 1:
         own['denoising_start'] = own['denoising_start'] or base.denoising_end
         # Both halves are parts of the same way.
-        for name in ('num_inference_steps', 'timesteps', 'sigmas'):
-            own[name] = own[name] if own[name] is not None else getattr(base, name)
+        if own['num_inference_steps'] is own['timesteps'] is own['sigmas'] is None:
+            own.update({name: getattr(base, name) for name in ('num_inference_steps', 'timesteps', 'sigmas')})
     return sampler.changed(**own)
 
 

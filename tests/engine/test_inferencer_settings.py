@@ -1,5 +1,6 @@
 """What a call and a config of SDXLInferencer settle: forms of output, batches, refusals, weights, the VAE's memory."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,12 @@ def test_a_model_stays_as_it_was_built(inferencer: SDXLInferencer) -> None:
                denoising_end=0.9)
     assert vars(model.sampler) == held and torch.equal(inferencer(PROMPT, seed=5, output_type='pt', **SIZE), first)
     assert configs.to_plain(inferencer.cfg.model.sampler)['num_inference_steps'] == 3
+
+
+def test_a_sampler_that_stops_early_hands_over(refined: Refined) -> None:
+    """What a config says of the way is as what a call says of it; the refiner begins where it stops."""
+    ours = refined.ours
+    called = ours(PROMPT, seed=3, denoising_end=0.6, num_inference_steps=5, output_type='pt')
+    cfg = copy.deepcopy(ours.cfg)
+    cfg.model.sampler.update(denoising_end=0.6, num_inference_steps=5)
+    assert torch.equal(SDXLInferencer(cfg, device='cpu')(PROMPT, seed=3, output_type='pt'), called)

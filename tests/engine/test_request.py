@@ -1,7 +1,7 @@
 """What can be asked for: settings put together, brought into their types, refused in a sentence that names the key."""
 
-import re
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (dict(syntax='compell'), "syntax='compell' is not known")]
 
 
-@pytest.mark.parametrize(('settings', 'sentence'), BAD, ids=[re.sub(r'<.*>', 'picture', str(list(s.items())[-1])) for s, _ in BAD])
+#: Without the addresses of pictures: two workers must find the same names.
+IDS = [re.sub(r'<.*>', 'picture', str(list(settings.items())[-1])) for settings, _ in BAD]
+
+
+@pytest.mark.parametrize(('settings', 'sentence'), BAD, ids=IDS)
 def test_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Request.of(settings)

@@ -46,7 +46,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.name = ''
         self.reads, self.weights, self.trainable = reads, weights, trainable
-        self.scale, self.window = scale, checked_window(window)
+        self.scale = scale
+        self.window = window  # type: ignore[assignment]
 
     @property
     def scale(self) -> float:
@@ -64,6 +65,24 @@ class Adapter(nn.Module):
 
     def _check_scale(self, scale: float) -> None:
         """Refuse a scale that this kind cannot do."""
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Part of the way from noise (0) to image (1) in which it acts.
+
+        Raises:
+            ValueError: when set, to one that is none, or that the kind cannot do.
+        """
+        return self._window
+
+    @window.setter
+    def window(self, window: Sequence[float]) -> None:
+        checked = checked_window(window)
+        self._check_window(checked)
+        self._window = checked
+
+    def _check_window(self, window: tuple[float, float]) -> None:
+        """Refuse a window that this kind cannot do."""
 
     @property
     def mask_name(self) -> str:

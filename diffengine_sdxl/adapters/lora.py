@@ -152,9 +152,7 @@ class LoRA(Adapter):
             self._check_given(given, modules, model)
         self.method, self.rslora, self.options = given.kind, given.rslora, getattr(given, 'options', {})
         self._check_scale(self.scale)
-        if self.window != (0, 1) and set(given.parts) != {'unet'}:
-            raise ValueError(f"The window {self.window} of adapter '{self.name}' is for the UNet alone, as prompts are "
-                             f'encoded once; it also changes {", ".join(p for p in given.parts if p != "unet")}.')
+        self._check_window(self.window, given.parts)
         self._parts = {part: module for part, module in self._parts.items() if part in given.parts}
         try:
             for part in self._parts:
@@ -291,6 +289,12 @@ class LoRA(Adapter):
                 rank = math.sqrt(held.rank[name]) if self.rslora else held.rank[name]
                 wrapper.scaling[self.name] = scale * held.alpha[name] / rank
 
+    def _check_window(self, window: tuple[float, float], parts: Any = None) -> None:
+        others = {*(parts or vars(self).get('_layers', ()))} - {'unet'}
+        if window != (0, 1) and others:
+            raise ValueError(f"The window {window} of adapter '{self.name}' is for the UNet alone, as prompts are read "
+                             f'once; it also changes {", ".join(sorted(others))}.')
+
     def encode(self, batch: Batch) -> Tensors:
         """Nothing: its layers do it.
 
@@ -307,8 +311,6 @@ class LoRA(Adapter):
 
         Nothing else changes it in between, so gradient checkpointing, which computes again, finds what it had.
         """
-        if self.window == (0, 1):
-            return
         rows = call.gate(self.window)
         if rows is None:
             gate: bool | Tensor = True

@@ -56,11 +56,13 @@ class TextualInversion(Adapter):
                              "'<my-thing>'.")
         if num_vectors is not None and num_vectors < 1:
             raise ValueError(f"num_vectors={num_vectors} of '{token}' must be at least 1.")
-        if self.window != (0, 1):
-            raise ValueError(f"window={self.window} of '{token}': a prompt is read once, for all of the way; a textual "
-                             'inversion has no window but (0, 1).')
         self.num_vectors, self.init = num_vectors, init
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
+
+    def _check_window(self, window: tuple[float, float]) -> None:
+        if window != (0, 1):
+            raise ValueError(f"window={window} of '{self.token}': a prompt is read once, for all of the way; a textual "
+                             'inversion has no window but (0, 1).')
 
     def attach(self, model: Any) -> None:
         """Make the vectors, for every text encoder that the base has."""

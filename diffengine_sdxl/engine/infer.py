@@ -150,6 +150,8 @@ def _from_config(args: Any, errors: list[str]) -> tuple[Config, list[Asked], str
     cfg = configs.load(args.config, args.cfg_options or ())
     if not cfg.get('model'):
         raise ValueError(f"The config '{args.config}' has no `model`, so it makes no pictures.")
+    if args.weights == NONE and args.adapter:
+        raise ValueError(f"--weights {NONE} is the base alone; it contradicts --adapter {args.adapter[0]}.")
     _add_adapters(cfg, args.adapter or ())
     given = {key: getattr(args, key) for key in OPTION_KEYS if getattr(args, key) is not None}
     given.update(_nested(configs.parse_overrides(args.set or (), '--set')))
@@ -195,7 +197,7 @@ def _again(args: Any) -> tuple[Config, list[Asked], str | None]:
         print(f"Not checked, as they come from elsewhere: {', '.join(unchecked)}.")
     cfg = Config(settings['config'])
     check(cfg)
-    return cfg, [Asked(0, '', Request.of(settings['request']))], settings.get('weights')
+    return cfg, [Asked(0, '', Request.of(settings['request']).with_seed(0))], settings.get('weights')
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,9 @@ class SDXLInferencer(BaseInferencer):
                 vars(self.refiner.sampler).update(dict.fromkeys(('strength', 'denoising_start', 'denoising_end')))
         for model in self.models:
             model.requires_grad_(False)
+            # As diffusers' enable_vae_tiling: encoding too.
+            model.vae.use_tiling = bool(self.options.get('vae_tiling'))
+            model.vae.use_slicing = bool(self.options.get('vae_slicing'))
         self.release = place(self.models, self.device, bool(self.options.get('offload')))
 
     @property
@@ -216,8 +219,7 @@ class SDXLInferencer(BaseInferencer):
             if latent:
                 return latents
             last = inputs.second or inputs.first
-            images: Tensor = last.model.decode(latents, tiling=bool(self.options.get('vae_tiling')),
-                                               slicing=bool(self.options.get('vae_slicing')))
+            images: Tensor = last.model.decode(latents)
             return images
         finally:
             self.release()
@@ -308,6 +310,9 @@ def _count(pictures: Any) -> int:
 def _refiners(sampler: Any, base: Any, told: Request) -> Any:
     """The refiner's sampler: it goes on where the base's stops, or takes the finished latents back by its strength."""
     own = {name: getattr(told, name) for name in OF_SAMPLER}
+    if own['denoising_start'] not in (None, base.denoising_end):
+        raise ValueError(f"refiner.denoising_start={own['denoising_start']} must be where the base stops "
+                         f'(denoising_end={base.denoising_end}); leave it out.')
     if base.denoising_end is not None and base.denoising_end < 1:
         own['denoising_start'] = own['denoising_start'] or base.denoising_end
         # Both halves are parts of the same way.

@@ -83,10 +83,10 @@ def size_of(model: Any, request: Request) -> tuple[int, int]:
     What it says; else those of its image or control images, cut down to what can be made, as in diffusers; else the
     base's own.
     """
-    natural = _natural_size(model, request)
     given = (request.height, request.width)
     if None not in given:
         return given  # type: ignore[return-value]
+    natural = _natural_size(model, request)
     if natural is None:
         side = model.unet.config.sample_size * model.vae_factor
         natural = (side, side)

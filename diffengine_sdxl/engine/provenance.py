@@ -196,6 +196,9 @@ def check_unchanged(settings: Mapping[str, Any]) -> list[str]:
             faults.append(f'{key} lay in memory and was no file')
         elif path is None or before.get('path') != path:
             faults.append(f"{key} is '{path}', and the picture was made of '{before.get('path')}'")
+        elif before.get('sha256') is None and (os.path.isabs(path) or path.startswith(SHIPPED)):
+            # What lies here always has one; a stranger's list may leave it out.
+            faults.append(f"{key} ('{path}') has no SHA-256")
         elif before.get('sha256') is None:
             unchecked.append(key)
         elif not os.path.exists(str(shipped(path))):

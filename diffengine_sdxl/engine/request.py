@@ -17,6 +17,8 @@ SIZES = ('original_size', 'target_size', 'negative_original_size', 'negative_tar
 CORNERS = ('crops_coords_top_left', 'negative_crops_coords_top_left')
 #: Of a config's `infer_cfg`, what is no part of a Request: how the VAE decodes, and whether parts wait in CPU memory.
 OPTIONS = ('vae_tiling', 'vae_slicing', 'offload')
+#: Of which a later setting takes the place of all.
+STEPS = ('num_inference_steps', 'timesteps', 'sigmas')
 #: What the refiner may be told apart from the base.
 REFINER = (*TEXTS, *SIZES, *CORNERS, 'aesthetic_score', 'negative_aesthetic_score', 'strength', 'num_inference_steps',
            'timesteps', 'sigmas', 'guidance_scale', 'guidance_rescale', 'eta', 'denoising_start', 'denoising_end')
@@ -105,6 +107,8 @@ class Request:
                     raise ValueError(f"'{key}' is nothing that can be asked for.{hint}")
                 if value is None:
                     continue
+                if key in STEPS:  # three ways to say one thing
+                    given = {k: v for k, v in given.items() if k not in STEPS or k in one}
                 if isinstance(value, Mapping) and isinstance(given.get(key), Mapping):
                     value = {**given[key], **value}
                 given[key] = value

@@ -14,17 +14,6 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.structures import Batch
 
 
-@contextmanager
-def _in_parts(vae: Any, tiling: bool, slicing: bool) -> Iterator[None]:
-    """Inside, the VAE works in tiles or picture by picture."""
-    held = vae.use_tiling, vae.use_slicing
-    vae.use_tiling, vae.use_slicing = held[0] or tiling, held[1] or slicing
-    try:
-        yield
-    finally:
-        vae.use_tiling, vae.use_slicing = held
-
-
 class Latents:
     """The half of SDXL that owns the VAE; mixed into it."""
 
@@ -79,20 +68,17 @@ class Latents:
         return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
 
     @torch.no_grad()
-    def decode(self: Any, latents: Tensor, tiling: bool = False, slicing: bool = False) -> Tensor:
+    def decode(self: Any, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to images [B, 3, H, W] in [0, 1], fp32; as stock, bitwise.
 
         A VAE in half precision that gives what is not finite is asked again in fp32.
-
-        Args:
-            tiling: in tiles that overlap, for little memory at large sizes; slicing: one picture at a time.
 
         Raises:
             ValueError: the pictures are not finite.
         """
         latents_, factor, statistics = latents, self.vae.config.scaling_factor, self._statistics(latents)
         latents = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
-        with self._safe_vae() as vae, _in_parts(vae, tiling, slicing):
+        with self._safe_vae() as vae:
             images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         if not torch.isfinite(images).all():
             if self.vae.dtype not in (torch.float16, torch.bfloat16):
@@ -104,7 +90,7 @@ class Latents:
                           "dtype=dict(vae='float32').")
             try:
                 self.vae.float()
-                return self.decode(latents_, tiling, slicing)
+                return self.decode(latents_)
             finally:
                 self.vae.to(dtype)
         return (images * 0.5 + 0.5).clamp(0, 1).float()

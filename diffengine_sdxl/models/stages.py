@@ -45,7 +45,10 @@ def run(first: Stage, second: Stage | None = None, on_step: Callable[[int, int],
         ValueError: see Sampler; or the latents of one are none of the other.
     """
     generators = [torch.Generator().manual_seed(int(seed)) for seed in first.batch.seed]
-    latents: Tensor = first.by(first.model, first.batch, on_step, generators)
+    # What one's adapters change in a text encoder that both use is not the other's.
+    shared = second is not None and second.model.shared_parts
+    with without_adapters(second.model) if second is not None and shared else nullcontext():
+        latents: Tensor = first.by(first.model, first.batch, on_step, generators)
     if second is None:
         return latents
     theirs, ours = (m.unet.config.out_channels for m in (second.model, first.model))
@@ -55,7 +58,5 @@ def run(first: Stage, second: Stage | None = None, on_step: Callable[[int, int],
     start = first.batch.start
     batch = replace(second.batch, start=Start(latents=latents, mask=None if start is None else start.mask),
                     size=tuple(side * first.model.vae_factor for side in latents.shape[-2:]))
-    # What the base's adapters change in a text encoder that both use is not the refiner's.
-    alone = without_adapters(first.model) if second.model.shared_parts else nullcontext()
-    with alone:
+    with without_adapters(first.model) if shared else nullcontext():
         return second.by(second.model, batch, on_step, generators)

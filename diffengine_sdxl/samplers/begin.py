@@ -35,7 +35,7 @@ class Repaint:
         """Latents with what is kept put back, noised as at `t_next`; None at the end."""
         if self.kept is None:
             return x
-        kept = self.kept if t_next is None else scheduler.add_noise(self.kept, self.noise, torch.tensor([t_next]))
+        kept = self.kept if t_next is None else scheduler.add_noise(self.kept, self.noise, t_next.reshape(1))
         return (1 - self.mask) * kept + self.mask * x
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine.asking import BASE, NOISE, PROMPT, SIZE, Refined, asked, conditioned, config, mask, picture
 from engine.helpers import train
+from kinds import CASES, build, shaken
 from mmengine.config import Config
 from parity import SOLVERS, stock
 from safetensors.torch import save_file
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 import diffengine_sdxl
 from diffengine_sdxl.engine import config as configs
 from diffengine_sdxl.engine.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.request import Request
 from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.samplers.sampler import Sampler
 from diffengine_sdxl.testing import draw_circle
 
 
@@ -214,13 +217,13 @@ def test_the_base_alone_of_a_config_that_conditions(tiny_base: Path, tmp_path: P
 
 
 def test_the_vae_in_tiles_and_slices(tiny_base: Path) -> None:
-    """Tiles are stock's, bitwise; a slice at a time gives the same pictures, within 1e-5 as of batches. Both are over
-    with the call."""
+    """Tiles are stock's, bitwise; a slice at a time gives the same pictures, within 1e-5 as of batches."""
     made = {}
     for option in ('vae_tiling', 'vae_slicing'):
         ours = SDXLInferencer(config(tiny_base, infer_cfg={option: True}), device='cpu')
         made[option] = ours(['a', 'b'], seed=5, output_type='pt', batch_size=2, height=112, width=104)
-        assert not ours.model.vae.use_tiling and not ours.model.vae.use_slicing
+        vae = ours.model.vae  # for encoding, too
+        assert (vae.use_tiling, vae.use_slicing) == (option == 'vae_tiling', option == 'vae_slicing')
     ours = SDXLInferencer(config(tiny_base), device='cpu')
     call: dict[str, Any] = dict(prompt=['a', 'b'], seed=5, batch_size=2, height=112, width=104)
     torch.testing.assert_close(made['vae_slicing'], ours(**call, output_type='pt'), rtol=1e-5, atol=1e-5)
@@ -300,3 +303,49 @@ def test_a_sampler_that_stops_early_hands_over(refined: Refined) -> None:
     cfg = copy.deepcopy(ours.cfg)
     cfg.model.sampler.update(denoising_end=0.6, num_inference_steps=5)
     assert torch.equal(SDXLInferencer(cfg, device='cpu')(PROMPT, seed=3, output_type='pt'), called)
+
+
+def test_a_window_of_one_call_leaves_a_lora_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
+    """A LoRA that a window switched off is on again afterwards; one in a text encoder refuses a window."""
+    parts = ['unet', 'text_encoder']
+    model = shaken(build(tiny_base, dict(s=CASES['lora'].config, t={**CASES['lora'].config, 'parts': parts})),
+                   CASES['lora'], CASES['lora'])
+    loras = {}
+    for name, adapter in model.adapters.items():
+        adapter.save(tmp_path / name)
+        loras[name] = dict(type='LoRA', weights=str(tmp_path / name), trainable=False)
+    ours = SDXLInferencer(config(tiny_base, dict(s=loras['s'])), device='cpu')
+    before = ours(PROMPT, seed=1, output_type='latent', **SIZE)
+    within = ours(PROMPT, seed=1, output_type='latent', windows=dict(s=(0.0, 0.5)), **SIZE)
+    assert not torch.equal(before, within)
+    assert torch.equal(ours(PROMPT, seed=1, output_type='latent', **SIZE), before)
+    ours = SDXLInferencer(config(tiny_base, dict(t=loras['t'])), device='cpu')
+    with pytest.raises(ValueError, match=r'window \(0.0, 0.5\).*also changes text_encoder'):
+        ours(PROMPT, windows=dict(t=(0.0, 0.5)), **SIZE)
+
+
+def test_a_later_way_to_say_the_steps_wins() -> None:
+    """Steps, timesteps and sigmas are three ways to say one thing."""
+    one = Request.of(dict(timesteps=[900, 500]), dict(num_inference_steps=9))
+    assert one.timesteps is None and one.num_inference_steps == 9
+    assert Request.of(dict(num_inference_steps=9), dict(sigmas=[2.0, 0.5])).num_inference_steps is None
+    with pytest.raises(ValueError, match='timesteps or sigmas, not both'):
+        Request.of(dict(timesteps=[3], sigmas=[1.0]))
+
+
+def test_a_shared_text_encoder_is_each_models_own(refined: Refined, tiny_base: Path, tmp_path: Path) -> None:
+    """A refiner's LoRA in an encoder that it shares does not act on the base, and acts on the refiner."""
+    cfg = copy.deepcopy(refined.ours.cfg)
+    case = dict(CASES['lora'].config, parts=['text_encoder_2'])
+    shaken(build(tiny_base, dict(s=case)), CASES['lora']).adapters['s'].save(tmp_path / 's')
+    plain = SDXLInferencer(cfg, device='cpu')
+    cfg.refiner.adapters = dict(s=dict(type='LoRA', weights=str(tmp_path / 's'), trainable=False))
+    adapted = SDXLInferencer(cfg, device='cpu')
+    steps: list[list[torch.Tensor]] = [[], []]
+    for ours, seen in zip((plain, adapted), steps, strict=True):
+        job, = ours.preprocess([ours.request(dict(prompt=PROMPT, denoising_end=0.6, num_inference_steps=3, **SIZE))])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sampler, '__call__', lambda self, *a, seen=seen, sample=Sampler.__call__: seen.append(
+                sample(self, *a)) or seen[-1])
+            ours.forward(job)
+    assert torch.equal(steps[0][0], steps[1][0]) and not torch.equal(steps[0][1], steps[1][1])

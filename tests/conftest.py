@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+from parity import stock
 
+from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_circles, write_tiny_sdxl
 
 torch.set_num_threads(1)
@@ -23,6 +26,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder of 16 circles of 64 pixels with their outlines and captions. Don't write into it."""
     return write_circles(tmp_path_factory.mktemp('circles') / 'data')
+
+
+@pytest.fixture(scope='module')
+def model(tiny_base: Path) -> Any:
+    """That SDXL as ours, without adapters."""
+    return SDXL(pretrained=str(tiny_base))
+
+
+@pytest.fixture(scope='module')
+def pipeline(tiny_base: Path) -> Any:
+    """And as stock's pipeline."""
+    return stock(tiny_base)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

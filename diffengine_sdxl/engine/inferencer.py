@@ -53,8 +53,8 @@ class Job:
 class SDXLInferencer(BaseInferencer):
     """Makes pictures with the model of a config, and with its `refiner` after it.
 
-    Follows mmengine's conventions: `preprocess`, `forward`, `postprocess` and `visualize`, called in this order; what a
-    config's `infer_cfg` says holds unless a call says otherwise.
+    Follows mmengine's conventions: a call runs `preprocess`, `forward` and `postprocess`; `visualize` makes a grid of
+    what it returns. What a config's `infer_cfg` says holds unless a call says otherwise.
 
     Args:
         config: path, name of an installed config, or a Config.

@@ -108,7 +108,7 @@ class Request:
                 if value is None:
                     continue
                 if key in STEPS:  # three ways to say one thing
-                    given = {k: v for k, v in given.items() if k not in STEPS or k in one}
+                    given = {k: v for k, v in given.items() if k not in STEPS or one.get(k) is not None}
                 if isinstance(value, Mapping) and isinstance(given.get(key), Mapping):
                     value = {**given[key], **value}
                 given[key] = value

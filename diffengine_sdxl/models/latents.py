@@ -29,10 +29,7 @@ class Latents:
             return batch.latents.contiguous(memory_format=layout)
         dist = self.posterior(batch)
         noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
-        latents, statistics = dist.mean + dist.std * noise.to(dist.mean), self._statistics(dist.mean)
-        if statistics is None:
-            return latents * self.vae.config.scaling_factor
-        return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
+        return self._scaled(dist.mean + dist.std * noise.to(dist.mean))
 
     def posterior(self: Any, batch: Batch) -> Any:
         """The VAE's distribution of the images' latents, unscaled: `mean`, `std` [B, 4, h, w], `kl()` [B].
@@ -61,11 +58,7 @@ class Latents:
         with self._safe_vae() as vae:
             drawn = [vae.encode(image.to(vae.dtype)).latent_dist.sample(generator)
                      for image, generator in zip(images.split(1), generators, strict=True)]
-        latents = torch.cat(drawn)
-        statistics = self._statistics(latents)
-        if statistics is None:
-            return latents * self.vae.config.scaling_factor
-        return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
+        return self._scaled(torch.cat(drawn))
 
     @torch.no_grad()
     def decode(self: Any, latents: Tensor) -> Tensor:
@@ -76,10 +69,10 @@ class Latents:
         Raises:
             ValueError: the pictures are not finite.
         """
-        latents_, factor, statistics = latents, self.vae.config.scaling_factor, self._statistics(latents)
-        latents = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
+        factor, statistics = self.vae.config.scaling_factor, self._statistics(latents)
+        unscaled = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
         with self._safe_vae() as vae:
-            images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+            images = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
         if not torch.isfinite(images).all():
             if self.vae.dtype not in (torch.float16, torch.bfloat16):
                 raise ValueError('The VAE made pictures that are not finite; its weights are damaged, or the latents '
@@ -90,10 +83,17 @@ class Latents:
                           "dtype=dict(vae='float32').")
             try:
                 self.vae.float()
-                return self.decode(latents_)
+                return self.decode(latents)
             finally:
                 self.vae.to(dtype)
         return (images * 0.5 + 0.5).clamp(0, 1).float()
+
+    def _scaled(self: Any, latents: Tensor) -> Tensor:
+        """What the VAE gives, [B, 4, h, w], as the UNet takes it."""
+        statistics = self._statistics(latents)
+        if statistics is None:
+            return latents * self.vae.config.scaling_factor
+        return (latents - statistics[0]) * self.vae.config.scaling_factor / statistics[1]
 
     def _statistics(self: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation of the VAE's latents, [1, 4, 1, 1], if its config has them (Playground 2.5)."""

@@ -116,6 +116,8 @@ def bad(here: Here) -> dict[str, tuple[list[Any], str]]:
     image, style = here.files / 'image0.png', here.files / 'style'
     return {
         'size': (['c.py', '--height', 50], r'Pictures of 50 x 64 cannot be made: 8 must divide both sides'),
+        'none and one': (['c.py', '--weights', 'none', '--adapter', f'style={style}'],
+                         '--weights none is the base alone; it contradicts --adapter style='),
         'mask': (['c.py', '--mask-image', image], 'says what to repaint, but there is no `image`'),
         'strength': (['c.py', '--image', image, '--strength', 0.1], 'strength=0.1 leaves none of 2 steps to do'),
         'no strength': (['c.py', '--image', image, '--strength', 0], 'strength=0.0 must be above 0'),

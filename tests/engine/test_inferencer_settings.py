@@ -227,6 +227,10 @@ def test_the_vae_in_tiles_and_slices(tiny_base: Path) -> None:
     ours = SDXLInferencer(config(tiny_base), device='cpu')
     call: dict[str, Any] = dict(prompt=['a', 'b'], seed=5, batch_size=2, height=112, width=104)
     torch.testing.assert_close(made['vae_slicing'], ours(**call, output_type='pt'), rtol=1e-5, atol=1e-5)
+    image = picture(0, (104, 112))
+    whole, tiles = (SDXLInferencer(config(tiny_base, infer_cfg=dict(vae_tiling=tiling)), device='cpu')(
+        'a', image=image, strength=0.5, seed=5, output_type='latent') for tiling in (False, True))
+    assert not torch.equal(whole, tiles)  # what is encoded, too
     vae = stock(tiny_base).vae
     latents = ours(**call, output_type='latent') / vae.config.scaling_factor
     with torch.no_grad():
@@ -303,6 +307,9 @@ def test_a_sampler_that_stops_early_hands_over(refined: Refined) -> None:
     cfg = copy.deepcopy(ours.cfg)
     cfg.model.sampler.update(denoising_end=0.6, num_inference_steps=5)
     assert torch.equal(SDXLInferencer(cfg, device='cpu')(PROMPT, seed=3, output_type='pt'), called)
+    for end in (None, 0.6):
+        with pytest.raises(ValueError, match=rf'denoising_start=0.7 must be where the base stops .*{end}'):
+            ours(PROMPT, denoising_end=end, refiner=dict(denoising_start=0.7))
 
 
 def test_a_window_of_one_call_leaves_a_lora_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
@@ -329,6 +336,7 @@ def test_a_later_way_to_say_the_steps_wins() -> None:
     one = Request.of(dict(timesteps=[900, 500]), dict(num_inference_steps=9))
     assert one.timesteps is None and one.num_inference_steps == 9
     assert Request.of(dict(num_inference_steps=9), dict(sigmas=[2.0, 0.5])).num_inference_steps is None
+    assert Request.of(dict(timesteps=[900]), dict(num_inference_steps=9, timesteps=None)).timesteps is None
     with pytest.raises(ValueError, match='timesteps or sigmas, not both'):
         Request.of(dict(timesteps=[3], sigmas=[1.0]))
 

@@ -209,6 +209,11 @@ def test_the_list_of_files_is_not_believed(folder: Path) -> None:
         p.check_unchanged(settings)
     with pytest.raises(ValueError, match='image is .*conditions.depth.0 is .*weights is'):
         p.check_unchanged({**settings, 'inputs': [], 'sources': []})
+    _, settings = written(folder)
+    for part, key in (('inputs', 'image'), ('sources', 'style.weights')):
+        entries = [{**entry, 'sha256': None} for entry in settings[part]]
+        with pytest.raises(ValueError, match=rf'{key} .* has no SHA-256'):
+            p.check_unchanged({**settings, part: entries})
 
 
 @pytest.mark.parametrize(('change', 'words'), [

@@ -6,21 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from parity import make_batch, picture_batch, sampler, stock
+from parity import make_batch, picture_batch, sampler
 
 from diffengine_sdxl.models.sdxl import SDXL
 
 PROMPTS = ['a cat', 'x' * 300, 'Ünïcode 東京 & emoji 🦀', '']
-
-
-@pytest.fixture(scope='module')
-def model(tiny_base: Path) -> SDXL:
-    return SDXL(pretrained=str(tiny_base))
-
-
-@pytest.fixture(scope='module')
-def pipeline(tiny_base: Path) -> Any:
-    return stock(tiny_base)
 
 
 def test_prompts(model: SDXL, pipeline: Any) -> None:

@@ -35,16 +35,6 @@ PROMPTS = {
 NOTHING = {'()': '', '""0.5 b': 'b'}
 
 
-@pytest.fixture(scope='module')
-def model(tiny_base: Path) -> SDXL:
-    return SDXL(pretrained=str(tiny_base))
-
-
-@pytest.fixture(scope='module')
-def pipeline(tiny_base: Path) -> Any:
-    return stock(tiny_base)
-
-
 def compel(parts: Any, *prompts: Any) -> Any:
     """compel's own way for SDXL; `parts`: what has its text encoders and tokenizers."""
     with torch.no_grad():

@@ -32,16 +32,6 @@ MASK = (images(2, SIZE, channels=1, seed=9) > 0.5).float()
 ALWAYS = (0.0, 1.0)
 
 
-@pytest.fixture(scope='module')
-def model(tiny_base: Path) -> SDXL:
-    return SDXL(pretrained=str(tiny_base))
-
-
-@pytest.fixture(scope='module')
-def pipeline(tiny_base: Path) -> Any:
-    return stock(tiny_base)
-
-
 def guided(cfg: float = 5.0, **others: Any) -> list[dict[str, Any]]:
     """Configs of guidances: CFG, and PAG=dict(...) and the like."""
     return [*(dict(type=name, **settings) for name, settings in others.items()), dict(type='CFG', scale=cfg)]

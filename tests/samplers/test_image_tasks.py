@@ -37,16 +37,6 @@ TO_IMAGE, INPAINT = 'StableDiffusionXLImg2ImgPipeline', 'StableDiffusionXLInpain
 
 
 @pytest.fixture(scope='module')
-def model(tiny_base: Path) -> SDXL:
-    return SDXL(pretrained=str(tiny_base))
-
-
-@pytest.fixture(scope='module')
-def pipeline(tiny_base: Path) -> Any:
-    return stock(tiny_base)
-
-
-@pytest.fixture(scope='module')
 def by_channels(model: SDXL, pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[SDXL, Any]]:
     """Ours and stock's; a UNet of 9 channels sees the mask and what it leaves."""
     base = write_tiny_sdxl(tmp_path_factory.mktemp('nine') / 'base', in_channels=9)

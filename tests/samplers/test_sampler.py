@@ -32,16 +32,6 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 IDS = ['-'.join([name.removesuffix('Scheduler'), *settings]) for name, settings in SCHEDULERS]
 
 
-@pytest.fixture(scope='module')
-def model(tiny_base: Path) -> SDXL:
-    return SDXL(pretrained=str(tiny_base))
-
-
-@pytest.fixture(scope='module')
-def pipeline(tiny_base: Path) -> Any:
-    return stock(tiny_base)
-
-
 @pytest.fixture(autouse=True)
 def fresh_scheduler(pipeline: Any) -> Any:
     before = pipeline.scheduler

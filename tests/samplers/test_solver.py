@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import PROMPTS, SOLVERS, generators, images, picture_batch, stock, stock_like
+from parity import PROMPTS, SOLVERS, generators, images, picture_batch, stock_like
 from torch import Tensor
 
 from diffengine_sdxl.models.sdxl import SDXL
@@ -18,16 +18,6 @@ TEXT_TO_IMAGE, TO_IMAGE = 'StableDiffusionXLPipeline', 'StableDiffusionXLImg2Img
 #: Every other step of Sabour et al. 2024 (Align Your Steps) for SDXL.
 ALIGNED = [999, 730, 443, 193, 53]
 ALIGNED_SIGMAS = [14.615, 3.771, 1.342, 0.555, 0.234, 0.029]
-
-
-@pytest.fixture(scope='module')
-def model(tiny_base: Path) -> SDXL:
-    return SDXL(pretrained=str(tiny_base))
-
-
-@pytest.fixture(scope='module')
-def pipeline(tiny_base: Path) -> Any:
-    return stock(tiny_base)
 
 
 def ours(model: SDXL, scheduler: dict[str, Any], steps: int = 4, scale: float = 5.0, start: Start | None = None,

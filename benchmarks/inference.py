@@ -104,7 +104,7 @@ def device(size: int, pairs: int) -> None:
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    from diffengine_sdxl.engine.prompts import prompt_batch
+    from diffengine_sdxl.engine.inference.prompts import prompt_batch
     from diffengine_sdxl.models.sdxl import SDXL
     if not torch.cuda.is_available():
         sys.exit('There is no GPU here.')

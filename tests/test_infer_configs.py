@@ -15,8 +15,8 @@ from parity import images, stock
 from torch import Tensor
 
 from diffengine_sdxl.engine import config
-from diffengine_sdxl.engine.inferencer import SDXLInferencer
-from diffengine_sdxl.engine.request import Request
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.pictures import to_pil
 from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_refiner, write_tiny_sdxl
 

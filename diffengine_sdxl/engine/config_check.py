@@ -68,7 +68,7 @@ def check(config: Config) -> None:
 def _check_infer_cfg(node: Any) -> None:
     if not isinstance(node, Mapping):
         raise ValueError(f'infer_cfg={node!r} must be a dict of what is asked for; see docs/inference.md.')
-    from diffengine_sdxl.engine.request import OPTIONS, Request
+    from diffengine_sdxl.engine.inference.request import OPTIONS, Request
     for key in OPTIONS:
         if not isinstance(node.get(key, False), bool):
             raise ValueError(f'infer_cfg.{key}={node[key]!r} must be True or False.')

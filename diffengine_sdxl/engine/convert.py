@@ -22,7 +22,7 @@ from diffengine_sdxl.adapters.formats.weights import LoRAWeights
 from diffengine_sdxl.engine import checkpoint as checkpoints
 from diffengine_sdxl.engine.config import resolve, to_plain
 from diffengine_sdxl.engine.export import PIPELINE, read_manifest
-from diffengine_sdxl.engine.prompts import prompt_batch
+from diffengine_sdxl.engine.inference.prompts import prompt_batch
 from diffengine_sdxl.engine.tested import find
 from diffengine_sdxl.registry import ADAPTERS, MODELS, nearest
 

@@ -220,7 +220,7 @@ def export(args: Any) -> int:
 
 
 def infer(args: Any) -> int:
-    """Make pictures as `args` say (see `engine.infer.infer`); the exit code, also 1 where a row of several failed.
+    """Make pictures as `args` say (see `engine.inference.infer`); the exit code, also 1 where a row of several failed.
 
     Args:
         args: as tools/infer.py parses them.
@@ -228,7 +228,7 @@ def infer(args: Any) -> int:
     codes: list[int] = []
 
     def work(_: list[Any]) -> None:
-        from diffengine_sdxl.engine import infer as pictures
+        from diffengine_sdxl.engine.inference import infer as pictures
         if args.batch_size < 1:
             raise ValueError(f'--batch-size {args.batch_size} must be at least 1.')
         _quiet()

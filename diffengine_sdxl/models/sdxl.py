@@ -196,7 +196,7 @@ class SDXL(Latents, Prompts, BaseModel):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; its parts may wait in the CPU's memory (engine.placing)."""
+        """Where it computes; its parts may wait in the CPU's memory (engine.inference.placing)."""
         return self.execution_device or self.unet_weight.device
 
     @property

@@ -196,7 +196,7 @@ def _new_words(encoder: Any, ids: Tensor, num_known: int, words: Words) -> Itera
     layer, vectors = encoder.get_input_embeddings(), torch.cat(list(words.values()))
 
     def spoken(_layer: Any, _args: Any, out: Tensor) -> Tensor:
-        # The encoder may have come to its device after the ids were made (engine.placing).
+        # The encoder may have come to its device after the ids were made (engine.inference.placing).
         at = ids.to(out.device)
         new = vectors.to(out.device)[(at - num_known).clamp(min=0)].to(out.dtype)
         # A word that no prompt has gets a gradient of zeros: the graph is the same in every step.

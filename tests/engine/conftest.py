@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.asking import BASE, INPAINT, TO_IMAGE, Here, Refined, config
+from engine.inference.asking import BASE, INPAINT, TO_IMAGE, Here, Refined, config
 from installs import ROOT
 from kinds import CASES, build, shaken
 from parity import SOLVERS, stock, stock_like
 from PIL import Image
 
-from diffengine_sdxl.engine.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
 from diffengine_sdxl.testing import draw_circle, write_tiny_refiner
 
 

@@ -93,7 +93,7 @@ def test_a_full_fine_tune(tmp_path: Path, tiny: dict[str, Any], tiny_base: Path)
     assert all(torch.equal(trained[k.removeprefix('unet.')], v) for k, v in weights(tmp_path / 'whole', 4).items())
     assert any(not torch.equal(v, trained[k]) for k, v in base.unet.named_parameters())
     assert all(torch.equal(v, dict(stock.vae.named_parameters())[k]) for k, v in base.vae.named_parameters())
-    from diffengine_sdxl.engine.prompts import prompt_batch
+    from diffengine_sdxl.engine.inference.prompts import prompt_batch
     runner.model.eval()
     ours = runner.model.sampler(runner.model, prompt_batch(runner.model, ['a red circle'], {}, (64, 64), [3]))
     theirs = stock('a red circle', height=64, width=64, num_inference_steps=2, guidance_scale=5.0,

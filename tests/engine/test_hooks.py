@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from PIL import Image
 
 from diffengine_sdxl.engine.hooks.progress import ProgressHook
-from diffengine_sdxl.engine.prompts import prompt_batch, read_picture
+from diffengine_sdxl.engine.inference.prompts import prompt_batch, read_picture
 from diffengine_sdxl.pictures import labelled_grid, to_pil
 
 

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 
 from diffengine_sdxl.datasets import Draw, collate
 from diffengine_sdxl.datasets.transforms.geometry import pair
-from diffengine_sdxl.engine.prompts import prompt_batch
+from diffengine_sdxl.engine.inference.prompts import prompt_batch
 from diffengine_sdxl.pictures import first_picture, labelled_grid, to_pil
 from diffengine_sdxl.registry import HOOKS
 from diffengine_sdxl.samplers.sampler import check_size

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffengine_sdxl.engine import provenance as p
-from diffengine_sdxl.engine.request import Request
+from diffengine_sdxl.engine.inference import provenance as p
+from diffengine_sdxl.engine.inference.request import Request
 
 #: How the first 12 hexadecimal digits show in an error.
 SHORT = 12
@@ -164,7 +164,7 @@ def test_a_digest_is_of_what_is_there_now(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_a_folder_of_too_many_files_is_no_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('diffengine_sdxl.engine.digests.MOST_FILES', 1)
+    monkeypatch.setattr('diffengine_sdxl.engine.inference.digests.MOST_FILES', 1)
     with pytest.raises(ValueError, match='more than 1 files'):
         p.sha256(folder / 'base')
 

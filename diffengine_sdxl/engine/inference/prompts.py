@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffengine_sdxl.datasets.images import ImageReader, is_url
-from diffengine_sdxl.engine.request import Request
+from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.registry import nearest
 from diffengine_sdxl.structures import Batch, Start, to_device
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffengine_sdxl.engine.prompt_files import Row, read_prompts
-from diffengine_sdxl.engine.request import Request
+from diffengine_sdxl.engine.inference.prompt_files import Row, read_prompts
+from diffengine_sdxl.engine.inference.request import Request
 
 
 def write(path: Path, text: str | bytes) -> Path:

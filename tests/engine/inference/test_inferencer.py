@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.asking import (
+from engine.inference.asking import (
     BASE,
     INPAINT,
     NOISE,
@@ -24,7 +24,7 @@ from parity import SOLVERS, generators, stock, stock_like
 from PIL import Image
 from torch import Tensor
 
-from diffengine_sdxl.engine.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
 from diffengine_sdxl.testing import draw_circle, write_tiny_sdxl
 
 #: Of a size that nothing can make: stock cuts it down to 72 x 56 (width x height).

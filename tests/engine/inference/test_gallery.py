@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffengine_sdxl.engine import provenance
-from diffengine_sdxl.engine.gallery import Gallery
-from diffengine_sdxl.engine.request import Request
+from diffengine_sdxl.engine.inference import provenance
+from diffengine_sdxl.engine.inference.gallery import Gallery
+from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.pictures import labelled_grid
 
 SIDE = 256

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.asking import BASE, NOISE, PROMPT, SIZE, Refined, asked, conditioned, config, mask, picture
 from engine.helpers import train
+from engine.inference.asking import BASE, NOISE, PROMPT, SIZE, Refined, asked, conditioned, config, mask, picture
 from kinds import CASES, build, shaken
 from mmengine.config import Config
 from parity import SOLVERS, stock
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import diffengine_sdxl
 from diffengine_sdxl.engine import config as configs
-from diffengine_sdxl.engine.inferencer import SDXLInferencer
-from diffengine_sdxl.engine.request import Request
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.samplers.sampler import Sampler
 from diffengine_sdxl.testing import draw_circle

@@ -23,8 +23,8 @@ from diffengine_sdxl import registry
 from diffengine_sdxl.datasets.images import is_url
 from diffengine_sdxl.engine import checkpoint
 from diffengine_sdxl.engine.config import to_plain
-from diffengine_sdxl.engine.digests import in_memory, sha256
-from diffengine_sdxl.engine.request import OPTIONS, Request
+from diffengine_sdxl.engine.inference.digests import in_memory, sha256
+from diffengine_sdxl.engine.inference.request import OPTIONS, Request
 from diffengine_sdxl.engine.tested import NONE, WEIGHTS, find
 from diffengine_sdxl.pictures import png_text
 from diffengine_sdxl.weights import SHIPPED, shipped

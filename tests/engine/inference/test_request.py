@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffengine_sdxl.engine import config as configs
-from diffengine_sdxl.engine.prompts import read_latents, request_batch, size_of
-from diffengine_sdxl.engine.request import OPTIONS, REFINER, Request
+from diffengine_sdxl.engine.inference.prompts import read_latents, request_batch, size_of
+from diffengine_sdxl.engine.inference.request import OPTIONS, REFINER, Request
 from diffengine_sdxl.models.sdxl import SDXL
 
 

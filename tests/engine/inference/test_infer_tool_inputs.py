@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.asking import Here, adapters, by_hand, pictures
 from engine.helpers import train
+from engine.inference.asking import Here, adapters, by_hand, pictures
 from installs import NAME, copy_checkout, environment, install, run
 from PIL import Image
 
-from diffengine_sdxl.engine.provenance import write_png
+from diffengine_sdxl.engine.inference.provenance import write_png
 from diffengine_sdxl.testing import write_tiny_sdxl
 
 SIZE = ['--height', '48', '--width', '64']

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine.asking import MADE, Here, adapters, by_hand, pictures, stamps
+from engine.inference.asking import MADE, Here, adapters, by_hand, pictures, stamps
 from installs import ROOT
 from safetensors.torch import save_file
 
-from diffengine_sdxl.engine.inferencer import SDXLInferencer
-from diffengine_sdxl.engine.provenance import read_png
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.inference.provenance import read_png
 
 
 def test_prompts_of_the_line(here: Here) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from diffengine_sdxl.engine import config as configs
 from diffengine_sdxl.engine.config_check import check
 from diffengine_sdxl.engine.export import load_weights
-from diffengine_sdxl.engine.placing import device_of, place
-from diffengine_sdxl.engine.prompts import request_batch, size_of
-from diffengine_sdxl.engine.request import OPTIONS, Request
+from diffengine_sdxl.engine.inference.placing import device_of, place
+from diffengine_sdxl.engine.inference.prompts import request_batch, size_of
+from diffengine_sdxl.engine.inference.request import OPTIONS, Request
 from diffengine_sdxl.engine.tested import weighted
 from diffengine_sdxl.models import stages
 from diffengine_sdxl.pictures import labelled_grid, to_pil
@@ -124,7 +124,7 @@ class SDXLInferencer(BaseInferencer):
         values of `conditions`.
 
         Args:
-            prompt, ..., latents, settings: see `engine.request.Request`, which has them all.
+            prompt, ..., latents, settings: see `engine.inference.request.Request`, which has them all.
             output_type: 'pil', a list of PIL images; 'pt', a tensor [N, 3, H, W] in [0, 1]; or 'latent', [N, 4, h, w].
             batch_size: pictures that are made together; in batches of more than one the last bits may differ.
             on_step: called with (steps done, steps in all) of each stage.

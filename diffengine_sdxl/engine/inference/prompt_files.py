@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffengine_sdxl.datasets.images import is_url
-from diffengine_sdxl.engine.request import CORNERS, REFINER, SIZES, TEXTS, Request
+from diffengine_sdxl.engine.inference.request import CORNERS, REFINER, SIZES, TEXTS, Request
 from diffengine_sdxl.registry import nearest
 
 KEYS = tuple(f.name for f in fields(Request))

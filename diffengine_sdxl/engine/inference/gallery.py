@@ -16,10 +16,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffengine_sdxl.datasets.images import BadImageError, ImageReader
-from diffengine_sdxl.engine import checkpoint, page
+from diffengine_sdxl.engine import checkpoint
 from diffengine_sdxl.engine.identity import differences
-from diffengine_sdxl.engine.provenance import KEY, read_png, sha256, write_png
-from diffengine_sdxl.engine.request import Request
+from diffengine_sdxl.engine.inference import page
+from diffengine_sdxl.engine.inference.provenance import KEY, read_png, sha256, write_png
+from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.pictures import labelled_grid, png_text
 
 INDEX, GRID = 'index.html', 'grid.png'

@@ -12,13 +12,13 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from diffengine_sdxl.engine import config as configs
-from diffengine_sdxl.engine import provenance
 from diffengine_sdxl.engine.config_check import accepted, check
 from diffengine_sdxl.engine.export import versions
-from diffengine_sdxl.engine.gallery import Gallery
-from diffengine_sdxl.engine.inferencer import SDXLInferencer, split
-from diffengine_sdxl.engine.prompt_files import read_prompts
-from diffengine_sdxl.engine.request import OPTIONS, Request
+from diffengine_sdxl.engine.inference import provenance
+from diffengine_sdxl.engine.inference.gallery import Gallery
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer, split
+from diffengine_sdxl.engine.inference.prompt_files import read_prompts
+from diffengine_sdxl.engine.inference.request import OPTIONS, Request
 from diffengine_sdxl.engine.tested import NONE, weighted
 from diffengine_sdxl.registry import ADAPTERS, nearest
 

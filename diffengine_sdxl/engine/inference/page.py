@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from diffengine_sdxl.datasets.images import is_url
-from diffengine_sdxl.engine.provenance import effective
+from diffengine_sdxl.engine.inference.provenance import effective
 
 MARK = '<meta name="generator" content="diffengine_sdxl">'
 # Nothing is fetched but pictures beside this file; a prompt that holds a script could not run it.

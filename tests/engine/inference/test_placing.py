@@ -15,8 +15,8 @@ from kinds import CASES, build, shaken
 from mmengine.config import Config
 from PIL import Image
 
-from diffengine_sdxl.engine import placing
-from diffengine_sdxl.engine.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.inference import placing
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
 from diffengine_sdxl.testing import draw_circle, write_tiny_refiner
 
 TEXT, REST = ['text_encoder', 'text_encoder_2'], ['unet', 'vae']

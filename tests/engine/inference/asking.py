@@ -14,7 +14,7 @@ from mmengine.config import Config
 from parity import SOLVERS, generators, load_adapters, stock, stock_like
 from PIL import Image
 
-from diffengine_sdxl.engine.inferencer import SDXLInferencer
+from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
 from diffengine_sdxl.testing import draw_circle
 
 SIZE = dict(height=48, width=64)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffengine_sdxl.registry import GUIDANCES, SAMPLERS
-from diffengine_sdxl.samplers import solver
+from diffengine_sdxl.samplers import schedulers, solver
 from diffengine_sdxl.samplers.begin import Repaint, begin, strength_of
 from diffengine_sdxl.samplers.finite import Watch
 from diffengine_sdxl.samplers.guidance import (
@@ -55,21 +56,25 @@ class Sampler:
                  strength: float | None = None, denoising_start: float | None = None,
                  denoising_end: float | None = None) -> None:
         settings = dict(scheduler or {'type': 'EulerDiscreteScheduler'})
-        self.scheduler_class = solver.scheduler_class(settings.pop('type', 'EulerDiscreteScheduler'))
+        self.scheduler_class = schedulers.scheduler_class(settings.pop('type', 'EulerDiscreteScheduler'))
         self.guidances: list[Guidance] = [GUIDANCES.build(dict(g)) for g in guidances]
         self.settings, self.num_inference_steps, self.eta = settings, num_inference_steps, eta
         self.timesteps, self.sigmas, self.strength = timesteps, sigmas, strength
         self.denoising_start, self.denoising_end = denoising_start, denoising_end
+        schedulers.check_settings(self.scheduler_class, settings)
         self._check()
 
     def _check(self) -> None:
-        solver.check_settings(self.scheduler_class, self.settings, self.timesteps, self.sigmas)
-        if self.num_inference_steps < 1:
-            raise ValueError(f'num_inference_steps={self.num_inference_steps} must be at least 1.')
+        schedulers.check_steps(self.scheduler_class, self.timesteps, self.sigmas, self.eta)
+        for name in ('timesteps', 'sigmas'):
+            if getattr(self, name) is not None:
+                solver.check_own(name, getattr(self, name))
+        if not isinstance(self.num_inference_steps, Integral) or self.num_inference_steps < 1:
+            raise ValueError(f'num_inference_steps={self.num_inference_steps} must be at least 1, and whole.')
         for name in ('strength', 'denoising_start', 'denoising_end'):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f'{name}={value} must be above 0 and at most 1.')
+            if value is not None and not (isinstance(value, Real) and 0 < value <= 1):
+                raise ValueError(f'{name}={value!r} must be above 0 and at most 1.')
         if (self.denoising_start or 0) >= (self.denoising_end or 2):
             raise ValueError(f'denoising_start={self.denoising_start} must be below denoising_end='
                              f'{self.denoising_end}.')
@@ -124,18 +129,18 @@ class Sampler:
         if len(generators) != len(batch):
             raise ValueError(f'There are {len(generators)} generator(s) for {len(batch)} pictures; give each its own.')
         scheduler, way, x, repaint = self._prepared(model, batch, generators)
-        options = solver.step_options(scheduler, self.eta, generators)
-        encoded: dict[tuple[str, ...], Conditioning] = {}
+        options = schedulers.step_options(scheduler, self.eta, generators)
+        parts = [((way.first + i) / way.total, (way.first + i + 1) / way.total) for i in range(len(way.timesteps))]
+        acting = [self._active(model, *part) for part in parts]
+        # Encoded once, for the whole way; steps outside a guidance's window leave out rows.
+        needed = _branches([guidance for active in acting for guidance in active])
+        encoded = self._encoded(model, batch, needed, repaint)
         watch = Watch()
-        for i, t in enumerate(way.timesteps):
-            done = way.first + i
-            active = self._active(model, done / way.total, (done + 1) / way.total)
+        for i, (t, part, active) in enumerate(zip(way.timesteps, parts, acting, strict=True)):
             branches = _branches(active)
-            if branches not in encoded:
-                encoded[branches] = self._encoded(model, batch, branches, repaint)
-            progress = torch.tensor([[done / way.total, (done + 1) / way.total]])
+            told = encoded if branches == needed else _rows(encoded, needed, branches)
             rows = scheduler.scale_model_input(torch.cat([x] * len(branches)), t)
-            step = self._evaluated(model, rows, t, encoded[branches], progress, branches, active, x.dtype)
+            step = self._evaluated(model, rows, t, told, torch.tensor([part]), branches, active, x.dtype)
             watch.begin(i, t)
             for branch, prediction in step.predictions.items():
                 watch(f"the UNet ('{branch}')", prediction)
@@ -199,18 +204,26 @@ class Sampler:
         """A fresh scheduler with the base's noise schedule, prediction type and spacing, and our settings.
 
         Raises:
-            ValueError: the model has zero terminal SNR, of which the scheduler knows nothing.
+            ValueError: the model has zero terminal SNR, of which the scheduler knows nothing; or the base's settings
+                and ours don't go together.
         """
         if model.schedule.zero_terminal_snr and 'rescale_betas_zero_snr' not in inspect.signature(
                 self.scheduler_class.__init__).parameters:
             raise ValueError(f'{self.scheduler_class.__name__} cannot sample a model with zero terminal SNR; take '
                              'EulerDiscreteScheduler, DDIMScheduler or DPMSolverMultistepScheduler.')
-        return self.scheduler_class.from_config(model.scheduler_settings, **self.settings)
+        return schedulers.made(self.scheduler_class, model.scheduler_settings, self.settings)
 
 
 def _branches(active: Sequence[Guidance]) -> tuple[str, ...]:
     wanted = {b for g in active for b in g.branches()} | {'cond'}
     return tuple(b for b in BRANCHES if b in wanted)
+
+
+def _rows(encoded: Conditioning, needed: tuple[str, ...], branches: tuple[str, ...]) -> Conditioning:
+    """Of what `needed` are told, what `branches` are; these lie side by side, as 'cond' is one and in the middle."""
+    size, first = len(encoded.text) // len(needed), needed.index(branches[0])
+    assert needed[first:first + len(branches)] == branches, (needed, branches)
+    return encoded.rows(slice(first * size, (first + len(branches)) * size))
 
 
 def picture_size(batch: Batch, model: Any) -> tuple[int, int]:

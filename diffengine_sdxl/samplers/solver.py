@@ -1,15 +1,16 @@
-"""diffusers' schedulers as solvers: which one, with which steps, and which part of the way is gone."""
+"""diffusers' schedulers as solvers: with which steps, and which part of the way is gone."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffengine_sdxl.registry import nearest
+from diffengine_sdxl.samplers.schedulers import FAULTS
 
 
 class Span(NamedTuple):
@@ -25,36 +26,27 @@ class Span(NamedTuple):
     total: int
 
 
-def scheduler_class(name: str) -> Any:
-    """The scheduler of diffusers that is called `name`.
+def check_own(name: str, values: Any) -> None:
+    """Refuse timesteps or sigmas of one's own that are no way from noise to image; what the model knows comes later.
 
     Raises:
-        ValueError: there is none; the nearest names.
+        ValueError: they are none, or which of them is at fault.
     """
-    import diffusers
-    known = [n for n in dir(diffusers) if n.endswith('Scheduler')]
-    if name not in known:
-        raise ValueError(f"scheduler type='{name}' is not a scheduler of diffusers.{nearest(name, known)}")
-    return getattr(diffusers, name)
-
-
-def check_settings(cls: Any, settings: Mapping[str, Any], timesteps: Any, sigmas: Any) -> None:
-    """Refuse what a scheduler's class does not know.
-
-    Raises:
-        ValueError: a setting, own timesteps or own sigmas.
-    """
-    known = list(inspect.signature(cls.__init__).parameters)
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"{cls.__name__} has no setting '{key}'.{nearest(key, known)}")
-    if timesteps is not None and sigmas is not None:
-        raise ValueError('Give timesteps or sigmas, not both.')
-    taken = inspect.signature(cls.set_timesteps).parameters
-    for name, values in (('timesteps', timesteps), ('sigmas', sigmas)):
-        if values is not None and name not in taken:
-            raise ValueError(f'{cls.__name__} takes no {name} of your own; '
-                             + ('EulerDiscreteScheduler and DPMSolverMultistepScheduler do.'))
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f'{name}={values!r} must be a list of numbers.')
+    what = 'whole number' if name == 'timesteps' else 'number'
+    for i, value in enumerate(values):
+        said = f'{name}[{i}]={value!r}'
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or (
+                name == 'timesteps' and value % 1):
+            raise ValueError(f'{said} must be a {what}.')
+        if value < 0:
+            raise ValueError(f'{said} must not be below 0.')
+        if i and value >= values[i - 1]:
+            raise ValueError(f'{said} must be below the one before it, {values[i - 1]}: {name} fall from noise to '
+                             'image.')
+    if name == 'sigmas' and len(values) < 2:
+        raise ValueError(f'{name}={values!r}: the last one is where the way ends, so give two at least.')
 
 
 def set_steps(scheduler: Any, num_inference_steps: int, timesteps: Sequence[int] | None,
@@ -64,17 +56,27 @@ def set_steps(scheduler: Any, num_inference_steps: int, timesteps: Sequence[int]
     Raises:
         ValueError: the scheduler refuses the steps.
     """
-    own = {name: list(values) for name, values in (('timesteps', timesteps), ('sigmas', sigmas)) if values is not None}
+    own: dict[str, Any] = {}
+    trained = scheduler.config.num_train_timesteps
+    if timesteps is not None:
+        if timesteps[0] >= trained:
+            raise ValueError(f'timesteps[0]={timesteps[0]} must be below {trained}, the number of timesteps that the '
+                             'model was trained on.')
+        own['timesteps'] = [int(t) for t in timesteps]
+    if sigmas is not None:
+        own['sigmas'] = [float(sigma) for sigma in sigmas]
+    said = ', '.join(f'{name}={values}' for name, values in own.items()) or f'{num_inference_steps} steps'
     try:
-        if own:
-            scheduler.set_timesteps(**own, device=device)
-            # Heun lists all but the first twice. diffusers' pipelines count that as steps, and strength goes astray.
-            return -(-len(scheduler.timesteps) // scheduler.order)
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    except (ValueError, AssertionError, IndexError) as error:
-        what = ', '.join(f'{name}={values}' for name, values in own.items()) or f'{num_inference_steps} steps'
-        raise ValueError(f'{type(scheduler).__name__} cannot do {what}: {error}') from error
-    return num_inference_steps
+        scheduler.set_timesteps(**(own or {'num_inference_steps': num_inference_steps}), device=device)
+    except FAULTS as error:
+        raise ValueError(f'{type(scheduler).__name__} cannot do {said}: {error}') from error
+    way = scheduler.timesteps
+    # Heun lists all but the first twice. diffusers' pipelines count that as steps, and strength goes astray.
+    num = -(-len(way) // scheduler.order) if own else num_inference_steps
+    if num > 1 and float(way[0]) <= float(way[-1]) or float(way[0]) >= trained:
+        raise ValueError(f'{type(scheduler).__name__} cannot do {said}: they would go from timestep {float(way[0]):g} '
+                         f'to {float(way[-1]):g}, and the model was trained on {trained - 1} to 0; take fewer.')
+    return num
 
 
 def span(scheduler: Any, num_steps: int, strength: float | None = None, denoising_start: float | None = None,
@@ -92,10 +94,10 @@ def span(scheduler: Any, num_steps: int, strength: float | None = None, denoisin
     """
     timesteps, trained = scheduler.timesteps, scheduler.config.num_train_timesteps
     first = 0
-    if denoising_start is not None and denoising_start < 1:
+    if denoising_start is not None:
         left = int((timesteps < round(trained - denoising_start * trained)).sum())
         # A solver of second order visits each timestep but the first twice; it must begin with a whole step.
-        left += scheduler.order == 2 and left % 2 == 0
+        left += scheduler.order == 2 and left % 2 == 0 and denoising_start < 1
         first = max(0, len(timesteps) - left)
     elif strength is not None:
         first = max(num_steps - min(int(num_steps * strength), num_steps), 0) * scheduler.order
@@ -112,10 +114,3 @@ def span(scheduler: Any, num_steps: int, strength: float | None = None, denoisin
         # Else a scheduler looks its place up by the timestep, and skips a step where two round to the same.
         scheduler.set_begin_index(first)
     return Span(timesteps[first:last], first, len(timesteps))
-
-
-def step_options(scheduler: Any, eta: float, generators: list[torch.Generator]) -> dict[str, Any]:
-    """What `scheduler.step` takes besides."""
-    known = inspect.signature(scheduler.step).parameters
-    options = {'eta': eta, 'generator': generators}
-    return {k: v for k, v in options.items() if k in known}

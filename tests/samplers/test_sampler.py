@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import CASES, build, shaken
 from parity import (
     PROMPTS,
     generators,
@@ -17,7 +18,10 @@ from parity import (
 )
 
 from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.samplers.guidance import guidance_embedding, guide
 from diffengine_sdxl.samplers.sampler import Sampler
+from diffengine_sdxl.structures import Batch, Start
+from diffengine_sdxl.testing import write_tiny_sdxl
 
 SEEDS = [3, 1, 4]
 NEGATIVES = ['blurry', '', 'ugly, low quality']
@@ -189,6 +193,86 @@ def test_guidance_window_is_a_composition(model: SDXL, tiny_base: Path) -> None:
                 out = pipeline.unet(row, t, text, added_cond_kwargs=added).sample
             x = scheduler.step(out, t, x).prev_sample
     assert torch.equal(sampler(steps=steps, window=(0.2, 0.8))(model, picture_batch(PROMPTS, SEEDS)), x)
+
+
+#: Rows of the UNet's calls in six steps of `windowed`, and those without classifier-free guidance.
+ROWS = [('cond', 'perturbed'), ('uncond', 'cond', 'perturbed'), ('uncond', 'cond', 'perturbed'), ('uncond', 'cond'),
+        ('cond',), ('cond',)]
+
+
+def windowed() -> Sampler:
+    """PAG in the first half of six steps, classifier-free guidance from the second to the fourth."""
+    return Sampler(None, 6, [dict(type='CFG', scale=4.0, window=(0.16, 0.67)),
+                             dict(type='PAG', scale=2.0, window=(0.0, 0.5))], strength=1.0)
+
+
+def calls(model: SDXL) -> tuple[list[str], list[Any]]:
+    """A list that notes each call of what encodes, and the hooks to be taken off again."""
+    seen: list[str] = []
+    adapters = model.adapters
+    parts = {'text_encoder': model.text_encoder, 'text_encoder_2': model.text_encoder_2,
+             'T2I-Adapter': adapters['t2i_adapter'].net, 'image encoder': adapters['ip_adapter_plus'].encoder.net,
+             'image projector': adapters['ip_adapter_plus'].projector,
+             'ControlNet': adapters['controlnet'].net.controlnet_cond_embedding}
+    return seen, [part.register_forward_hook(lambda *_, name=name: seen.append(name)) for name, part in parts.items()]
+
+
+def encoded_apart(model: SDXL, batch: Batch, channels: Any = None, embedding: Any = None) -> Any:
+    """`windowed`, with an encoding of its own for each step and the rows that it needs."""
+    loop, scheduler = windowed(), windowed().build_scheduler(model)
+    scheduler.set_timesteps(6)
+    x = torch.cat([torch.randn((1, 4, 8, 8), generator=g) for g in generators(batch.seed.tolist())])
+    x = x * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for i, (t, rows) in enumerate(zip(scheduler.timesteps, ROWS, strict=True)):
+            if embedding is not None:
+                rows = tuple(row for row in rows if row != 'uncond')
+            told = model.encode(batch, rows, project=True)
+            told.channels = None if channels is None else torch.cat([channels] * len(rows))
+            told.timestep_cond = None if embedding is None else embedding.expand(len(told.text), -1)
+            active = [g for g in loop.guidances if set(g.branches()) <= set(rows) and g.active(i / 6, (i + 1) / 6)]
+            step = loop._evaluated(model, scheduler.scale_model_input(torch.cat([x] * len(rows)), t), t, told,
+                                   torch.tensor([[i / 6, (i + 1) / 6]]), rows, active, x.dtype)
+            x = scheduler.step(guide(active, step), t, x).prev_sample
+    return x
+
+
+def test_windows_do_not_encode_again(tiny_base: Path) -> None:
+    """Each encoder works as often as without windows, and the pictures are those of an encoding for each step."""
+    kinds = ('controlnet', 'ip_adapter_plus', 'lora_everywhere', 't2i_adapter')
+    model = shaken(build(tiny_base, {kind: CASES[kind].config for kind in kinds}), *(CASES[kind] for kind in kinds))
+    batch = picture_batch(PROMPTS[:2], SEEDS[:2], negative_text=NEGATIVES[:2], conditions={
+        reads: images(2, seed=7 + i) for i, reads in enumerate(sorted({CASES[kind].reads for kind in kinds} - {None}))})
+    expected = encoded_apart(model, batch)
+    seen, hooks = calls(model)
+    got, counted = windowed()(model, batch), sorted(seen)
+    seen.clear()
+    always = Sampler(None, 6, [dict(type='CFG', scale=4.0), dict(type='PAG', scale=2.0)])(model, batch)
+    for hook in hooks:
+        hook.remove()
+    assert counted == sorted(seen) and len(set(seen)) == 6 and seen.count('text_encoder') == 2
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got - always).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('kind', ['inpainting', 'distilled'])
+def test_windows_of_unets_that_read_more(tmp_path: Path, kind: str) -> None:
+    """The mask and what it leaves (9 channels), and the guidance scale, go with the rows."""
+    wide = kind == 'inpainting'
+    folder = write_tiny_sdxl(tmp_path / 'base', **(dict(in_channels=9) if wide else dict(time_cond_proj_dim=16)))
+    model, batch = SDXL(pretrained=str(folder)), picture_batch(PROMPTS[:2], SEEDS[:2], negative_text=NEGATIVES[:2])
+    if not wide:
+        expected = encoded_apart(model, batch, embedding=guidance_embedding(4.0, 16))
+        torch.testing.assert_close(windowed()(model, batch), expected, rtol=1e-5, atol=1e-5)
+        return
+    start = Start(image=images(2) * 2 - 1, mask=(images(2, channels=1, seed=9) > 0.5).float())
+    mask = torch.nn.functional.interpolate(start.mask, size=(8, 8))
+    shared = generators(SEEDS[:2])
+    for g in shared:  # at full strength the noise comes first, then the sample of what is not repainted
+        torch.randn((1, 4, 8, 8), generator=g)
+    hidden = model.encode_images(start.image * (start.mask < 0.5), shared)
+    expected = encoded_apart(model, batch, channels=torch.cat([mask, hidden], dim=1))
+    torch.testing.assert_close(windowed()(model, replace(batch, start=start)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_picture_does_not_depend_on_its_place(model: SDXL) -> None:

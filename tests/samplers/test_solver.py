@@ -11,6 +11,7 @@ from torch import Tensor
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.samplers import solver
 from diffengine_sdxl.samplers.sampler import Sampler
+from diffengine_sdxl.samplers.schedulers import scheduler_class
 from diffengine_sdxl.structures import Start
 
 TEXTS, SEEDS, SIZE = PROMPTS[:2], [3, 1], (40, 56)
@@ -121,7 +122,7 @@ def test_both_parts_of_the_way_are_the_whole(name: str, steps: int) -> None:
     evaluations, the first at an even place), so as in diffusers it does one again."""
     config = dict(beta_schedule='scaled_linear', timestep_spacing='leading', steps_offset=1)
     for cut in (0.2, 0.3, 0.5, 0.8):
-        schedulers = [solver.scheduler_class(SOLVERS[name]['type']).from_config(config) for _ in range(2)]
+        schedulers = [scheduler_class(SOLVERS[name]['type']).from_config(config) for _ in range(2)]
         for scheduler in schedulers:
             solver.set_steps(scheduler, steps, None, None, torch.device('cpu'))
         first = solver.span(schedulers[0], steps, denoising_end=cut)

@@ -8,6 +8,8 @@ from typing import Any
 from mmengine.logging import print_log
 from safetensors import SafetensorError
 
+from diffengine_sdxl import hub
+
 #: What a source begins with that came with this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
 SHIPPED = 'diffengine_sdxl::'
 
@@ -37,20 +39,28 @@ def fingerprint(module: Any, prefixes: tuple[str, ...]) -> str:
     return found.hexdigest()
 
 
-def load_pretrained(cls: Any, source: str, **kwargs: Any) -> Any:
+def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_dir: str | None = None,
+                    shown: str | None = None, **kwargs: Any) -> Any:
     """`cls.from_pretrained(source)` for a model class of diffusers or transformers, strict.
 
     Args:
         cls: the class.
         source: folder or hub id.
-        kwargs: subfolder, revision, variant, dtype and the like; None values are left out.
+        revision, cache_dir: of a hub id.
+        shown: what errors call it; None for `source`.
+        kwargs: subfolder, variant, dtype and the like; None values are left out.
 
     Raises:
         ValueError: not found, not of this class, or some keys don't match; which.
     """
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    shown = f'{source}/{kwargs["subfolder"]}' if kwargs.get('subfolder') else source
-    model, info = said(shown, cls.from_pretrained, source, output_loading_info=True, **kwargs)
+    subfolder = kwargs.get('subfolder')
+    shown = f'{shown or source}/{subfolder}' if subfolder else shown or source
+    place = hub.here(source)
+    if place is None:
+        repo = hub.Repo(source, revision, cache_dir)
+        place = repo.fetch(repo.model_files(subfolder, kwargs.get('variant')))
+    model, info = said(shown, cls.from_pretrained, str(place), output_loading_info=True, **kwargs)
     refuse_unmatched(shown, info)
     return model
 
@@ -73,22 +83,16 @@ def refuse_unmatched(source: str, info: Mapping[str, Any]) -> None:
 
 
 def said(source: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `function`; its errors about files, the hub and shapes become one sentence about `source`.
+    """Call `function`, which reads files of this machine; its errors become one sentence about `source`.
 
     Raises:
-        ValueError: what could not be loaded, and what to do.
+        ValueError: what could not be loaded, and why.
     """
     try:
         return function(*args, **kwargs)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        path = Path(source)
-        if not path.exists() and (path.is_absolute() or source.startswith(('.', '~'))):
-            raise ValueError(f"There is no file or folder '{source}'.") from error
-        if path.exists() or path.parent.is_dir() and str(path.parent) != '.':
-            raise ValueError(f"'{source}' could not be loaded: {first}") from error
-        raise ValueError(f"'{source}' is no file or folder here, and it could not be had from the hub: {first} "
-                         'Check the name, the network and HF_HUB_OFFLINE, or give the path of a folder.') from error
+        raise ValueError(f"'{source}' could not be loaded: {first}") from error
 
 
 def told(what: str, source: str | Path, num_keys: int) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffengine_sdxl import rng
+from diffengine_sdxl import hub, rng
 from diffengine_sdxl.adapters.image_encoder import MEAN, STD
 from diffengine_sdxl.weights import load_pretrained, said, shipped
 
@@ -164,11 +164,12 @@ def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> Pict
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
     path = str(shipped(source))
     where = {'subfolder': subfolder} if subfolder else {}
-    shown = f'{path}/{subfolder}' if subfolder else path
+    source, shown = path, f'{path}/{subfolder}' if subfolder else path
+    path = _folder(source, subfolder)
     config = said(shown, AutoConfig.from_pretrained, path, **where)
     with rng.fork('image encoder'):
         cls = CLIPVisionModelWithProjection if config.model_type == 'clip_vision_model' else AutoModel
-        net = load_pretrained(cls, path, dtype=dtype, **where)
+        net = load_pretrained(cls, path, dtype=dtype, shown=source, **where)
         if config.model_type == 'clip':
             both, net = net, CLIPVisionModelWithProjection(config.vision_config)
             net.vision_model, net.visual_projection = both.vision_model, both.visual_projection
@@ -178,6 +179,17 @@ def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> Pict
     size = getattr(net.config, 'image_size', None) or 224
     size = size if isinstance(size, int) else size[0]
     return PictureEncoder(net, Preparation.of(_settings(path, subfolder), size, shown), shown)
+
+
+def _folder(source: str, subfolder: str | None) -> str:
+    """The folder of an image encoder; of one on the hub, its files and its preparation's are brought here."""
+    place = hub.here(source)
+    if place is None:
+        repo = hub.Repo(source)
+        beside = PurePosixPath(subfolder or '.').parent / 'feature_extractor'
+        found = [str(folder / 'preprocessor_config.json') for folder in (PurePosixPath(subfolder or '.'), beside)]
+        place = repo.fetch([*repo.model_files(subfolder), *[name for name in found if name in repo.names][:1]])
+    return str(place)
 
 
 def _settings(source: str, subfolder: str | None) -> dict[str, Any]:

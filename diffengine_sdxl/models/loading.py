@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffengine_sdxl import rng
-from diffengine_sdxl.models.single_file import SDXL_FILES, is_single_file, load_single_file, load_single_vae
+from diffengine_sdxl import hub, rng
+from diffengine_sdxl.models.single_file import SDXL_FILES, is_single_file, load_single_file, load_single_part
 from diffengine_sdxl.weights import load_pretrained, said, shipped
 
 MODULES = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
@@ -28,7 +28,8 @@ def module_class(name: str) -> Any:
 
 def load_components(pretrained: str | None, vae: str | None, config: str | None, tokenizer: str | None,
                     dtypes: Mapping[str, torch.dtype], seed: int, given: Mapping[str, Any] | None = None,
-                    **hub: Any) -> dict[str, Any]:
+                    unet: str | None = None, revision: str | None = None, variant: str | None = None,
+                    cache_dir: str | None = None) -> dict[str, Any]:
     """All parts of a base: unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers, scheduler config.
 
     Also 'null_text': what the base's pipeline takes for no text, where its index says so.
@@ -36,36 +37,39 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     Args:
         pretrained: folder, hub id, single file, or 'diffengine_sdxl::<folder>' for what came with this package (so for
             the other sources, too); None makes random weights, keyed by `seed`.
-        vae: folder, hub id or single file of another VAE; None takes the base's own.
+        vae, unet: folder, hub id or single file of another VAE or UNet; None takes the base's own.
         config: folder of component configs for a single file or for random weights; None means SDXL base 1.0's.
         tokenizer: folder or hub id of other tokenizers; None takes the base's own.
         dtypes: component name -> dtype of its weights.
         given: components of another model that this one shares, as they are.
-        hub: `revision`, `variant`, `cache_dir`.
+        revision, variant, cache_dir: of the hub; `revision` and `variant` are the base's, other parts have their own.
 
     Raises:
         ValueError: something is missing, is not SDXL, or cannot be had without a network.
     """
-    pretrained, vae, config, tokenizer = (shipped(source) for source in (pretrained, vae, config, tokenizer))
+    pretrained, unet, vae, config, tokenizer = map(shipped, (pretrained, unet, vae, config, tokenizer))
     given = dict(given or {})
-    skip = {*given, *(['vae'] if vae else [])}
+    others = {name: source for name, source in (('unet', unet), ('vae', vae)) if source and name not in given}
+    skip = {*given, *others}
     if pretrained is None:
         parts = _random_components(Path(config or SDXL_FILES), dtypes, seed, skip)
     elif is_single_file(pretrained):
         parts = load_single_file(pretrained, config=config, dtypes=dtypes, skip=tuple(skip),
-                                 revision=hub.get('revision'), cache_dir=hub.get('cache_dir'))
+                                 revision=revision, cache_dir=cache_dir)
         parts |= {'scheduler': dict(parts['scheduler'].config), 'null_text': _null_text(parts.pop('index'))}
     else:
-        parts = _folder_components(str(pretrained), dtypes, skip=skip, **hub)
+        folder = _base_folder(pretrained, skip, revision, variant, cache_dir)
+        parts = _folder_components(folder, pretrained, dtypes, skip, variant)
     parts.update(given)
-    check_sdxl(parts['unet'], str(pretrained or config or 'SDXL'))
-    if vae and 'vae' not in given:
-        parts['vae'] = _load_vae(str(vae), config, dtypes['vae'], **hub)
+    for name, source in others.items():
+        parts[name] = _load_other(name, source, config, dtypes[name], cache_dir)
+    check_sdxl(parts['unet'], str(unet or pretrained or config or 'SDXL'))
+    _check_widths(parts, str(unet or pretrained or config))
     check_vae(parts['vae'], parts['unet'], str(vae or pretrained or config))
     if tokenizer:
+        folder = _tokenizer_folder(tokenizer, cache_dir)
         for name in TOKENIZERS:
-            parts[name] = said(tokenizer, module_class(name).from_pretrained, tokenizer, subfolder=name,
-                               cache_dir=hub.get('cache_dir'))
+            parts[name] = said(tokenizer, module_class(name).from_pretrained, str(folder), subfolder=name)
     for name in MODULES:
         if parts.get(name) is not None and name not in given and parts[name].dtype != dtypes[name]:
             parts[name].to(dtypes[name])
@@ -83,6 +87,18 @@ def check_sdxl(unet: nn.Module, source: str) -> None:
         width = unet.config.cross_attention_dim  # type: ignore[union-attr]
         raise ValueError(f"'{source}' is not an SDXL: its UNet has addition_embed_type={kind!r} (SDXL: 'text_time') "
                          f'and cross_attention_dim={width}. Stable Diffusion 1.x and 2.x cannot be used as a base.')
+
+
+def _check_widths(parts: Mapping[str, Any], source: str) -> None:
+    """Refuse a UNet that reads another width than the text encoders write.
+
+    Raises:
+        ValueError: both widths.
+    """
+    encoders = [parts[name] for name in ('text_encoder', 'text_encoder_2') if parts.get(name) is not None]
+    wrote, read = sum(e.config.hidden_size for e in encoders), parts['unet'].config.cross_attention_dim
+    if wrote != read:
+        raise ValueError(f"The UNet of '{source}' reads text of width {read}; the text encoders write {wrote}.")
 
 
 @contextmanager
@@ -125,47 +141,69 @@ def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: in
     return parts
 
 
-def _folder_components(source: str, dtypes: Mapping[str, torch.dtype], skip: set[str], **hub: Any) -> dict[str, Any]:
-    where = {k: v for k, v in hub.items() if k != 'variant'}
-    local = Path(source).is_dir()
-    if local:
-        index = _index(Path(source))
-    else:
-        from diffusers import DiffusionPipeline
-        index = said(source, DiffusionPipeline.load_config, source, **where)
+def _base_folder(source: str, skip: set[str], revision: str | None, variant: str | None,
+                 cache_dir: str | None) -> Path:
+    """The folder of a base; of one on the hub, what is needed of it is brought here."""
+    if (place := hub.here(source)) is not None:
+        return place
+    repo = hub.Repo(source, revision, cache_dir)
+    if 'model_index.json' not in repo.names:
+        raise ValueError(f"{repo} has no model_index.json, so it is no base in diffusers' layout. A single file of it "
+                         f"is named as '{source}/<file>.safetensors'.")
+    index = _index(repo.fetch(['model_index.json']))
+    wanted = ['model_index.json', *repo.texts('scheduler')]
+    for name in (n for n in (*MODULES, *TOKENIZERS) if n not in skip and index.get(n, [None])[0]):
+        if repo.inside(name):  # else it is told where the folder is read
+            wanted += repo.model_files(name, variant) if name in MODULES else repo.texts(name)
+    return repo.fetch(wanted)
+
+
+def _tokenizer_folder(source: str, cache_dir: str | None) -> Path:
+    if (place := hub.here(source)) is not None:
+        return place
+    repo = hub.Repo(source, cache_dir=cache_dir)
+    return repo.fetch([name for folder in TOKENIZERS for name in repo.texts(folder)])
+
+
+def _folder_components(folder: Path, shown: str, dtypes: Mapping[str, torch.dtype], skip: set[str],
+                       variant: str | None) -> dict[str, Any]:
+    """The parts of a base in a folder, which errors call `shown`."""
+    index = _index(folder, shown)
     parts: dict[str, Any] = {'null_text': _null_text(index)}
     for name in (n for n in (*MODULES, *TOKENIZERS) if n not in skip and index.get(n, [None])[0]):
-        if local and not (Path(source) / name).is_dir():
-            raise ValueError(f"'{source}' has no folder '{name}', but its model_index.json names one.")
+        if not (folder / name).is_dir():
+            raise ValueError(f"'{shown}' has no folder '{name}', but its model_index.json names one.")
         if name in MODULES:
-            parts[name] = _from_pretrained(name, source, dtypes[name], subfolder=name, **hub)
+            parts[name] = load_pretrained(module_class(name), str(folder), dtype=dtypes[name], subfolder=name,
+                                          variant=variant, shown=shown)
         else:
-            parts[name] = said(source, module_class(name).from_pretrained, source, subfolder=name, **where)
+            parts[name] = said(shown, module_class(name).from_pretrained, str(folder), subfolder=name)
     for name in ('unet', 'text_encoder_2', 'tokenizer_2'):
         if name not in parts and name not in skip:
-            raise ValueError(f"'{source}' has no '{name}', so it is no SDXL base "
+            raise ValueError(f"'{shown}' has no '{name}', so it is no SDXL base "
                              f'(it holds {", ".join(sorted(k for k in index if not k.startswith("_")))}).')
-    parts['scheduler'] = said(source, _scheduler_config, source, **where)
+    parts['scheduler'] = said(shown, _scheduler_config, str(folder))
     return parts
 
 
-def _from_pretrained(name: str, source: str, dtype: torch.dtype, **kwargs: Any) -> Any:
-    return load_pretrained(module_class(name), source, dtype=dtype, **kwargs)
-
-
-def _load_vae(source: str, config: str | None, dtype: torch.dtype, **hub: Any) -> Any:
+def _load_other(name: str, source: str, config: str | None, dtype: torch.dtype, cache_dir: str | None) -> Any:
+    """A UNet or VAE of another source than the base."""
     if is_single_file(source):
-        return load_single_vae(source, config=config, dtype=dtype, cache_dir=hub.get('cache_dir'))
-    folder = Path(source)
-    subfolder = 'vae' if not (folder / 'config.json').is_file() and (folder / 'vae').is_dir() else None
-    # `revision` and `variant` are the base's; another repository has its own.
-    return _from_pretrained('vae', source, dtype, subfolder=subfolder, cache_dir=hub.get('cache_dir'))
+        return load_single_part(name, source, config=config, dtype=dtype, cache_dir=cache_dir)
+    place = hub.here(source)
+    if place is None:
+        repo = hub.Repo(source, cache_dir=cache_dir)
+        inner = name if 'config.json' not in repo.names and repo.inside(name) else None
+        place = repo.fetch(repo.model_files(inner))
+    else:
+        inner = name if not (place / 'config.json').is_file() and (place / name).is_dir() else None
+    return load_pretrained(module_class(name), str(place), dtype=dtype, subfolder=inner, shown=source)
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def _index(folder: Path, shown: str | None = None) -> dict[str, Any]:
     path = folder / 'model_index.json'
     if not path.is_file():
-        raise ValueError(f"'{folder}' holds no model_index.json, so it is not a diffusers folder.")
+        raise ValueError(f"'{shown or folder}' holds no model_index.json, so it is not a diffusers folder.")
     return json.loads(path.read_text())
 
 
@@ -174,8 +212,8 @@ def _null_text(index: Mapping[str, Any]) -> str:
     return 'zeros' if index.get('force_zeros_for_empty_prompt', True) else 'empty'
 
 
-def _scheduler_config(source: str, **hub: Any) -> dict[str, Any]:
+def _scheduler_config(folder: str) -> dict[str, Any]:
     from diffusers import EulerDiscreteScheduler
-    config = EulerDiscreteScheduler.load_config(source, subfolder='scheduler', **hub)
+    config = EulerDiscreteScheduler.load_config(folder, subfolder='scheduler')
     return {k: v for k, v in dict(config).items() if not k.startswith('_')}
 

@@ -18,6 +18,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from diffengine_sdxl import hub
+
 SDXL_FILES = Path(__file__).parent / 'sdxl_files'
 #: What the refiner has of its own; its other parts are those of SDXL_FILES.
 REFINER_FILES = Path(__file__).parent / 'refiner_files'
@@ -26,6 +28,10 @@ SUFFIXES = ('.safetensors', '.ckpt', '.pt', '.bin')
 
 UNET, VAE = 'model.diffusion_model.', 'first_stage_model.'
 EMBEDDER = 'conditioner.embedders.{}.'
+# Of a UNet or VAE: its prefix in a whole model, a key of its own, what diffusers' names begin with, and all its keys.
+_ALONE = {'unet': (UNET, 'input_blocks.0.0.weight', 'down_blocks.', ('',)),
+          'vae': (VAE, 'encoder.conv_in.weight', 'encoder.down_blocks.', ('encoder.', 'decoder.'))}
+_SHOWN = {'unet': 'UNet', 'vae': 'VAE'}
 
 Names = Mapping[str, str]
 _UNET_TOP: Names = {
@@ -115,23 +121,28 @@ def load_single_file(source: str | Path, config: str | Path | None = None,
     return {**parts, **_without_weights(folder, index), 'index': content}
 
 
-def load_single_vae(source: str | Path, config: str | Path | None = None, dtype: torch.dtype = torch.float32,
-                    revision: str | None = None, cache_dir: str | None = None) -> nn.Module:
-    """The VAE from one file in the original layout: a VAE alone (`encoder.*`), or the one of a whole model.
+def load_single_part(name: str, source: str | Path, config: str | Path | None = None,
+                     dtype: torch.dtype = torch.float32, revision: str | None = None,
+                     cache_dir: str | None = None) -> nn.Module:
+    """A UNet or a VAE from one file: of it alone, in the original layout or in diffusers', or of a whole model.
 
-    Args, Raises: as load_single_file.
+    Args:
+        name: 'unet' or 'vae'.
+        source, config, revision, cache_dir: as load_single_file. dtype: of its weights.
+
+    Raises:
+        ValueError: as load_single_file.
     """
     path = local_path(source, revision, cache_dir)
     tensors = read_tensors(path)
-    prefix = VAE if any(k.startswith(VAE) for k in tensors) else ''
-    if f'{prefix}encoder.conv_in.weight' not in tensors:
-        raise ValueError(f"'{path}' holds no VAE; {_what_it_is(tensors)}.")
-    if any('.down_blocks.' in k for k in tensors if k.startswith(f'{prefix}encoder.')):
-        raise ValueError(f"'{path}' is a VAE in diffusers' layout, which is loaded from its folder: put it there with "
-                         "its config.json, named 'diffusion_pytorch_model.safetensors', and give the folder.")
-    model = empty_model('vae', Path(config or SDXL_FILES))
-    origins = dict(_origins('vae', model, prefix))
-    _check_fit(path, tensors, {'vae': model}, {'vae': origins}, [f'{prefix}{p}' for p in ('encoder.', 'decoder.')])
+    whole, begin, blocks, inside = _ALONE[name]
+    prefix = whole if any(k.startswith(whole) for k in tensors) else ''
+    of_diffusers = any(k.startswith(blocks) for k in tensors)
+    if not of_diffusers and f'{prefix}{begin}' not in tensors:
+        raise ValueError(f"'{path}' holds no {_SHOWN[name]}; {_what_it_is(tensors)}.")
+    model = empty_model(name, Path(config or SDXL_FILES))
+    origins = {k: Origin(k) for k in model.state_dict()} if of_diffusers else dict(_origins(name, model, prefix))
+    _check_fit(path, tensors, {name: model}, {name: origins}, [f'{prefix}{part}' for part in inside])
     _fill(model, tensors, origins, dtype)
     return model
 
@@ -145,24 +156,17 @@ def local_path(source: str | Path, revision: str | None = None, cache_dir: str |
     text, path = str(source), Path(source).expanduser()
     if path.is_file():
         return path
-    link = re.fullmatch(r'https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(?:\?.*)?',
-                        text)
+    link = hub.link(text)
     plain = re.fullmatch(r'([\w-][\w.-]*/[\w-][\w.-]*)/(.+)', text)
     if link:
-        repo, revision, name = link[1], revision or link[2], link[3]
+        repo, name, revision = link[0], link[2], revision or link[1]
     elif plain and not Path(text.split('/')[0]).is_dir():
         repo, name = plain[1], plain[2]
     else:
         raise ValueError(f"'{text}' is no file, and no link to one on the hub "
-                         "('https://huggingface.co/<org>/<repo>/blob/main/<file>' or '<org>/<repo>/<file>').")
-    from huggingface_hub import hf_hub_download
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir))
-    # The hub's errors, of httpx or requests by its version, are OSErrors, ValueErrors or the client's own.
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"'{name}' of '{repo}' could not be had from the hub: {first} Check the name, the network and "
-                         'HF_HUB_OFFLINE, or give the path of a file.') from error
+                         "('https://huggingface.co/<org>/<repo>/blob/main/<file>' or '<org>/<repo>/<file>')."
+                         f'{hub.beside(path)}')
+    return hub.fetch_file(repo, name, revision, cache_dir)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -55,6 +55,23 @@ def test_another_vae(tiny_base: Path, tmp_path: Path, blocks: int) -> None:
         assert torch.equal(model.decode(sampler(steps=1)(model, picture_batch(['a'], [1], (32, 48)))), expected)
 
 
+def test_another_unet(tiny_base: Path, tmp_path: Path) -> None:
+    """A UNet's own folder, the `unet` of a whole base, or a file of it alone; the base's own is not read."""
+    other, base = write_tiny_sdxl(tmp_path / 'other', seed=5), shutil.copytree(tiny_base, tmp_path / 'base')
+    shutil.rmtree(base / 'unet')
+    file = shutil.copy(other / 'unet' / 'diffusion_pytorch_model.safetensors', tmp_path / 'unet.safetensors')
+    expected = SDXL(pretrained=str(other)).unet
+    for source, config in ((other, None), (other / 'unet', None), (file, str(tiny_base))):
+        model = SDXL(pretrained=str(base), unet=str(source), config=config)
+        assert_equal(dict(model.unet.state_dict()), dict(expected.state_dict()))
+        assert_equal(dict(model.vae.state_dict()), dict(SDXL(pretrained=str(tiny_base)).vae.state_dict()))
+    wide = write_tiny_sdxl(tmp_path / 'wide', hidden=48, cross_attention_dim=96)
+    with pytest.raises(ValueError, match='wide.* reads text of width 96; the text encoders write 64'):
+        SDXL(pretrained=str(tiny_base), unet=str(wide))
+    with pytest.raises(ValueError, match='no such unet|nothing'):
+        SDXL(pretrained=str(tiny_base), unet=str(tmp_path / 'nothing'))
+
+
 def test_another_vae_stands_for_one_that_is_missing(tiny_base: Path, tmp_path: Path) -> None:
     """The base's own is not read."""
     shutil.copytree(tiny_base, tmp_path / 'base')

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffengine_sdxl.models.single_file import (
     SDXL_FILES,
     empty_model,
     load_single_file,
-    load_single_vae,
+    load_single_part,
 )
 
 MODELS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
@@ -104,21 +105,25 @@ def test_a_refiner_has_its_encoder_first(base: Path, tensors: dict[str, Tensor],
         load_single_file(file, config=base)
 
 
-def test_a_vae_alone(base: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    prefix = 'first_stage_model.'
+@pytest.mark.parametrize(('part', 'prefix'), [('vae', 'first_stage_model.'), ('unet', 'model.diffusion_model.')])
+def test_a_part_alone(part: str, prefix: str, base: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """Of itself alone, in both layouts, and out of a whole model."""
     alone = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    vae = stock(base).vae
     for file in (original_format.write(tmp_path / 'alone.safetensors', alone),
-                 original_format.write(tmp_path / 'whole.ckpt', tensors)):
-        assert_same_weights(load_single_vae(file, config=base), vae)
+                 original_format.write(tmp_path / 'whole.ckpt', tensors),
+                 base / part / 'diffusion_pytorch_model.safetensors'):
+        assert_same_weights(load_single_part(part, file, config=base), getattr(stock(base), part))
     without = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     file = original_format.write(tmp_path / 'without.safetensors', without)
-    assert load_single_file(file, config=base, skip={'vae'})['vae'] is None
-    for load in (load_single_file, load_single_vae):
-        with pytest.raises(ValueError, match='no vae|no VAE'):
-            load(file, config=base)
-    with pytest.raises(ValueError, match="diffusers' layout"):
-        load_single_vae(base / 'vae' / 'diffusion_pytorch_model.safetensors')
+    assert load_single_file(file, config=base, skip={part})[part] is None
+    with pytest.raises(ValueError, match=f'no {part}'):
+        load_single_file(file, config=base)
+    with pytest.raises(ValueError, match=f'holds no {part}'.replace('unet', 'UNet').replace('vae', 'VAE')):
+        load_single_part(part, file, config=base)
+    for key in (next(iter(alone)), 'a_key_of_no_model' if part == 'unet' else 'decoder.a_key_of_no_model'):
+        odd = {**alone, key: torch.ones(1)}
+        with pytest.raises(ValueError, match=f'(another shape|have no place).*{re.escape(key)}'):
+            load_single_part(part, original_format.write(tmp_path / 'odd.safetensors', odd), config=base)
 
 
 @pytest.mark.parametrize(('change', 'sentence'), [

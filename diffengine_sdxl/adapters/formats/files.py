@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffengine_sdxl.weights import said, shipped
+from diffengine_sdxl import hub
+from diffengine_sdxl.weights import shipped
 
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt')
 SUFFIXES = ('.safetensors', *PICKLES)
@@ -33,7 +35,7 @@ def find(source: str | Path, names: Sequence[str] = (), subfolder: str | None = 
     """The file that `source` stands for.
 
     Args:
-        source: a file; a folder; 'diffengine_sdxl::<folder>' of this package; or a hub id.
+        source: a file; a folder; 'diffengine_sdxl::<folder>' of this package; a hub id; or a link to a file of the hub.
         names: of files to look for in a folder or on the hub, the best first; a folder may also hold one weight file of
             any name.
         subfolder, revision: of a folder or hub id.
@@ -42,16 +44,20 @@ def find(source: str | Path, names: Sequence[str] = (), subfolder: str | None = 
     Raises:
         ValueError: there is none, or several.
     """
-    path = Path(str(shipped(source))).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        if path.is_absolute() or str(source).startswith(('.', '~')) or path.suffix in SUFFIXES:
-            raise ValueError(f"There is no file or folder '{source}'.")
-        return _from_hub(str(source), [weight_name] if weight_name else names, subfolder, revision)
-    folder = (path / (subfolder or '')).resolve()
-    wanted = (folder / weight_name).resolve() if weight_name else folder
-    if path.resolve() not in (folder, *folder.parents) or folder not in (wanted, *wanted.parents):
+    text = str(shipped(source))
+    if linked := hub.link(text):
+        file = PurePosixPath(linked[2])
+        return _from_hub(hub.Repo(linked[0], revision or linked[1]), (), None,
+                         str(file.with_name(weight_name or file.name)))
+    found = hub.here(text)
+    if found is None:
+        return _from_hub(hub.Repo(text, revision), names, subfolder, weight_name)
+    if found.is_file():
+        return found
+    # By their names: in the hub's cache every file is a link to another folder.
+    folder = Path(os.path.normpath(found / (subfolder or '')))
+    wanted = Path(os.path.normpath(folder / weight_name)) if weight_name else folder
+    if Path(os.path.normpath(found)) not in (folder, *folder.parents) or folder not in (wanted, *wanted.parents):
         raise ValueError(f"'{subfolder or ''}/{weight_name or ''}' leads out of '{source}'.")
     if weight_name:
         if not wanted.is_file():
@@ -67,15 +73,40 @@ def find(source: str | Path, names: Sequence[str] = (), subfolder: str | None = 
                                              'with weight_name.' if there else 'no weight file.'))
 
 
-def _from_hub(source: str, names: Sequence[str], subfolder: str | None, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    failed: ValueError | None = None
-    for name in names:
-        try:
-            return Path(said(source, hf_hub_download, source, name, subfolder=subfolder, revision=revision))
-        except ValueError as error:
-            failed = failed or error
-    raise failed or ValueError(f"'{source}' is no file or folder here; to take it from the hub, name its weight_name.")
+def _from_hub(repo: hub.Repo, names: Sequence[str], subfolder: str | None, weight_name: str | None) -> Path:
+    there = repo.inside(subfolder)
+    if weight_name is not None:
+        name = f'{subfolder.strip("/")}/{weight_name}' if subfolder else weight_name
+    elif best := [there[name] for name in names if name in there]:
+        name = best[0]
+    else:
+        found = [there[name] for name in there if name.endswith(SUFFIXES[:1])]
+        found = found or [there[name] for name in there if name.endswith(PICKLES)]
+        if len(found) != 1:
+            where = f" in '{subfolder}'" if subfolder else ''
+            raise ValueError(f'{repo} holds {len(found)} weight files{where} ({shown(found)}); name one with '
+                             'weight_name.' if found else f'{repo} holds no weight file{where}.')
+        name = found[0]
+    # A word of textual inversion may lie in two files, <name> and <name>_2.
+    second = str(PurePosixPath(name).with_stem(f'{PurePosixPath(name).stem}_2'))
+    return repo.fetch([name, second] if second in repo.names else [name]) / name
+
+
+def parts_folder(source: str | Path, ends: tuple[str, ...], subfolder: str | None, revision: str | None) -> Path:
+    """The folder of a source whose parts have folders of their own; of one on the hub these are brought here.
+
+    Args:
+        ends: the names of a part's files.
+        source, subfolder, revision: see `find`.
+    """
+    text = str(shipped(source))
+    found = Path(text) if hub.link(text) else hub.here(text)
+    if found is not None:
+        return found / (subfolder or '')
+    repo = hub.Repo(text, revision)
+    begin = f'{subfolder.strip("/")}/' if subfolder else ''
+    inner = [n for n in repo.names if n.startswith(begin) and n.count('/') == begin.count('/') + 1 and n.endswith(ends)]
+    return (repo.fetch(inner) if inner else Path(text)) / begin
 
 
 def read(path: Path) -> WeightFile:

@@ -11,7 +11,7 @@ from diffengine_sdxl.adapters.formats import diffusers_lora, files, peft_lora
 from diffengine_sdxl.adapters.formats.kohya_names import Modules
 from diffengine_sdxl.adapters.formats.peft_lora import PeftWeights
 from diffengine_sdxl.adapters.formats.weights import PARTS, LoRAWeights
-from diffengine_sdxl.weights import shipped, told
+from diffengine_sdxl.weights import told
 
 NAMES = (diffusers_lora.WEIGHTS, 'pytorch_lora_weights.bin', peft_lora.WEIGHTS, 'adapter_model.bin')
 
@@ -27,7 +27,7 @@ def read_lora(source: str | Path, modules: Modules, subfolder: str | None = None
     Raises:
         ValueError: there is no such file, keys are unknown or missing, or it was made for another base.
     """
-    folder = Path(str(shipped(source))).expanduser() / (subfolder or '')
+    folder = files.parts_folder(source, (peft_lora.CONFIG, peft_lora.WEIGHTS), subfolder, revision)
     parts = [part for part in PARTS if (folder / part / peft_lora.CONFIG).is_file()]
     if parts and weight_name is None:
         found: LoRAWeights = _joined({part: _read_file(folder / part, modules, part=part) for part in parts}, folder)

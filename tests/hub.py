@@ -1,0 +1,266 @@
+"""A small Hugging Face hub for tests, of the standard library: it serves folders to the real huggingface_hub.
+
+It speaks what loading and uploading need: a repository's files and commits, its branches and tags, files with ETags and
+ranges, large ones by a redirect to another host, as the hub's own storage is, and the hub's refusals.
+HF_ENDPOINT is read when huggingface_hub is imported, so set it to `Hub.address` before that.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+#: What lies in the hub's large storage.
+LARGE = ('.safetensors', '.bin', '.ckpt', '.msgpack', '.onnx')
+
+
+class Asked(NamedTuple):
+    """A request: method, kind ('api', 'file' or 'storage'), what of which repository, bytes sent, range, token."""
+
+    method: str
+    kind: str
+    repo: str
+    what: str
+    sent: int
+    range: str | None
+    token: str | None
+
+
+@dataclass
+class Repository:
+    """Commits by branch or tag; a commit is a folder. `gated`, `private`: None or the token that opens it."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+    tags: set[str] = field(default_factory=set)
+    gated: str | None = None
+    private: str | None = None
+
+    def commit(self, name: str) -> str | None:
+        """The commit that a branch, a tag or a commit's own name stands for."""
+        commits = {ref: hashlib.sha1(f'{ref}{folder}'.encode()).hexdigest() for ref, folder in self.folders.items()}
+        return commits.get(name) or (name if name in commits.values() else None)
+
+    def folder(self, commit: str) -> Path:
+        """Its files."""
+        return next(folder for ref, folder in self.folders.items() if self.commit(ref) == commit)
+
+    def files(self, commit: str) -> dict[str, Path]:
+        """Their names and where they are."""
+        folder = self.folder(commit)
+        return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+class Hub:
+    """The server, in a thread of its own.
+
+    Attributes:
+        repos: by id. log: the requests. cuts: end of a file's name -> after how many bytes each of its next answers
+            breaks off. uploads: repository -> name -> content.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repository] = {}
+        self.log: list[Asked] = []
+        self.cuts: dict[str, list[int]] = {}
+        self.uploads: dict[str, dict[str, bytes]] = {}
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (Handler,), {'hub': self}))
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        """What HF_ENDPOINT is to be."""
+        return f'http://127.0.0.1:{self.port}'
+
+    def add(self, repo: str, folder: Path, revision: str = 'main', tag: bool = False, **settings: Any) -> None:
+        """Serve a folder as a branch or tag of a repository."""
+        found = self.repos.setdefault(repo, Repository())
+        found.folders[revision] = folder
+        found.tags |= {revision} if tag else set()
+        for name, value in settings.items():
+            setattr(found, name, value)
+
+    def asked(self) -> list[Asked]:
+        """The requests since the last time."""
+        self.log, log = [], self.log
+        return log
+
+    def stop(self) -> None:
+        """The hub is down."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def client(home: Path) -> dict[str, str]:
+    """Variables of a process whose cache is in `home`: no proxies, no other protocols, no patience."""
+    return {'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+            'HF_HUB_ETAG_TIMEOUT': '5', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'no_proxy': '*', 'NO_PROXY': '*'}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request; a connection of its own for each, so that none outlives the server."""
+
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet; the requests are in the hub's log."""
+
+    def answer(self, status: int, body: bytes = b'', kind: str = 'api', repo: str = '', what: str = '',
+               **headers: Any) -> None:
+        """Send, with headers such as X_Error_Code, and write the log."""
+        cuts = next((c for end, c in self.hub.cuts.items() if what.endswith(end) and c), [])
+        part = body[:cuts.pop(0)] if cuts and self.command == 'GET' and kind != 'api' else body
+        self.send_response(status)
+        for name, value in {'Content_Length': len(body), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace('_', '-'), str(value))
+        self.end_headers()
+        sent = 0 if self.command == 'HEAD' else len(part)
+        self.hub.log.append(Asked(self.command, kind, repo, what, sent, self.headers.get('Range'),
+                                  self.headers.get('Authorization')))
+        if sent:
+            self.wfile.write(part)
+
+    def say(self, content: Any, **where: Any) -> None:
+        """Send JSON."""
+        self.answer(200, json.dumps(content).encode(), Content_Type='application/json', **where)
+
+    def refuse(self, status: int, code: str, **where: Any) -> None:
+        """The hub's refusals, by their codes."""
+        self.answer(status, b'{}', X_Error_Code=code, X_Error_Message=f'{code}: {where.get("what")}', **where)
+
+    def do_HEAD(self) -> None:
+        """As GET, without content."""
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        """API, file or storage."""
+        path = urlsplit(self.path).path
+        if found := re.fullmatch(r'/api/models/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/(.+))?)?', path):
+            self.api(found[1], found[2] or 'revision', unquote(found[3] or 'main'))
+        elif found := re.fullmatch(r'/(storage/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
+            self.file(found[2], unquote(found[3]), unquote(found[4]), stored=bool(found[1]))
+        else:
+            self.refuse(404 if '/' in path.strip('/') else 401, 'RepoNotFound', what=path)
+
+    def opened(self, repo: str, kind: str, what: str) -> Repository | None:
+        """The repository, if the token opens it; else it has been refused."""
+        found, token = self.hub.repos.get(repo), (self.headers.get('Authorization') or '').removeprefix('Bearer ')
+        where = {'kind': kind, 'repo': repo, 'what': what}
+        if found is not None and kind == 'storage':
+            return found  # its links are signed; they take no token
+        if found is None or found.private not in (None, token):
+            self.refuse(401, 'RepoNotFound', **where)  # 401 as on the hub, which does not tell which of the two it is
+        elif found.gated not in (None, token) and kind == 'file':
+            self.refuse(403 if token else 401, 'GatedRepo', **where)  # what there is may be seen
+        else:
+            return found
+        return None
+
+    def api(self, repo: str, what: str, revision: str) -> None:
+        """Files and commit of a revision, in two forms, or the branches and tags."""
+        found, where = self.opened(repo, 'api', what), {'repo': repo, 'what': what}
+        if found is None:
+            return
+        if what == 'refs':
+            refs = [{'name': n, 'ref': f'refs/{"tags" if n in found.tags else "heads"}/{n}',
+                     'targetCommit': found.commit(n)} for n in found.folders]
+            self.say({'branches': [r for r in refs if '/heads/' in str(r['ref'])], 'converts': [],
+                      'tags': [r for r in refs if '/tags/' in str(r['ref'])]}, **where)
+            return
+        commit = found.commit(revision)
+        if commit is None:
+            self.refuse(404, 'RevisionNotFound', **where)
+            return
+        files = found.files(commit)
+        if what == 'revision':
+            self.say({'_id': '0', 'id': repo, 'modelId': repo, 'sha': commit, 'private': False, 'tags': [],
+                      'siblings': [{'rfilename': name} for name in files]}, **where)
+        else:
+            entries = []
+            for name, file in files.items():
+                entry = {'type': 'file', 'path': name, 'size': file.stat().st_size, 'oid': digest(file, 'sha1')}
+                large = {'lfs': {'oid': digest(file), 'size': file.stat().st_size, 'pointerSize': 130}}
+                entries.append(entry | (large if name.endswith(LARGE) else {}))
+            self.say(entries, **where)
+
+    def file(self, repo: str, revision: str, name: str, stored: bool) -> None:
+        """A file, whole or from a byte on; a large one is behind a redirect."""
+        kind = 'storage' if stored else 'file'
+        found, where = self.opened(repo, kind, name), {'kind': kind, 'repo': repo, 'what': name}
+        if found is None:
+            return
+        commit = found.commit(revision)
+        if commit is None:
+            self.refuse(404, 'RevisionNotFound', **where)
+            return
+        path = found.files(commit).get(name)
+        if path is None:
+            self.answer(404, b'', X_Error_Code='EntryNotFound', X_Repo_Commit=commit, **where)
+            return
+        size = path.stat().st_size
+        if name.endswith(LARGE) and not stored:
+            self.answer(302, b'', X_Repo_Commit=commit, X_Linked_Etag=f'"{digest(path)}"', X_Linked_Size=size,
+                        Location=f'http://localhost:{self.hub.port}/storage/{repo}/resolve/{commit}/{name}', **where)
+            return
+        etag = digest(path) if name.endswith(LARGE) else digest(path, 'sha1')
+        head = {'ETag': f'"{etag}"', 'X_Repo_Commit': commit, 'Accept_Ranges': 'bytes', **where}
+        begin = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range') or '')
+        content = b'' if self.command == 'HEAD' else path.read_bytes()
+        if begin is None:
+            self.answer(200, content, Content_Length=size, **head)
+        else:
+            rest = content[int(begin[1]):]
+            self.answer(206, rest, Content_Length=len(rest),
+                        Content_Range=f'bytes {begin[1]}-{size - 1}/{size}', **head)
+
+    def do_POST(self) -> None:
+        """Make a repository, ask how files are to come, and commit them."""
+        path = urlsplit(self.path).path
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        if self.headers.get('Authorization') is None:
+            self.answer(401, b'{"error": "Invalid username or password."}', what=path)
+        elif path == '/api/repos/create':
+            name = json.loads(body)
+            repo = f'{name.get("organization") or "me"}/{name["name"]}'
+            self.hub.uploads.setdefault(repo, {})
+            self.say({'url': f'http://127.0.0.1:{self.hub.port}/{repo}', 'name': repo, 'id': '0'}, what=path)
+        elif path == '/api/validate-yaml':
+            self.say({'errors': [], 'warnings': []}, what=path)
+        elif found := re.fullmatch(r'/api/models/([^/]+/[^/]+)/preupload/.+', path):
+            files = json.loads(body)['files']
+            self.say({'files': [{'path': f['path'], 'uploadMode': 'lfs' if f['path'].endswith(LARGE) else 'regular',
+                                 'shouldIgnore': False} for f in files]}, repo=found[1], what=path)
+        elif found := re.fullmatch(r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', path):
+            store = f'http://localhost:{self.hub.port}/put'
+            self.say({'transfer': 'basic', 'objects': [
+                {**o, 'actions': {'upload': {'href': f'{store}/{o["oid"]}'}}} for o in json.loads(body)['objects']]},
+                repo=found[1], what=path)
+        elif found := re.fullmatch(r'/api/models/([^/]+/[^/]+)/commit/.+', path):
+            for line in map(json.loads, body.splitlines()):
+                value = line['value']
+                if line['key'] == 'file':
+                    self.hub.uploads[found[1]][value['path']] = base64.b64decode(value['content'])
+                elif line['key'] == 'lfsFile':
+                    self.hub.uploads[found[1]][value['path']] = self.hub.uploads[''].pop(value['oid'])
+            self.say({'success': True, 'commitOid': 'c' * 40, 'hookOutput': '',
+                      'commitUrl': f'http://127.0.0.1:{self.hub.port}/{found[1]}/commit/{"c" * 40}'}, what=path)
+        else:
+            self.refuse(404, 'RepoNotFound', what=path)
+
+    def do_PUT(self) -> None:
+        """A large file."""
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        self.hub.uploads.setdefault('', {})[self.path.rpartition('/')[2]] = body
+        self.answer(200)
+
+
+def digest(path: Path, kind: str = 'sha256') -> str:
+    """Of a file."""
+    return hashlib.new(kind, path.read_bytes()).hexdigest()

@@ -54,6 +54,7 @@ class Batch:
         size: height and width of the pictures to make, in pixels; None: that of the images or conditions.
         start: what sampling begins with; None: noise.
         syntax: how `text` and the like are written, 'plain' or 'compel'.
+        clip_skip: layers of the text encoders that `text` skips besides the last one; None as 0.
         num_skipped: unreadable images that the data set passed over to fill this batch.
     """
 
@@ -77,6 +78,7 @@ class Batch:
     size: tuple[int, int] | None = None
     start: Start | None = None
     syntax: str = 'plain'
+    clip_skip: int | None = None
     num_skipped: int = 0
 
     def __len__(self) -> int:

@@ -40,6 +40,7 @@ class Guide:
         then: what it passes to the refiner's pipeline, of the same task; None for no refiner.
         solver: the scheduler that it sets; adapters: name -> file and scale.
         sag: scale of self-attention guidance.
+        base, refiner, unet: where these come from; None for the base's own UNet.
     """
 
     call: dict[str, Any]
@@ -51,6 +52,7 @@ class Guide:
     sag: float = 0.0
     base: str = BASE
     refiner: str = REFINER
+    unet: str | None = None
 
     @property
     def second(self) -> str:
@@ -120,12 +122,19 @@ GUIDES = {
     # Models' cards, and diffusers' guide of PAG.
     'sdxl_lcm_lora': Guide(
         dict(prompt='Self-portrait oil painting, a beautiful cyborg with golden hair, 8k', num_inference_steps=4,
-             guidance_scale=1.0), solver=dict(type='LCMScheduler'),
+             guidance_scale=1.0), solver=dict(type='LCMScheduler'), seed=42,
         adapters={'lcm': ('latent-consistency/lcm-lora-sdxl', 1.0)}),
     'sdxl_lightning': Guide(
         dict(prompt='A girl smiling', num_inference_steps=4, guidance_scale=0.0),
         solver=dict(type='EulerDiscreteScheduler', timestep_spacing='trailing'),
         adapters={'lightning': ('ByteDance/SDXL-Lightning/sdxl_lightning_4step_lora.safetensors', 1.0)}),
+    'sdxl_lcm': Guide(
+        dict(prompt='Self-portrait oil painting, a beautiful cyborg with golden hair, 8k', num_inference_steps=4,
+             guidance_scale=8.0), solver=dict(type='LCMScheduler'), unet='latent-consistency/lcm-sdxl'),
+    'sdxl_lightning_unet': Guide(
+        dict(prompt='A girl smiling', num_inference_steps=4, guidance_scale=0.0),
+        solver=dict(type='EulerDiscreteScheduler', timestep_spacing='trailing'),
+        unet='https://huggingface.co/ByteDance/SDXL-Lightning/blob/main/sdxl_lightning_4step_unet.safetensors'),
     'sdxl_turbo': Guide(
         dict(prompt='A cinematic shot of a baby racoon wearing an intricate italian priest robe.', height=512,
              width=512, num_inference_steps=1, guidance_scale=0.0), base='stabilityai/sdxl-turbo',
@@ -137,6 +146,7 @@ GUIDES = {
                            guidance_scale=7.0, pag_scale=3.0), PAG),
 }
 EVERYTHING = 'sdxl_everything'
+WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 
 def test_all_are_here() -> None:
@@ -179,7 +189,8 @@ def test_a_config_says_what_its_guide_says(name: str) -> None:
     cfg, guide = config.resolve(config.load(name)), GUIDES[name]
     own, sampler = cfg.to_dict()['infer_cfg'], cfg.model.sampler
     assert full(guide.cls, asked(cfg, sampler, own)) == full(guide.cls, guide.call)
-    assert (own.get('seed', 0), cfg.model.pretrained, dict(sampler.scheduler)) == (guide.seed, guide.base, guide.solver)
+    assert (own.get('seed', 0), dict(sampler.scheduler)) == (guide.seed, guide.solver)
+    assert (cfg.model.pretrained, cfg.model.get('unet')) == (guide.base, guide.unet)
     assert scale_of(sampler, 'SAG') == (guide.sag or None)
     assert {name: ('/'.join(filter(None, (a.weights, a.get('subfolder'), a.get('weight_name')))), a.get('scale', 1.0))
             for name, a in (cfg.model.get('adapters') or {}).items()} == guide.adapters
@@ -208,6 +219,10 @@ class World:
             return self.folder / 'refiner'
         return self.folder / 'wide' if 'inpainting' in source else self.base
 
+    def unet(self, source: str) -> Path:
+        """The folder of the UNet that stands for one of its own."""
+        return self.folder / ('lightning' if 'ightning' in source else 'lcm') / 'unet'
+
     def picture(self, url: str) -> str:
         """The file that stands for a URL."""
         return str(self.folder / 'pictures' / url.rpartition('/')[2])
@@ -230,6 +245,8 @@ def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     write_tiny_image_encoder(folder / 'encoder')
     write_tiny_refiner(folder / 'refiner')
     write_tiny_sdxl(folder / 'wide', in_channels=9)
+    write_tiny_sdxl(folder / 'lcm', seed=3, time_cond_proj_dim=16)
+    write_tiny_sdxl(folder / 'lightning', seed=4)
     for source in (tiny_base, folder / 'refiner'):
         original_format.write(source.with_suffix('.safetensors'), original_format.original_tensors(source))
     (folder / 'pictures').mkdir()
@@ -273,6 +290,10 @@ def overrides(name: str, world: World) -> dict[str, Any]:
                 changed |= {f'{part}.pretrained': f'{folder}.safetensors', f'{part}.config': folder}
             if cfg[part].get('sampler'):
                 changed[f'{part}.sampler.num_inference_steps'] = few(cfg[part].sampler.num_inference_steps)
+    if source := cfg.model.get('unet'):
+        changed['model.unet'] = str(world.unet(source))
+        if source.endswith('.safetensors'):
+            changed |= {'model.unet': f'{world.unet(source)}/{WEIGHTS}', 'model.config': str(world.base)}
     for key, adapter in (cfg.model.get('adapters') or {}).items():
         where = dict(weights=str(world.folder / EXPORTS[key]), subfolder=None)
         if adapter.type != 'T2IAdapter':
@@ -303,6 +324,10 @@ def stocks(guide: Guide, world: World) -> Tensor:
     if guide.cls == T2I:
         name, = (EXPORTS[name] for name in guide.adapters if EXPORTS[name] == 't2i')
         parts['adapter'] = diffusers.T2IAdapter.from_pretrained(world.folder / name)
+    if guide.unet is not None:
+        parts['unet'] = diffusers.UNet2DConditionModel.from_pretrained(world.unet(guide.unet))
+        if guide.unet.endswith('.safetensors'):
+            copied(parts['unet'])
     base = equipped(opened(guide.base, guide.cls, world, **parts), guide, world)
     generator = torch.Generator().manual_seed(guide.seed)
     call = small_call(guide.cls, guide.call, world)
@@ -326,9 +351,15 @@ def opened(source: str, cls: str, world: World, **parts: Any) -> Any:
     pipeline = stock(world.weights(source), cls, **parts)
     if source.endswith('.safetensors'):
         for module in pipeline.components.values():
-            for parameter in module.parameters() if isinstance(module, torch.nn.Module) else ():
-                parameter.data = parameter.data.clone()
+            if isinstance(module, torch.nn.Module):
+                copied(module)
     return pipeline
+
+
+def copied(module: torch.nn.Module) -> None:
+    """Copy its weights in memory."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def small_call(cls: str, call: Mapping[str, Any], world: World) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 
 def main() -> int:
     """Parse, build, make. Heavy imports come after parsing, so that -h answers at once."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, usage='%(prog)s CONFIG [options]; -h tells them')
     parser.add_argument('config', help='path of a config, base name of an installed one, or a PNG that was made '
                                        'here, to make it again')
     parser.add_argument('--prompt', nargs='+', help="texts (default: the config's)")

@@ -163,7 +163,7 @@ def _loaded(config: dict[str, Any], checkpoint: str | None, name: str) -> Any:
             raise ValueError(f"'{path}' holds {', '.join(notes['contents']) or 'nothing'}, but not '{name}'.")
         folder = path / name
         if PIPELINE in notes['contents']:
-            config.update(pretrained=str(path / PIPELINE), vae=None, revision=None, variant=None)
+            config.update(pretrained=str(path / PIPELINE), unet=None, vae=None, revision=None, variant=None)
     config['trainable'] = []
     model = _build({**config, 'adapters': {name: own}})
     model.adapters[name].load(folder)

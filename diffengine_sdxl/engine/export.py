@@ -166,7 +166,7 @@ def manifest(runner: Any, step: int, contents: list[str]) -> dict[str, Any]:
     config.pop('visualizer', None)  # trackers' accounts are nobody's business who loads an adapter
     model = config.get('model') or {}
     return {'step': step, 'contents': contents, 'ema': runner.ema is not None, 'seed': runner.seed,
-            'base': {key: model.get(key) for key in ('pretrained', 'vae', 'revision', 'variant')},
+            'base': {key: model.get(key) for key in ('pretrained', 'unet', 'vae', 'revision', 'variant')},
             'dataset': (config.get('train_dataloader') or {}).get('dataset'),
             'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'git_commit': git_commit(),
             'versions': versions(), 'config': config}

@@ -229,10 +229,11 @@ def infer(args: Any) -> int:
 
     def work(_: list[Any]) -> None:
         from diffengine_sdxl.engine.inference import infer as pictures
+        from diffengine_sdxl.engine.inference.making import say
         if args.batch_size < 1:
             raise ValueError(f'--batch-size {args.batch_size} must be at least 1.')
         _quiet()
-        codes.append(pictures.say(pictures.infer(args)))
+        codes.append(say(pictures.infer(args)))
     return _said(work, 'infer') or codes[0]
 
 

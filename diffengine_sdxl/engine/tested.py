@@ -79,7 +79,7 @@ def weighted(config: Config, name: str | None) -> Path | None:
         raise ValueError(f"'{name}' was trained together with its base; name '{path.parent}', which holds both.")
     if notes is not None and PIPELINE in notes['contents']:
         # The base itself was trained: its folder takes the place of the config's base and VAE.
-        config.model.update(pretrained=str(path / PIPELINE), vae=None, revision=None, variant=None)
+        config.model.update(pretrained=str(path / PIPELINE), unet=None, vae=None, revision=None, variant=None)
     return path
 
 

@@ -19,7 +19,8 @@ from diffengine_sdxl.models.describe import table
 from diffengine_sdxl.models.latents import Latents
 from diffengine_sdxl.models.pipeline import to_diffusers
 from diffengine_sdxl.models.predictions import VARIANTS, predictions, without_adapters
-from diffengine_sdxl.models.text import ENCODERS, Prompts
+from diffengine_sdxl.models.prompts import Prompts
+from diffengine_sdxl.models.text import ENCODERS
 from diffengine_sdxl.registry import ADAPTERS, MODELS, OBJECTIVES, SAMPLERS
 from diffengine_sdxl.schedule import NoiseSchedule
 from diffengine_sdxl.structures import Batch, Conditioning, Taps, UNetCall, where
@@ -34,7 +35,7 @@ class SDXL(Latents, Prompts, BaseModel):
     Args:
         pretrained: diffusers folder, hub id, or a single .safetensors or .ckpt file (path or hub link); None for
             random weights keyed by `seed`.
-        vae: another VAE, likewise; None for the base's.
+        vae, unet: another VAE or UNet, likewise, also in a file or folder of its own; None for the base's.
         revision, variant, cache_dir: of the hub, as in diffusers.
         tokenizer: folder or hub id with folders 'tokenizer' and 'tokenizer_2'; None for the base's.
         config: folder of component configs for random weights or a single file; None for SDXL base 1.0's.
@@ -68,9 +69,9 @@ class SDXL(Latents, Prompts, BaseModel):
     #: Set where parts come to this device only while they work.
     execution_device: torch.device | None = None
 
-    def __init__(self, pretrained: str | None = None, vae: str | None = None, revision: str | None = None,
-                 variant: str | None = None, cache_dir: str | None = None, config: str | None = None,
-                 tokenizer: str | None = None,
+    def __init__(self, pretrained: str | None = None, vae: str | None = None, unet: str | None = None,
+                 revision: str | None = None, variant: str | None = None, cache_dir: str | None = None,
+                 config: str | None = None, tokenizer: str | None = None,
                  adapters: Mapping[str, Any] | None = None, objective: Any = None, sampler: Any = None,
                  trainable: Sequence[str] = (), mixed_precision: str = 'no',
                  dtype: str | Mapping[str, str] | None = None, attention: str = 'sdpa',
@@ -88,8 +89,8 @@ class SDXL(Latents, Prompts, BaseModel):
         self.compute_dtype = PRECISIONS[mixed_precision]
         self.shared_parts = tuple(shared)
         parts = loading.load_components(pretrained, vae, config, tokenizer, self._dtypes(dtype), self.seed,
-                                        _taken(base, shared, trainable), revision=revision, variant=variant,
-                                        cache_dir=cache_dir)
+                                        _taken(base, shared, trainable), unet=unet, revision=revision,
+                                        variant=variant, cache_dir=cache_dir)
         self.null_text = null_text or parts.get('null_text', 'zeros')
         self.unet, self.vae = parts['unet'], parts['vae']
         self.text_encoder, self.text_encoder_2 = parts.get('text_encoder'), parts['text_encoder_2']

@@ -13,8 +13,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from diffengine_sdxl.models.weighting import SYNTAXES, WeightedEncoder, words_of
-from diffengine_sdxl.structures import Batch, where
+from diffengine_sdxl.models.weighting import WeightedEncoder, words_of
 
 ENCODERS = ('text_encoder', 'text_encoder_2')
 #: New words for one text encoder: word -> its vectors [n, D].
@@ -27,7 +26,8 @@ MAX_CUT = 10
 
 
 def encode_prompts(prompts: Sequence[Sequence[str]], tokenizers: Sequence[Any],
-                   encoders: Sequence[Any], words: Sequence[Words] = ()) -> tuple[Tensor, Tensor]:
+                   encoders: Sequence[Any], words: Sequence[Words] = (), clip_skip: int | None = None
+                   ) -> tuple[Tensor, Tensor]:
     """Embed one batch of prompts.
 
     Each encoder gives its penultimate hidden state; they are put side by side. The pooled embedding is the last
@@ -38,6 +38,7 @@ def encode_prompts(prompts: Sequence[Sequence[str]], tokenizers: Sequence[Any],
         prompts: one list of B prompts for each encoder.
         tokenizers, encoders: in the order in which their outputs are put together.
         words: new ones for each encoder; neither it nor its tokenizer keeps anything of them.
+        clip_skip: further layers to skip, from the penultimate hidden state on; None for none.
 
     Returns:
         text [B, 77, sum of widths], pooled [B, P], both in the encoders' dtype.
@@ -49,7 +50,7 @@ def encode_prompts(prompts: Sequence[Sequence[str]], tokenizers: Sequence[Any],
     for texts, tokenizer, encoder, new in zip(prompts, tokenizers, encoders, words or [{}] * len(prompts), strict=True):
         ids = _token_ids(tokenizer, texts, new).to(encoder.device)
         output = _Encoder(encoder, len(tokenizer), new)(ids, output_hidden_states=True)
-        states.append(output.hidden_states[-2])
+        states.append(output.hidden_states[-(clip_skip or 0) - 2])
         pooled = output[0]
     assert pooled is not None and pooled.dim() == 2, 'the last text encoder has a projection'
     return torch.cat(states, dim=-1), pooled
@@ -222,123 +223,14 @@ def num_chunks(model: Any, request: Any) -> int:
     """
     if request.syntax == 'plain':
         return 1
-    return _longest(model, request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
+    return longest(model, request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
 
 
-def _longest(model: Any, text: str, text_2: str | None, negative: str | None, negative_2: str | None) -> int:
+def longest(model: Any, text: str, text_2: str | None, negative: str | None, negative_2: str | None) -> int:
+    """Chunks of the longest of these prompts; as `num_chunks`, whatever the syntax is said to be."""
     pairs = [(text, text if text_2 is None else text_2)]
     if negative is not None or negative_2 is not None:
         first = negative or ''
         pairs.append((first, first if negative_2 is None else negative_2))
     return max(encoder.num_chunks(pair[i]) for i, encoder in enumerate(weighted_encoders(*model._readers()))
                for pair in pairs)
-
-
-class Prompts:
-    """The half of SDXL that owns the text encoders; mixed into it."""
-
-    #: Set when all is attached: whether gradients pass through the encoders, and whether weights of another dtype than
-    #: theirs compute in them.
-    text_trains = text_mixed = False
-    #: Whether an adapter changes what they make of a prompt.
-    text_changed = False
-
-    def _num_chunks(self: Any, batch: Batch) -> int:
-        """Of every picture of the batch.
-
-        Raises:
-            ValueError: they are not as many for each, the syntax is unknown, or a prompt is written wrongly.
-        """
-        if batch.syntax not in SYNTAXES:
-            raise ValueError(f"syntax='{batch.syntax}' is not known; choose of {', '.join(map(repr, SYNTAXES))}.")
-        if batch.syntax == 'plain':
-            return 1
-        if batch.text_embeds is not None:
-            raise ValueError(f"The samples hold 'text_embeds' and prompts of syntax='{batch.syntax}'; give them "
-                             'one of the two.')
-        absent = [None] * len(batch)
-        rows = [_longest(self, *row) for row in zip(batch.text, batch.text_2 or absent, batch.negative_text or absent,
-                                                    batch.negative_text_2 or absent, strict=True)]
-        if len(set(rows)) > 1:
-            other = next(i for i, num in enumerate(rows) if num != rows[0])
-            raise ValueError(f"The prompts '{batch.text[0]}' and '{batch.text[other]}' (or what stands beside them) "
-                             f'take up {rows[0]} and {rows[other]} chunks of {self.tokenizer_2.model_max_length} '
-                             'tokens; pictures of one batch must have as many.')
-        return rows[0]
-
-    def _encode_text(self: Any, batch: Batch, branch: str) -> tuple[Tensor, Tensor, Tensor]:
-        time_ids, num_chunks = batch.time_ids, self._num_chunks(batch)
-        first, second = batch.text, batch.text_2 or batch.text
-        dropped = batch.drop.get('text')
-        if branch == 'uncond':
-            if batch.negative_time_ids is not None:
-                time_ids = batch.negative_time_ids
-            if batch.negative_text is None and self.null_text == 'zeros':
-                text, pooled = self._shape_of_text(batch, num_chunks)
-                return torch.zeros_like(text), torch.zeros_like(pooled), time_ids
-            first = batch.negative_text or [''] * len(batch)
-            second, dropped = batch.negative_text_2 or first, None
-        if branch == 'cond' and batch.text_embeds is not None and batch.pooled is not None:
-            if self.text_trains or self.text_changed and not self.alone:
-                raise ValueError("The samples hold 'text_embeds', but the config trains or adapts what reads prompts "
-                                 '(a text encoder): give the samples their text.')
-            text, pooled = batch.text_embeds, batch.pooled
-            if dropped is not None and self.null_text == 'empty' and bool(dropped.any()):
-                empty = [''] * len(batch)
-                text, pooled = (where(dropped, null.to(given), given)
-                                for null, given in zip(self._prompts(empty, empty), (text, pooled), strict=True))
-        else:
-            if dropped is not None and self.null_text == 'empty':
-                first, second = ([('' if d else t) for d, t in zip(dropped.tolist(), texts, strict=True)]
-                                 for texts in (first, second))
-            text, pooled = self._prompts(first, second, batch.syntax, num_chunks)
-        if dropped is not None and self.null_text == 'zeros':
-            text, pooled = (where(dropped, torch.zeros_like(x), x) for x in (text, pooled))
-        return text, pooled, time_ids
-
-    def _shape_of_text(self: Any, batch: Batch, num_chunks: int) -> tuple[Tensor, Tensor]:
-        """Tensors of the text's shapes, for zeros."""
-        width = sum(e.config.hidden_size for e in (self.text_encoder, self.text_encoder_2) if e is not None)
-        kwargs = {'device': self.device, 'dtype': self.text_encoder_2.dtype}
-        return (torch.empty(len(batch), num_chunks * self.tokenizer_2.model_max_length, width, **kwargs),
-                torch.empty(len(batch), self.text_encoder_2.config.projection_dim, **kwargs))
-
-    def words(self: Any) -> tuple[Words, Words]:
-        """The adapters' new words for each of the two text encoders.
-
-        Raises:
-            ValueError: two adapters bring the same word, or a tokenizer has it.
-        """
-        words: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        owners: dict[str, str] = {}
-        for name, adapter in self.adapters.items():
-            for word, vectors in adapter.words().items():
-                if owners.setdefault(word, name) != name:
-                    raise ValueError(f"The adapters '{owners[word]}' and '{name}' both bring the word '{word}'; give "
-                                     'each a token of its own.')
-                for held, new in zip(words, vectors, strict=True):
-                    held.update({} if new is None else {word: new})
-        for tokenizer, held in zip((self.tokenizer, self.tokenizer_2), words, strict=True):
-            if held:
-                taught(tokenizer, held)
-        return words
-
-    def _readers(self: Any) -> tuple[list[Any], list[Any], list[Words]]:
-        """What reads prompts: tokenizer, encoder and new words of each text encoder that there is."""
-        used = [i for i, part in enumerate(ENCODERS) if getattr(self, part) is not None]
-        words: Sequence[Words] = ({}, {}) if self.alone else self.words()
-        return ([(self.tokenizer, self.tokenizer_2)[i] for i in used], [getattr(self, ENCODERS[i]) for i in used],
-                [words[i] for i in used])
-
-    def _prompts(self: Any, first: Sequence[str], second: Sequence[str], syntax: str = 'plain',
-                 num_chunks: int = 1) -> tuple[Tensor, Tensor]:
-        # The base alone computes as it does without an adapter's fp32 weights in it.
-        own = any(part in self.trainable_parts for part in ENCODERS)
-        mixed = own if self.alone else self.text_mixed
-        readers = self._readers()
-        # A refiner's only encoder is the second one; as in diffusers it reads the first prompt all the same.
-        prompts = [first, second][:len(readers[1])]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_trains), self._autocast(mixed):
-            if syntax == 'plain':
-                return encode_prompts(prompts, *readers)
-            return encode_weighted(num_chunks, prompts, *readers)

@@ -66,3 +66,40 @@ def test_encoders_run_once_a_branch(model: SDXL) -> None:
     sampler(steps=3)(model, replace(batch, negative_text=['x', 'y', 'z']))
     assert rows == [3, 3, 3]
     handle.remove()
+
+
+def test_skipped_layers(model: SDXL, pipeline: Any) -> None:
+    """Both encoders skip as many; the negative prompt skips none, as in stock; nor does the pooled embedding."""
+    batch = picture_batch(PROMPTS, [1, 2, 3, 4], negative_text=['blurry'] * 4)
+    found = []
+    for skip in (None, 0, 1):
+        text, null, pooled, null_pooled = pipeline.encode_prompt(PROMPTS, negative_prompt=batch.negative_text,
+                                                                 clip_skip=skip)
+        got = model.encode(replace(batch, clip_skip=skip), ('uncond', 'cond'), project=True)
+        assert torch.equal(got.text, torch.cat([null, text]))
+        assert torch.equal(got.pooled, torch.cat([null_pooled, pooled]))
+        found.append(got.text)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1][4:, :, :32], found[2][4:, :, :32])
+    for changes, sentence in ((dict(clip_skip=2), 'clip_skip=2 must be at least 0 and, .* at most 1'),
+                              (dict(clip_skip=-1), 'clip_skip=-1 must be at least 0'),
+                              (dict(clip_skip=1, text_embeds=text, pooled=pooled), "of which clip_skip=1 can skip"),
+                              (dict(clip_skip=1, syntax='compel'), "goes with syntax='plain' only")):
+        with pytest.raises(ValueError, match=sentence):
+            model.encode(replace(batch, **changes))
+
+
+def test_remembered_prompts_are_not_trained(tiny_base: Path) -> None:
+    """What a text encoder's gradients pass through is computed anew, also inside; what it reads for pictures is not."""
+    model = SDXL(pretrained=str(tiny_base), trainable=['text_encoder'])
+    calls: list[int] = []
+    model.text_encoder.register_forward_hook(lambda _m, _a, out: calls.append(len(out[0])))
+    batch = make_batch(2, text=['a', 'b'])
+    with model.remembering_prompts():
+        texts = [model.encode(batch).text for _ in range(2)]
+        assert calls == [2, 2] and all(t.requires_grad for t in texts)
+        with torch.no_grad():
+            again = [model.encode(batch).text for _ in range(2)]
+        assert calls == [2, 2, 2] and torch.equal(again[0], again[1]) and torch.equal(again[0], texts[0])
+    with torch.no_grad():
+        model.encode(batch)
+    assert calls == [2, 2, 2, 2]

@@ -1,10 +1,18 @@
-"""SHA-256 of what a picture is made of: files, folders of weights, and pictures and tensors in memory."""
+"""What a picture is made of, told apart: the SHA-256 of files, folders and things in memory.
+
+Digests of large files are kept between starts in the user's cache folder, ~/.cache/diffengine_sdxl/digests.json, with
+size, times and inode of the file; deleting it costs no more than reading the files once again.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +22,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-#: Files of a folder at most; a base has some forty.
-MOST_FILES = 10_000
+from diffengine_sdxl import hub
+from diffengine_sdxl.engine import checkpoint
+
+#: Files of a folder at most (a base has some forty), and bytes of a file: /proc/kcore says that it has 2 ** 47.
+MOST_FILES, MOST_BYTES = 10_000, 2**40
+#: Digests of files from this size on are kept between starts, so many of them; a list of more bytes is not ours.
+LARGE, KEPT, MOST_KEPT_BYTES = 32 * 2**20, 1000, 2**22
+#: Nanoseconds that a file must have rested: one written this moment may be written again within the same tick.
+RESTED = 2 * 10**9
+SHA256 = re.compile('[0-9a-f]{64}')
 
 
 def sha256(path: str | Path) -> str:
@@ -53,18 +69,69 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _of_file(path: Path) -> str:
     if not path.is_file():  # nor a device, which would never end
-        raise ValueError(f"There is no file '{path}'.")
-    stat = path.stat()
-    return _read(str(path.absolute()), stat.st_mtime_ns, stat.st_size)
+        raise ValueError(f"There is no file '{path}'.{hub.beside(path)}")
+    state = _state(path)
+    if state[0] > MOST_BYTES:
+        raise ValueError(f"'{path}' has {state[0]} bytes, so it is no picture and no model's file.")
+    return _read(str(path.absolute()), state)
+
+
+def _state(path: str | Path) -> tuple[int, ...]:
+    """Size, times and inode of a file: while they are the same, so is what it holds.
+
+    The time of the last change of its entry is among them, as a program can set the other one back.
+    """
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 @lru_cache(maxsize=4 * MOST_FILES)
-def _read(path: str, mtime: int, size: int) -> str:
-    digest = hashlib.sha256()
+def _read(path: str, state: tuple[int, ...]) -> str:
+    size, *times, _ = state
+    if size >= LARGE and (kept := _kept().get(path)) and kept[:-1] == [*state]:
+        return str(kept[-1])
+    began, digest = time.time_ns(), hashlib.sha256()
     with open(path, 'rb', buffering=0) as file:
-        while block := file.read(2**20):
+        # No more than it has: what has no size (/proc/kmsg) may never end.
+        while size > 0 and (block := file.read(min(2**20, size))):
+            size -= len(block)
             digest.update(block)
-    return digest.hexdigest()
+    found = digest.hexdigest()
+    if state[0] >= LARGE and began - max(times) > RESTED and _state(path) == state:
+        _keep(path, [*state, found])
+    return found
+
+
+def _kept_at() -> Path | None:
+    """Where digests are kept between starts, or None: there is no home."""
+    place = os.environ.get('XDG_CACHE_HOME', '')
+    # By the XDG specification a relative path counts as none.
+    folder = place if os.path.isabs(place) else os.path.join(os.path.expanduser('~'), '.cache')
+    return Path(folder, 'diffengine_sdxl', 'digests.json') if os.path.isabs(folder) else None
+
+
+def _kept() -> dict[str, list[Any]]:
+    """Absolute path -> state and digest; nothing where the list is missing, damaged or not ours."""
+    path = _kept_at()
+    try:
+        if path is None or path.stat().st_size > MOST_KEPT_BYTES:
+            return {}
+        found = json.loads(path.read_bytes())
+        return {name: entry for name, entry in found['files'].items() if isinstance(entry, list) and len(entry) == 5
+                and isinstance(entry[-1], str) and SHA256.fullmatch(entry[-1])}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _keep(path: str, entry: list[Any]) -> None:
+    place, kept = _kept_at(), _kept()
+    kept.pop(path, None)
+    newest = [*kept.items(), (path, entry)][-KEPT:]
+    # What cannot be kept is read again the next time.
+    with suppress(ValueError, OSError):
+        if place is not None:
+            with checkpoint.replacing(place) as temporary:
+                temporary.write_text(json.dumps({'files': dict(newest)}))
 
 
 def in_memory(value: Any) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,15 @@ from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.pictures import labelled_grid, png_text
 
 INDEX, GRID = 'index.html', 'grid.png'
+#: Bytes that a folder must have room for before anything is made: a picture of 1024 x 1024.
+ROOM = 2 * 2**20
 #: Pictures that the grid shows at most; and how large the cells are, in pixels, of a small grid and of a large one.
 MOST, LARGE, SMALL = 200, 512, 256
 SLUG = 60
+
+
+class NoRoomError(ValueError):
+    """A folder that takes no more pictures."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,41 @@ class Gallery:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.exists(folder) and not self.folder.is_dir():
             raise ValueError(f"'{folder}' is a file; choose another --out.")
+        self._new = [place for place in (self.folder, *self.folder.parents) if not os.path.lexists(place)]
         for name, is_ours in ((INDEX, page.is_ours), (GRID, _is_our_grid)):
-            if (self.folder / name).exists() and not is_ours(self.folder / name):
+            if os.path.exists(self.folder / name) and not is_ours(self.folder / name):
                 raise ValueError(f"'{self.folder / name}' was not written by this engine, and would be written over; "
                                  'choose another --out.')
+
+    def check_room(self) -> None:
+        """Find out whether pictures can be written, before they are made. Nothing is left behind.
+
+        Raises:
+            NoRoomError: why not.
+        """
+        probe = self.folder / f'.{os.getpid()}.part'
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(probe, 'wb') as file:
+                file.write(bytes(ROOM))
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise NoRoomError(f"No pictures can be written into '{self.folder}' ({reason}); choose another --out, or "
+                              'make room.') from error
+        finally:
+            with suppress(OSError, ValueError):
+                probe.unlink()
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the folders that were made for the pictures, if there are none."""
+        for place in self._new:
+            with suppress(OSError, ValueError):
+                place.rmdir()
 
     def path_of(self, number: int, request: Request) -> Path:
         """Where a picture goes: '00003-seed42-a-futuristic-castle.png', in the folder whatever name and prompt hold.
@@ -137,7 +173,10 @@ class Gallery:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What must be equal: request, config, weights, and what its files hold."""
+    """What must be equal: request, config, weights, and what its files hold.
+
+    Not the commits of hub ids: which one it is shows only when they are loaded.
+    """
     digests = {f"SHA-256 of {entry['key']}": (entry['sha256'] or 'unknown')[:12]
                for entry in [*settings['inputs'], *settings['sources']]}
     return [settings['request'], settings['config'], {'weights': settings.get('weights')}, digests]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,12 @@ from mmengine.config import Config, ConfigDict
 
 from diffengine_sdxl.engine import config as configs
 from diffengine_sdxl.engine.config_check import accepted, check
-from diffengine_sdxl.engine.export import versions
 from diffengine_sdxl.engine.inference import provenance
 from diffengine_sdxl.engine.inference.gallery import Gallery
 from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer, split
+from diffengine_sdxl.engine.inference.making import Asked, Making, Outcome, words
 from diffengine_sdxl.engine.inference.prompt_files import read_prompts
-from diffengine_sdxl.engine.inference.request import OPTIONS, Request
+from diffengine_sdxl.engine.inference.request import OPTIONS, TEXTS, Request
 from diffengine_sdxl.engine.tested import NONE, weighted
 from diffengine_sdxl.registry import ADAPTERS, nearest
 
@@ -28,37 +26,14 @@ OPTION_KEYS = ('prompt_2', 'negative_prompt', 'negative_prompt_2', 'image', 'mas
 
 
 @dataclass
-class Asked:
-    """One picture of what was asked for.
+class Plan:
+    """What shall be made: the config, the pictures, what is loaded in place of the config's weights, and, of a picture
+    that is made again, what it says of itself."""
 
-    Attributes:
-        number: its place among all; broken rows count too, so that files keep their names when these are mended.
-        where: words that name its row, in errors.
-    """
-
-    number: int
-    where: str
-    request: Request
-
-
-@dataclass
-class Outcome:
-    """What became of it all."""
-
-    folder: Path
-    made: int = 0
-    present: int = 0
-    errors: list[str] = field(default_factory=list)
-
-    def note(self, one: Asked, error: ValueError) -> None:
-        """Why `one` was not made; the same of several pictures of a row is said once."""
-        message = f'{one.where}: {error}' if one.where else str(error)
-        if message not in self.errors:
-            self.errors.append(message)
-
-
-#: A picture to make, its path, and its settings.
-Todo = tuple[Asked, Path, dict[str, Any]]
+    cfg: Config
+    asked: list[Asked]
+    weights: str | None
+    before: dict[str, Any] | None = None
 
 
 def infer(args: Any) -> Outcome:
@@ -71,73 +46,81 @@ def infer(args: Any) -> Outcome:
             weights, out, device, batch_size, cfg_options; as tools/infer.py parses them.
 
     Raises:
-        ValueError: nothing can be made: the config, the weights, an option.
+        ValueError: nothing can be made: the config, the weights, an option, a folder that cannot be written.
     """
     again = Path(args.config).suffix.lower() == '.png'
     outcome = Outcome(Path(args.out or _default_folder(args.config, again)))
-    cfg, asked, weights = _again(args) if again else _from_config(args, outcome.errors)
-    if not asked:
-        return outcome
     gallery = Gallery(outcome.folder)
-    record = configs.resolve(cfg)
+    plan = _again(args) if again else _from_config(args, outcome.errors)
+    if not plan.asked:
+        return outcome
+    gallery.check_room()
+    record = configs.resolve(plan.cfg)
     todo = []
-    for one in asked:
+    for one in plan.asked:
         try:
+            _check_texts(one.request)
             path = gallery.path_of(one.number, one.request)
-            settings = provenance.record(one.request, record, weights)
+            settings = provenance.record(one.request, record, plan.weights)
             if gallery.done(path, settings):
                 outcome.present += 1
             else:
                 todo.append((one, path, settings))
         except ValueError as error:
-            outcome.note(one, error)
+            outcome.note(one, str(error))
     try:
         if todo:
-            inferencer = SDXLInferencer(cfg, weights, args.device)
-            _make(inferencer, todo, args.batch_size, gallery, outcome)
+            inferencer = _load(plan, args.device)
+            told = [(one, path, provenance.with_commits(settings, record)) for one, path, settings in todo]
+            Making(inferencer, gallery, outcome).make_all(told, args.batch_size)
+    except KeyboardInterrupt as stop:
+        outcome.fault = stop
     finally:
-        if outcome.made or outcome.present:
-            gallery.finish()
+        try:
+            if outcome.made or outcome.present:
+                gallery.finish()
+        except ValueError as error:
+            outcome.errors.append(str(error))
     return outcome
 
 
-def _make(inferencer: SDXLInferencer, todo: Sequence[Todo], batch_size: int, gallery: Gallery, outcome: Outcome
-          ) -> None:
-    """Make, write and tell of each picture. A picture that fails does not stop the others."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    bar = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                   console=Console(stderr=True))
-    with bar:
-        pictures, steps = bar.add_task('pictures', total=len(todo)), bar.add_task('steps', total=None)
+def _check_texts(request: Request) -> None:
+    """Refuse letters that no tokenizer takes.
 
-        def on_step(done: int, total: int) -> None:
-            bar.update(steps, completed=done, total=total)
+    Raises:
+        ValueError: names the text.
+    """
+    own = {name: getattr(request, name) for name in TEXTS}
+    texts = {**own, **{f'refiner.{key}': value for key, value in request.refiner.items()}}
+    for name, text in texts.items():
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f'{name}={text[:80]!r}: letter {error.start + 1} is half of one (a surrogate); write it '
+                             'in UTF-8.') from None
 
-        def make(some: Sequence[Todo]) -> None:
-            left = dict(enumerate(some))
-            try:
-                for job in inferencer.preprocess([one.request for one, *_ in some], len(some)):
-                    began = time.perf_counter()
-                    images = inferencer.postprocess(list(inferencer.forward(job, on_step=on_step)))
-                    seconds = (time.perf_counter() - began) / len(images)
-                    made = {'versions': versions(), 'device': str(inferencer.device), 'seconds': round(seconds, 3),
-                            'batch_size': len(images), 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
-                    for i, image in zip(job.indices, images, strict=True):
-                        _, path, settings = left.pop(i)
-                        gallery.add(path, image, {**settings, 'made': made})
-                        outcome.made += 1
-                        bar.console.print(f'{path} ({seconds:.1f} s)', highlight=False, soft_wrap=True, markup=False)
-                        bar.advance(pictures)
-            except ValueError as error:
-                if len(some) == 1:
-                    outcome.note(some[0][0], error)
-                    bar.advance(pictures)
-                # One of several is at fault; which one, they say alone.
-                for one in left.values() if len(some) > 1 else ():
-                    make([one])
-        for begin in range(0, len(todo), batch_size):
-            make(todo[begin:begin + batch_size])
+
+def _load(plan: Plan, device: str | None) -> SDXLInferencer:
+    """The models.
+
+    Raises:
+        ValueError: see SDXLInferencer; or they cannot be built of what a picture says, which may be a stranger's.
+    """
+    try:
+        inferencer = SDXLInferencer(plan.cfg, plan.weights, device)
+    except Exception as error:
+        if (told := words(error)) is not None:
+            raise ValueError(told) from error
+        if plan.before is None:
+            raise
+        raise ValueError('The models that the picture names cannot be built of what it says of them '
+                         f'({type(error).__name__}: {str(error)[:200]}).') from error
+    if plan.before is None:
+        return inferencer
+    # With a network, what is not pinned may have moved just now.
+    provenance.refuse_moved(plan.before, plan.before['config'])
+    return inferencer
 
 
 def _default_folder(name: str, again: bool) -> str:
@@ -145,7 +128,7 @@ def _default_folder(name: str, again: bool) -> str:
     return str(Path(name).with_name(f'{stem}-again')) if again else str(Path('work_dirs') / stem / 'images')
 
 
-def _from_config(args: Any, errors: list[str]) -> tuple[Config, list[Asked], str | None]:
+def _from_config(args: Any, errors: list[str]) -> Plan:
     """Config and pictures of the command line; broken rows are noted in `errors`."""
     cfg = configs.load(args.config, args.cfg_options or ())
     if not cfg.get('model'):
@@ -179,10 +162,10 @@ def _from_config(args: Any, errors: list[str]) -> tuple[Config, list[Asked], str
         if row is not None:
             asked += [Asked(number + k, where, request.with_seed(k)) for k in range(request.num_images_per_prompt)]
         number += request.num_images_per_prompt
-    return cfg, asked, args.weights
+    return Plan(cfg, asked, args.weights)
 
 
-def _again(args: Any) -> tuple[Config, list[Asked], str | None]:
+def _again(args: Any) -> Plan:
     """Config and picture as a PNG tells them of itself. It may be a stranger's: what it names is checked first.
 
     Raises:
@@ -193,11 +176,21 @@ def _again(args: Any) -> tuple[Config, list[Asked], str | None]:
         raise ValueError(f"'{args.config}' is made again as it says of itself; {', '.join(others)} cannot be changed. "
                          'Name the config to make another picture.')
     settings = provenance.read_png(args.config)
-    if unchecked := provenance.check_unchanged(settings):
-        print(f"Not checked, as they come from elsewhere: {', '.join(unchecked)}.")
-    cfg = Config(settings['config'])
-    check(cfg)
-    return cfg, [Asked(0, '', Request.of(settings['request']).with_seed(0))], settings.get('weights')
+    provenance.check_size(args.config, settings)
+    try:
+        unchecked = provenance.check_unchanged(settings)
+        moved = provenance.pin(settings)
+        cfg = Config(settings['config'])
+        check(cfg)
+        request = Request.of(settings['request'])
+    except ValueError as error:
+        # What a stranger wrote may be of any length.
+        raise ValueError(str(error)[:1000]) from error
+    if unchecked:
+        print(f"Not checked, as they come from elsewhere: {', '.join(unchecked)[:1000]}.")
+    for line in moved:
+        print(line)
+    return Plan(cfg, [Asked(0, '', request.with_seed(0))], settings.get('weights'), settings)
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,13 +251,3 @@ def _add_adapters(cfg: Config, items: Sequence[str]) -> None:
                 or k == 'variant' and kind == 'IPAdapter'} if same else {}
         cfg.model.adapters = ConfigDict({**adapters, name: {**kept, 'type': kind, 'weights': source, 'trainable': False,
                                                             **values}})
-
-
-def say(outcome: Outcome) -> int:
-    """Tell what became of it; the exit code: 1 if a row or a picture failed."""
-    parts = [f'{outcome.made} made'] + ([f'{outcome.present} there already'] if outcome.present else [])
-    if outcome.made or outcome.present:
-        print(f"{', '.join(parts)}: '{outcome.folder / 'index.html'}' shows them.")
-    for error in outcome.errors:
-        print(f'error: {error}', file=sys.stderr, flush=True)
-    return 1 if outcome.errors else 0

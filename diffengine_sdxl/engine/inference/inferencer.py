@@ -17,16 +17,17 @@ from torch import Tensor
 from diffengine_sdxl.engine import config as configs
 from diffengine_sdxl.engine.config_check import check
 from diffengine_sdxl.engine.export import load_weights
+from diffengine_sdxl.engine.inference.inputs import Crop, crop_of, remembering_urls
 from diffengine_sdxl.engine.inference.placing import device_of, place
-from diffengine_sdxl.engine.inference.prompts import request_batch, size_of
-from diffengine_sdxl.engine.inference.request import OPTIONS, Request
+from diffengine_sdxl.engine.inference.prompts import is_refiner, request_batch, size_of
+from diffengine_sdxl.engine.inference.request import OPTIONS, ROWS, SCORES, Request
 from diffengine_sdxl.engine.tested import weighted
 from diffengine_sdxl.models import stages
 from diffengine_sdxl.pictures import labelled_grid, to_pil
 from diffengine_sdxl.registry import INFERENCERS, MODELS
 from diffengine_sdxl.samplers.sampler import check_size
 
-OUTPUT_TYPES = ('pil', 'pt', 'latent')
+OUTPUT_TYPES = ('pil', 'pt', 'np', 'latent')
 #: Of a Request, what a sampler takes.
 OF_SAMPLER = ('num_inference_steps', 'timesteps', 'sigmas', 'eta', 'strength', 'denoising_start', 'denoising_end',
               'guidance_scale', 'guidance_rescale')
@@ -40,6 +41,7 @@ class Job:
         indices: their places among all that was asked for.
         first, second: the base's stage, and the refiner's, if there is one.
         scales, windows: of adapters, while these are made.
+        crops: what each picture is a part of, or None.
     """
 
     indices: list[int]
@@ -47,6 +49,7 @@ class Job:
     second: stages.Stage | None
     scales: Mapping[str, float]
     windows: Mapping[str, Any]
+    crops: Sequence[Crop | None]
 
 
 @INFERENCERS.register_module()
@@ -121,11 +124,12 @@ class SDXLInferencer(BaseInferencer):
         """Pictures of one prompt, or of several.
 
         Where `prompt` is a list, every other argument may be a list as long, one for each, or one for all; so may the
-        values of `conditions`.
+        values of `conditions`. `image`, `mask_image` and `latents` may be as many as there are pictures.
 
         Args:
             prompt, ..., latents, settings: see `engine.inference.request.Request`, which has them all.
-            output_type: 'pil', a list of PIL images; 'pt', a tensor [N, 3, H, W] in [0, 1]; or 'latent', [N, 4, h, w].
+            output_type: 'pil', a list of PIL images; 'pt', a tensor [N, 3, H, W] in [0, 1]; 'np', an array
+                [N, H, W, 3] in [0, 1]; or 'latent', [N, 4, h, w].
             batch_size: pictures that are made together; in batches of more than one the last bits may differ.
             on_step: called with (steps done, steps in all) of each stage.
 
@@ -144,16 +148,33 @@ class SDXLInferencer(BaseInferencer):
                  'num_inference_steps': num_inference_steps, 'guidance_scale': guidance_scale,
                  'num_images_per_prompt': num_images_per_prompt, 'seed': seed, 'latents': latents, **settings}
         requests = [self.request(one) for one in _each(given)]
-        if output_type != 'pil' and len(sizes := {size_of(self.model, r) for r in requests}) > 1:
+        singles = [r.with_seed(k) for r in requests for k in range(r.num_images_per_prompt)]
+        made: list[Tensor | None] = [None] * len(singles)
+        with self.remembering():
+            if output_type != 'pil':
+                self._check_one_tensor(output_type, singles)
+            for job in self.preprocess(singles, batch_size):
+                for index, tensor in zip(job.indices, self.forward(job, output_type == 'latent', on_step), strict=True):
+                    made[index] = tensor
+        return self.postprocess(made, output_type=output_type)
+
+    def _check_one_tensor(self, output_type: str, requests: Sequence[Request]) -> None:
+        if any(r.padding_mask_crop is not None for r in requests):
+            raise ValueError(f"output_type='{output_type}' does not go with padding_mask_crop, which puts parts back "
+                             "into pictures of 8 bits; take 'pil'.")
+        if len(sizes := {size_of(self.model, r) for r in requests}) > 1:
             said = ', '.join(f'{height} x {width}' for height, width in sorted(sizes))
             raise ValueError(f"output_type='{output_type}' is one tensor, and the sizes differ ({said}); take 'pil', "
                              'or ask for each size alone.')
-        singles = [r.with_seed(k) for r in requests for k in range(r.num_images_per_prompt)]
-        made: list[Tensor | None] = [None] * len(singles)
-        for job in self.preprocess(singles, batch_size):
-            for index, tensor in zip(job.indices, self.forward(job, output_type == 'latent', on_step), strict=True):
-                made[index] = tensor
-        return self.postprocess(made, output_type=output_type)
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside, the same prompts are encoded once, and each address is fetched once. Weights must not change."""
+        with ExitStack() as stack:
+            stack.enter_context(remembering_urls())
+            for model in self.models:
+                stack.enter_context(model.remembering_prompts())
+            yield
 
     def request(self, settings: Mapping[str, Any]) -> Request:
         """What `settings` ask for, on top of the config's `infer_cfg`."""
@@ -186,6 +207,7 @@ class SDXLInferencer(BaseInferencer):
         check_size(size, self.model.size_divisor)
         batch = request_batch(self.model, requests, size)
         self._check_conditions(first)
+        self._check_scores(requests)
         sampler = self.model.sampler.changed(**{name: getattr(first, name) for name in OF_SAMPLER})
         base = stages.Stage(self.model, batch, sampler)
         second = None
@@ -196,7 +218,7 @@ class SDXLInferencer(BaseInferencer):
                                   _refiners(self.refiner.sampler, sampler, told[0]))
         elif first.refiner:
             raise ValueError('`refiner` says what the refiner is told, but the config has no `refiner`.')
-        return Job(indices, base, second, first.scales, first.windows)
+        return Job(indices, base, second, first.scales, first.windows, [crop_of(r, size) for r in requests])
 
     def _check_conditions(self, request: Request) -> None:
         given = {self.model.adapters[name].reads for name in request.conditions if name in self.model.adapters}
@@ -206,9 +228,19 @@ class SDXLInferencer(BaseInferencer):
                                  f'`conditions` (--condition {name}=FILE), or take the adapter out '
                                  f'(model.adapters.{name}=None).')
 
+    def _check_scores(self, requests: Sequence[Request]) -> None:
+        if any(is_refiner(model) for model in self.models):
+            return
+        for name in SCORES:
+            given = [value for r in requests for value in (getattr(r, name), r.refiner.get(name)) if value is not None]
+            if given:
+                raise ValueError(f'{name}={given[0]} is what a refiner is told (a UNet of 5 time ids), and the config '
+                                 'has none; leave it out.')
+
     def forward(self, inputs: Job, latent: bool = False,  # type: ignore[override]
-                on_step: Callable[[int, int], None] | None = None, **_: Any) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], or latents [B, 4, h, w], of a job.
+                on_step: Callable[[int, int], None] | None = None, **_: Any) -> Tensor | list[Tensor]:
+        """Pictures [B, 3, H, W] in [0, 1], or latents [B, 4, h, w], of a job; with `padding_mask_crop` B whole pictures
+        of their own sizes.
 
         Raises:
             ValueError: see Sampler; or an adapter cannot take its scale.
@@ -220,7 +252,10 @@ class SDXLInferencer(BaseInferencer):
                 return latents
             last = inputs.second or inputs.first
             images: Tensor = last.model.decode(latents)
-            return images
+            if not any(inputs.crops):
+                return images
+            return [image if crop is None else crop.put_back(image)
+                    for image, crop in zip(images, inputs.crops, strict=True)]
         finally:
             self.release()
 
@@ -229,7 +264,8 @@ class SDXLInferencer(BaseInferencer):
         """What a call returns."""
         if output_type == 'pil':
             return [to_pil(image.float().cpu().numpy()) for image in preds]
-        return torch.stack(list(preds))
+        made = torch.stack(list(preds))
+        return made.permute(0, 2, 3, 1).float().cpu().numpy() if output_type == 'np' else made
 
     def visualize(self, inputs: Sequence[Request], preds: Sequence[Image.Image], **_: Any) -> Image.Image:
         """A labelled grid of pictures, one row a prompt."""
@@ -275,8 +311,10 @@ def _each(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     def at(name: str, value: Any, i: int) -> Any:
         if name in ('conditions', 'refiner', 'scales', 'windows') and isinstance(value, Mapping):
             return {k: at('', v, i) if name == 'conditions' else v for k, v in value.items()}
-        if isinstance(value, Tensor) and value.dim() == 4 and len(value) == num:
-            return value[i]
+        if name in ROWS and (isinstance(value, list | tuple) or getattr(value, 'ndim', 0) == 4):
+            each, rest = divmod(len(value), num)
+            if not rest and each:  # one of each prompt, or one of each of its pictures
+                return value[i] if each == 1 else value[i * each:(i + 1) * each]
         if not isinstance(value, list | tuple) or name in pairs:
             return value
         if len(value) != num:
@@ -294,11 +332,11 @@ def _alike(model: Any, refiner: Any, request: Request) -> Any:
              for name, value in request.conditions.items()}
     shape = {name: [_count(value.get(part)) for part in ('image', 'mask')] for name, value in given.items()}
     image = request.image
-    kind = tuple(image.shape) if isinstance(image, Tensor) else image is not None
+    kind = (image.device, tuple(image.shape[-3:])) if isinstance(image, Tensor) else image is not None
     return repr((size_of(model, request), [getattr(request, name) for name in OF_SAMPLER], request.scales,
                  request.windows, shape, kind, request.mask_image is not None, request.latents is not None,
                  [getattr(request, name) is None for name in request.__dict__ if name.startswith('negative_')],
-                 request.syntax, chunks,
+                 request.syntax, request.clip_skip, request.refiner.get('clip_skip'), chunks,
                  {k: v for k, v in request.refiner.items() if k in OF_SAMPLER},
                  [request.refiner.get(name) is None for name in ('negative_prompt', 'negative_prompt_2')]))
 

@@ -148,7 +148,8 @@ def _details(one: Any) -> str:
     settings = one.settings
     rows = {'file': one.path.name, **{k: v for k, v in settings['request'].items() if k not in ('seed', 'conditions')}}
     for entry in [*settings['inputs'], *settings['sources']]:
-        digest = f'SHA-256 {entry["sha256"][:16]}…' if entry['sha256'] else 'not checked'
+        digest = f'SHA-256 {entry["sha256"][:16]}…' if entry['sha256'] else \
+            f'commit {entry["commit"][:16]}…' if entry.get('commit') else 'not checked'
         rows[entry['key']] = f'{entry["path"] or "in memory"}\n{digest}'
     if settings.get('weights'):
         rows.setdefault('weights', settings['weights'])

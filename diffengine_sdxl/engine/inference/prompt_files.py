@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from diffengine_sdxl.datasets.images import is_url
-from diffengine_sdxl.engine.inference.request import CORNERS, REFINER, SIZES, TEXTS, Request
+from diffengine_sdxl.engine.inference.request import CORNERS, REFINER, ROWS, SIZES, TEXTS, Request
 from diffengine_sdxl.registry import nearest
 
 KEYS = tuple(f.name for f in fields(Request))
 #: Keys whose columns in a table may go deeper: 'scales.style'.
 NESTED = ('conditions', 'scales', 'windows', 'refiner')
 #: Cells that are taken as they are written.
-WRITTEN = (*TEXTS, 'name', 'syntax', 'image', 'mask_image', 'latents')
+WRITTEN = (*TEXTS, 'name', 'syntax')
 #: Cells that hold several numbers, with or without brackets.
 SEVERAL = (*SIZES, *CORNERS, 'timesteps', 'sigmas')
 
@@ -92,7 +92,7 @@ def _row(number: int, found: Any, path: Path, defaults: Mapping[str, Any]) -> Ro
             raise found
         settings = {key: value for key, value in found.items() if value is not None}
         folder = Path(os.path.abspath(path.parent))
-        for key in ('image', 'mask_image', 'latents', 'conditions'):
+        for key in (*ROWS, 'conditions'):
             if key in settings:
                 settings[key] = _placed(key, settings[key], folder)
         Request.of(defaults, settings)
@@ -109,7 +109,7 @@ def _placed(key: str, value: Any, folder: Path) -> Any:
     """
     if isinstance(value, Mapping):
         return {name: _placed(f'{key}.{name}', part, folder) for name, part in value.items()}
-    if isinstance(value, list) and key.startswith('conditions.'):
+    if isinstance(value, list) and (key in ROWS or key.startswith('conditions.')):
         return [_placed(f'{key}.{i}', part, folder) for i, part in enumerate(value)]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'{key}={value!r} must be a path or an http(s) address.')
@@ -223,11 +223,11 @@ def _settings(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
 
 def _value(key: str, rest: str, cell: str) -> Any:
     """What a cell says; one that cannot be read stays text, which `Request.of` refuses by its key."""
-    if (rest if key == 'refiner' else key) in WRITTEN:
-        return cell
-    if key == 'conditions' and rest and not cell.startswith('{'):
+    if key in ROWS or key == 'conditions' and rest and not cell.startswith('{'):
         parts = [part.strip() for part in cell.split('|')]
         return parts if len(parts) > 1 else cell
+    if (rest if key == 'refiner' else key) in WRITTEN:
+        return cell
     several = (rest if key == 'refiner' else key) in SEVERAL or key == 'windows' and rest
     for text in (cell, f'[{cell}]') if several else (cell,):
         try:

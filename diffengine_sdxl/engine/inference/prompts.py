@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffengine_sdxl.datasets.images import ImageReader, is_url
+from diffengine_sdxl.engine.inference.inputs import (
+    are_latents,
+    as_picture,
+    crop_of,
+    read_latents,
+    read_picture,
+    sides,
+)
 from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.registry import nearest
 from diffengine_sdxl.structures import Batch, Start, to_device
 
-
-def read_picture(source: str | Path | Image.Image, what: str = 'the condition') -> Image.Image:
-    """An RGB picture from a path, a URL or PIL."""
-    if isinstance(source, Path) or isinstance(source, str) and not is_url(source):
-        source = os.path.abspath(os.path.expanduser(source))
-    # The person who runs the command names the file, so any folder will do.
-    return ImageReader('/')(source, what)
+#: What refiners are told that are told nothing: diffusers' defaults.
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 
 def prompt_batch(model: Any, prompts: Sequence[str], conditions: Mapping[str, Sequence[Any]], size: tuple[int, int],
@@ -71,7 +70,7 @@ def request_batch(model: Any, requests: Sequence[Request], size: tuple[int, int]
         negative_time_ids=_stack(_negative_time_ids(model, r, size, goes_on or r.image is not None) for r in requests),
         key=[f'prompt {i}' for i in range(num)], epoch=torch.zeros(num, dtype=torch.int64),
         seed=torch.tensor([r.seed for r in requests], dtype=torch.int64), conditions=_conditions(model, requests, size),
-        size=size, start=_start(requests, size, model.vae_factor), syntax=first.syntax)
+        size=size, start=_start(model, requests, size), syntax=first.syntax, clip_skip=first.clip_skip)
     if negative is None and batch.negative_text_2 is not None:
         batch.negative_text = [''] * num
     return to_device(batch, model.device)
@@ -98,43 +97,19 @@ def _natural_size(model: Any, request: Request) -> tuple[int, int] | None:
     """The size of the image that is given, or of the first one that lies over the picture."""
     image = request.image
     if image is None and request.latents is not None:
-        image = read_latents(request.latents)
-    if isinstance(image, Tensor):
-        _, channels, height, width = _one(image, 'image').shape
-        factor = model.vae_factor if channels == model.unet.config.out_channels else 1
-        return height * factor, width * factor
+        image = read_latents(request.latents, row=request.latents_row)
+    if are_latents(image):
+        height, width = read_latents(image, 'image').shape[-2:]
+        return height * model.vae_factor, width * model.vae_factor
     if image is None:
         over = [value for name, value in request.conditions.items()
                 if name in model.adapters and model.adapters[name].of_picture_size]
         image = over[0] if over else None
     if image is None or isinstance(image, Mapping):
         return None
-    width, height = read_picture(image, 'the image').size
     divisor = model.size_divisor
-    return max(height // divisor, 1) * divisor, max(width // divisor, 1) * divisor
-
-
-def read_latents(source: Any) -> Tensor:
-    """Starting noise or latents [4, h, w], fp32, from a tensor or a .safetensors file that holds one.
-
-    Raises:
-        ValueError: it is neither, or of another shape.
-    """
-    if isinstance(source, str | Path):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        try:
-            held = load_file(os.path.expanduser(source))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"latents '{source}' cannot be read as a .safetensors file: {error}") from error
-        if len(held) != 1:
-            raise ValueError(f"latents '{source}' holds {len(held)} tensors; it must hold one.")
-        source = next(iter(held.values()))
-    if not isinstance(source, Tensor) or source.dim() not in (3, 4) or source.dim() == 4 and len(source) != 1:
-        shape = list(source.shape) if isinstance(source, Tensor) else type(source).__name__
-        raise ValueError(f'latents must be [4, h, w], for one picture; these are {shape}.')
-    latents = source[0] if source.dim() == 4 else source
-    return latents if latents.dtype == torch.float64 else latents.float()
+    height, width = (max(side // divisor, 1) * divisor for side in sides(as_picture(image, 'image')))
+    return height, width
 
 
 def _texts(requests: Sequence[Request], name: str, other: str = '') -> list[str] | None:
@@ -151,7 +126,7 @@ def _stack(rows: Any) -> Any:
     return None if rows[0] is None else torch.tensor(rows, dtype=torch.float32)
 
 
-def _is_refiner(model: Any) -> bool:
+def is_refiner(model: Any) -> bool:
     """Whether it takes an aesthetic score where the base takes the target size."""
     return bool(model.num_time_ids == 5)
 
@@ -159,7 +134,8 @@ def _is_refiner(model: Any) -> bool:
 def _time_ids(model: Any, request: Request, size: tuple[int, int]) -> list[float]:
     """Original size, corner of the crop, and target size or score (Podell et al. 2023, SDXL, section 2.2)."""
     original, target = request.original_size or size, request.target_size or size
-    last = (request.aesthetic_score,) if _is_refiner(model) else target
+    score = AESTHETIC_SCORE if request.aesthetic_score is None else request.aesthetic_score
+    last = (score,) if is_refiner(model) else target
     return [*original, *request.crops_coords_top_left, *last]
 
 
@@ -168,8 +144,17 @@ def _negative_time_ids(model: Any, request: Request, size: tuple[int, int], of_i
 
     Args:
         of_image: it begins with an image or latents; there diffusers takes the conditional's corner.
+
+    Raises:
+        ValueError: one of the sizes lacks the other. In diffusers each holds by itself where there is an image, but
+            with text alone both hold or none.
     """
-    refiner = _is_refiner(model)
+    refiner = is_refiner(model)
+    pair = ('negative_original_size', 'negative_target_size')
+    alone = [name for name in pair if getattr(request, name) is not None]
+    if len(alone) == 1 and not refiner and not of_image:
+        raise ValueError(f'{alone[0]}={getattr(request, alone[0])} goes with '
+                         f'{pair[1 - pair.index(alone[0])]} where there is no image; give both, or none.')
     own = request.negative_original_size is not None and request.negative_target_size is not None
     if not refiner and not own and not of_image and request.negative_crops_coords_top_left is None:
         return None
@@ -178,43 +163,36 @@ def _negative_time_ids(model: Any, request: Request, size: tuple[int, int], of_i
     corner = request.negative_crops_coords_top_left
     if corner is None:
         corner = request.crops_coords_top_left if of_image and not refiner else (0, 0)
-    return [*original, *corner, *((request.negative_aesthetic_score,) if refiner else target)]
+    score = request.negative_aesthetic_score
+    return [*original, *corner, *((NEGATIVE_AESTHETIC_SCORE if score is None else score,) if refiner else target)]
 
 
-def _start(requests: Sequence[Request], size: tuple[int, int], factor: int) -> Start | None:
+def _start(model: Any, requests: Sequence[Request], size: tuple[int, int]) -> Start | None:
     """Images, masks and noise of all requests."""
     def stacked(name: str, read: Any) -> Tensor | None:
         given = [getattr(r, name) is not None for r in requests]
         assert all(given) or not any(given), f'requests with and without {name} are made apart'
         # diffusers leaves a picture's channels last in memory: the VAE's kernels depend on it, and with them the last
         # bits. `cat` keeps that, `stack` does not.
-        return torch.cat([read(getattr(r, name)) for r in requests]) if all(given) else None
+        return torch.cat([read(r, getattr(r, name)) for r in requests]) if all(given) else None
 
-    noise = stacked('latents', lambda source: read_latents(source)[None])
+    noise = stacked('latents', lambda r, source: read_latents(source, row=r.latents_row)[None])
     first = requests[0].image
     if first is None:
         return None if noise is None else Start(noise=noise)
     from diffusers.image_processor import VaeImageProcessor
-    masks = VaeImageProcessor(factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-    mask = stacked('mask_image', lambda m: masks.preprocess(
-        _one(m, 'mask_image') if isinstance(m, Tensor) else read_picture(m, 'mask_image'), *size))
-    if isinstance(first, Tensor) and first.shape[-3] != 3:
-        return Start(latents=stacked('image', lambda source: read_latents(source)[None]), mask=mask, noise=noise)
-    pictures = VaeImageProcessor(factor)
-    image = stacked('image', lambda i: pictures.preprocess(
-        _one(i, 'image') if isinstance(i, Tensor) else read_picture(i, 'image'), *size))
+    masks = VaeImageProcessor(model.vae_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+
+    def cut(r: Request) -> dict[str, Any]:
+        crop = crop_of(r, size)
+        return {} if crop is None else dict(crops_coords=crop.box, resize_mode='fill')
+    mask = stacked('mask_image', lambda r, m: masks.preprocess(as_picture(m, 'mask_image'), *size, **cut(r)))
+    if are_latents(first):
+        return Start(latents=stacked('image', lambda _, source: read_latents(source, 'image')[None]), mask=mask,
+                     noise=noise)
+    pictures = VaeImageProcessor(model.vae_factor)
+    image = stacked('image', lambda r, i: pictures.preprocess(as_picture(i, 'image'), *size, **cut(r)))
     return Start(image=image, mask=mask, noise=noise)
-
-
-def _one(picture: Tensor, what: str) -> Tensor:
-    """A picture's tensor, [1, C, H, W].
-
-    Raises:
-        ValueError: it holds several, or none.
-    """
-    if picture.dim() not in (3, 4) or picture.dim() == 4 and len(picture) != 1:
-        raise ValueError(f'{what} must be [C, H, W], for one picture; this one is {list(picture.shape)}.')
-    return picture if picture.dim() == 4 else picture[None]
 
 
 def _conditions(model: Any, requests: Sequence[Request], size: tuple[int, int]) -> dict[str, Tensor]:

@@ -19,28 +19,30 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffengine_sdxl import registry
+from diffengine_sdxl import hub
 from diffengine_sdxl.datasets.images import is_url
 from diffengine_sdxl.engine import checkpoint
 from diffengine_sdxl.engine.config import to_plain
 from diffengine_sdxl.engine.inference.digests import in_memory, sha256
 from diffengine_sdxl.engine.inference.request import OPTIONS, Request
+from diffengine_sdxl.engine.inference.strangers import CONFIG, check_form, check_types
 from diffengine_sdxl.engine.tested import NONE, WEIGHTS, find
 from diffengine_sdxl.pictures import png_text
 from diffengine_sdxl.weights import SHIPPED, shipped
 
 FORMAT = 1
 KEY = 'diffengine_sdxl'
-#: Bytes of settings in a picture, at most.
-MOST = 4 * 2**20
-#: Sections of a config that a picture may bring, and of a model what changes no picture.
-CONFIG, FREE = ('model', 'refiner', 'infer_cfg', 'randomness'), ('cache_dir', 'objective', 'gradient_checkpointing')
+#: Bytes of settings in a picture, and letters of what an error repeats of them, at most.
+MOST, SAID = 4 * 2**20, 500
+#: Of a model, what changes no picture.
+FREE = ('cache_dir', 'objective', 'gradient_checkpointing')
 #: Fields of a Request that may name files.
 FILES = ('image', 'mask_image', 'conditions', 'latents')
 #: Keys of a model and of an adapter that name a file, a folder or a hub's id; with those that say where in a folder.
-SOURCES = ('pretrained', 'vae', 'config', 'tokenizer')
+SOURCES = ('pretrained', 'unet', 'vae', 'config', 'tokenizer')
+#: Of these, those that the `revision` beside them belongs to; a VAE of another repository has its own.
+PINNED = ('pretrained', 'weights')
 ADAPTER_SOURCES = {'weights': ('subfolder', 'weight_name'), 'image_encoder': ('image_encoder_subfolder',)}
-REGISTRIES = (registry.MODELS, registry.ADAPTERS, registry.SAMPLERS, registry.GUIDANCES)
 
 
 def record(request: Request, config: Mapping[str, Any], weights: str | Path | None = None,
@@ -93,8 +95,8 @@ def _place(value: str | os.PathLike[str]) -> str:
 
 def _absolute(source: str) -> str:
     """A source as it holds from any folder; hub ids, links and what came with the package stay."""
-    path = Path(source).expanduser()
-    local = path.exists() or source.startswith(('.', '~', '/'))
+    path = os.path.expanduser(source)
+    local = os.path.exists(path) or source.startswith(('.', '~', '/'))
     return os.path.abspath(path) if local and not source.startswith(SHIPPED) else source
 
 
@@ -107,8 +109,12 @@ def inputs(request: Request) -> list[dict[str, Any]]:
     Raises:
         ValueError: a file is missing, by its key.
     """
-    return [{'key': key, 'path': path, 'sha256': _digest(key, path) if path else in_memory(value)}
-            for key, path, value in _inputs(request)]
+    found = []
+    for key, path, value in _inputs(request):
+        if path and os.path.isdir(path):
+            raise ValueError(f"{key}: '{path}' is a folder; name a file in it.")
+        found.append({'key': key, 'path': path, 'sha256': _digest(key, path) if path else in_memory(value)})
+    return found
 
 
 def sources(config: Mapping[str, Any], weights: str | None = None) -> list[dict[str, Any]]:
@@ -156,8 +162,7 @@ def _sources(config: Mapping[str, Any], weights: str | None) -> Iterator[tuple[s
             path = _absolute(holder[key])
             if os.path.isdir(path):
                 path = os.path.join(path, *(str(holder[k]) for k in ADAPTER_SOURCES.get(key, ()) if holder.get(k)))
-            # `revision` is the base's or the adapter's own; a VAE of another repository has its own.
-            yield name, path, holder.get('revision') if key in ('pretrained', 'weights') else None
+            yield name, path, holder.get('revision') if key in PINNED else None
     if weights is not None and weights != NONE:
         yield 'weights', weights, None
 
@@ -210,34 +215,60 @@ def check_unchanged(settings: Mapping[str, Any]) -> list[str]:
     return unchecked
 
 
-def check_types(config: Mapping[str, Any]) -> None:
-    """Refuse a config from a picture that names anything but this package's own parts: it may be a stranger's.
+def with_commits(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the `commit` of each hub id among its `sources`, as the hub's local cache tells it.
 
-    mmengine's registries import whatever module a `type` or a `_scope_` names.
+    Args:
+        config: whose models were loaded; its `cache_dir` is looked into.
+    """
+    told = []
+    for entry in settings['sources']:
+        commit = _commit_now(entry, config) if entry['sha256'] is None else None
+        told.append({**entry, **({} if commit is None else {'commit': commit})})
+    return {**settings, 'sources': told}
+
+
+def _commit_now(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    part, _, rest = entry['key'].partition('.')
+    # Adapters come by way of the usual cache.
+    cache = None if rest.startswith('adapters.') else (config.get(part) or {}).get('cache_dir')
+    return hub.commit_in_cache(entry['path'] or '', entry.get('revision'), cache)
+
+
+def pin(settings: dict[str, Any]) -> list[str]:
+    """Take hub ids at the commits that they had: each gets its `revision`; sentences on those that have moved since.
+
+    Args:
+        settings: as `read_png` gives them, and `check_unchanged` accepts them; changed in place.
 
     Raises:
-        ValueError: the key at fault.
+        ValueError: one has moved and takes no revision (a VAE, tokenizers, an image encoder); see `refuse_moved`.
     """
-    if unknown := [key for key in config if key not in CONFIG]:
-        raise ValueError(f"The config of a picture must not bring '{unknown[0]}'; it may bring {', '.join(CONFIG)}.")
-    for one in REGISTRIES:
-        one.import_from_location()
-    _check_types(config, '')
+    config, words = settings['config'], []
+    known = {entry['key']: entry for entry in settings['sources'] if entry.get('commit')}
+    for part in ('model', 'refiner'):
+        for holder, key, name in _named(part, config.get(part) or {}):
+            if name in known and key in PINNED:
+                entry, holder['revision'] = known[name], known[name]['commit']
+                if (now := _commit_now(entry, config)) not in (None, entry['commit']):
+                    words.append(f"{name}: '{entry['path']}' has moved on the hub, to {now[:12]}; it is taken at "
+                                 f"{entry['commit'][:12]}, as the picture was made.")
+    refuse_moved(settings, config)
+    return words
 
 
-def _check_types(node: Any, path: str) -> None:
-    for key, value in _items(node):
-        place = f'{path}.{key}' if path else str(key)
-        if str(key).startswith('_') or key in ('custom_imports', 'cache_dir'):
-            raise ValueError(f"The config of a picture must not bring '{place}'.")
-        if key == 'type':
-            # Only own names: a registry would import a module of any other. A scheduler is one of diffusers'.
-            plain = isinstance(value, str) and value.isidentifier()
-            own = plain and any(value in one.module_dict for one in REGISTRIES)
-            if not own and not (plain and path.endswith('.scheduler') and value.endswith('Scheduler')):
-                raise ValueError(f"{place}={value!r} is no part of this package, and a picture must name no other; "
-                                 'make it again from its config.')
-        _check_types(value, place)
+def refuse_moved(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse what came from the hub at another commit than the picture was made of, as far as the local cache tells.
+
+    Raises:
+        ValueError: all of them, by their keys.
+    """
+    faults = [f"{entry['key']} ('{entry['path']}') has moved on the hub (commit {now[:12]}, was {entry['commit'][:12]})"
+              for entry in settings['sources'] if entry.get('commit') and entry['key'].split('.')[-1] not in PINNED
+              and (now := _commit_now(entry, config)) not in (None, entry['commit'])]
+    if faults:
+        raise ValueError(f"The picture cannot be made again: {'; '.join(faults)}. Fetch that commit into a folder, and "
+                         'name it in the config.')
 
 
 def write_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -276,52 +307,37 @@ def read_png(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"The settings in '{path}' are damaged: {error}.") from error
     version = settings.get('format') if isinstance(settings, dict) else None
     if version != FORMAT:
-        raise ValueError(f"The settings in '{path}' are of format {version!r}; this version reads {FORMAT}.")
+        kind = str(version)[:SAID] if isinstance(version, int | None) else f'<{type(version).__name__}>'
+        raise ValueError(f"The settings in '{path}' are of format {kind}; this version reads {FORMAT}.")
     try:
-        _check_form(settings)
+        check_form(settings)
     except ValueError as error:
-        raise ValueError(f"The settings in '{path}' are not as this engine writes them: {error}") from error
+        raise ValueError(f"The settings in '{path}' are not as this engine writes them: {str(error)[:SAID]}") from error
     return settings  # type: ignore[no-any-return]
 
 
-def _check_form(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that lack a part, or in which a part is of another kind than `record` makes it.
+def check_size(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a picture whose settings ask for another size than it has: they are not its own.
+
+    Args:
+        path: of the PNG that `settings` are from.
 
     Raises:
-        ValueError: names the part.
+        ValueError: both sizes.
     """
-    config = settings.get('config')
-    parts: list[tuple[str, Any, type, bool]] = [
-        ('request', settings.get('request'), dict, True), ('config', config, dict, True),
-        ('made', settings.get('made'), dict, False), ('weights', settings.get('weights'), str, False)]
-    for section in CONFIG:
-        node = _at(config, section)
-        parts.append((f'config.{section}', node, dict, section == 'model'))
-        if isinstance(node, dict) and section in ('model', 'refiner'):
-            adapters, sampler = node.get('adapters'), node.get('sampler')
-            parts += [(f'{section}.adapters', adapters, dict, False), (f'{section}.sampler', sampler, dict, False)]
-            parts += [(f'{section}.adapters.{k}', v, dict, False) for k, v in _items(adapters)]
-            parts += [(f'{section}.sampler.{k}', _at(sampler, k), kind, False)
-                      for k, kind in (('scheduler', dict), ('guidances', list))]
-            parts += [(f'{section}.sampler.guidances.{k}', v, dict, True) for k, v in _items(_at(sampler, 'guidances'))]
-    for name in ('inputs', 'sources'):
-        parts.append((name, settings.get(name), list, True))
-        for i, entry in _items(settings.get(name)):
-            whole = isinstance(entry, dict) and {'key', 'path', 'sha256'} <= entry.keys()
-            parts += [(f'{name}.{i}', entry if whole else None, dict, True)]
-            parts += [(f'{name}.{i}.{k}', _at(entry, k), str, k == 'key') for k in ('key', 'path', 'sha256')]
-    for place, value, kind, needed in parts:
-        if not isinstance(value, kind) and (needed or value is not None):
-            raise ValueError(f"'{place}' must be a {kind.__name__}.")
-    Request.of(settings['request'])
-
-
-def _items(node: Any) -> list[tuple[Any, Any]]:
-    return list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
-
-
-def _at(node: Any, key: str) -> Any:
-    return node.get(key) if isinstance(node, dict) else None
+    with open(path, 'rb') as file:
+        head = file.read(24)
+    if len(head) < 24 or head[12:16] != b'IHDR':  # PNG specification, 5.6: it comes first
+        raise ValueError(f"'{path}' is no whole PNG.")
+    width, height = (int.from_bytes(head[i:i + 4], 'big') for i in (16, 20))
+    request = settings['request']
+    # What is cut out of a picture and put back has a size of its own.
+    asked = (None, None) if request.get('padding_mask_crop') is not None else (request.get('height'),
+                                                                              request.get('width'))
+    if asked[0] not in (None, height) or asked[1] not in (None, width):
+        raise ValueError(f"'{path}' has {height} x {width} pixels, and its settings ask for {asked[0] or height} x "
+                         f'{asked[1] or width}: it was made larger or smaller since, or they are not its own. Make it '
+                         'from its config.')
 
 
 def effective(settings: Mapping[str, Any], key: str) -> Any:
@@ -345,7 +361,7 @@ def parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
     """
     request, pretrained = settings['request'], str(settings['config']['model'].get('pretrained') or '')
     listed = {'Steps': effective(settings, 'num_inference_steps'),
-              'Sampler': _at(_sampler(settings).get('scheduler'), 'type'),
+              'Sampler': (_sampler(settings).get('scheduler') or {}).get('type'),
               'CFG scale': effective(settings, 'guidance_scale'), 'Seed': request.get('seed'),
               'Size': f'{size[0]}x{size[1]}', 'Model': Path(pretrained).name or None,
               'Denoising strength': request.get('strength'), 'Version': KEY}

@@ -113,6 +113,8 @@ def bad(here: Here) -> dict[str, tuple[list[Any], str]]:
     Path('text.png').write_text('no picture')
     Path('odd.png').write_bytes(b'\x89PNG\r\n\x1a\n' + b'x' * 99)
     Path('rows.toml').write_text('')
+    Path('open.csv').write_text('prompt,seed\n"a,1\n')
+    Image.new('RGB', (8, 8)).save('grid.png')
     image, style = here.files / 'image0.png', here.files / 'style'
     return {
         'size': (['c.py', '--height', 50], r'Pictures of 50 x 64 cannot be made: 8 must divide both sides'),
@@ -133,6 +135,16 @@ def bad(here: Here) -> dict[str, tuple[list[Any], str]]:
                                                                    "'depth'"),
         'scale': (['c.py', '--set', 'scales.x=1'], "scales name 'x', and there is no such adapter; there are none"),
         'window': (['c.py', '--set', 'windows.x=(0,1)'], "windows name 'x', and there is no such adapter"),
+        'folder': (['c.py', '--image', here.files], f"image: '{here.files}' is a folder; name a file in it"),
+        'deep name': (['c.py', '--adapter', f'a.b={style}'], "'a.b' cannot name an adapter"),
+        'no scheduler': (['c.py', '--cfg-options', 'model.sampler.scheduler.type=DDIM'], "type='DDIM' is not a sched"),
+        'large seed': (['c.py', '--seed', 10 ** 20], 'is too large; seeds count up from it'),
+        'scales': (['c.py', '--set', 'scales=3'], 'scales=3 must be a dict: adapter name -> value'),
+        'a folder of prompts': (['c.py', '--prompts', '.'], "'.' is no prompt file"),
+        'an open quote': (['c.py', '--prompts', 'open.csv'], "line 2 of 'open.csv': unexpected end of data"),
+        'a grid': (['grid.png'], "'grid.png' holds no settings"),
+        'half a letter': (['c.py', '--negative-prompt', 'a\udcff'], "negative_prompt='a\\udcff': letter 2 is half of"),
+        'no base': (['c.py', '--cfg-options', 'model.pretrained=./none'], 'model.pretrained: There is no file'),
         'no file': (['c.py', '--image', 'none.png'], "none.png"), 'text': (['c.py', '--image', 'text.png'], 'text.png'),
         'damaged': (['depth.py', '--condition', 'depth=odd.png', '--condition', f'look={image}'], 'odd.png'),
         'key': (['c.py', '--set', 'guidance_scal=3'], "'guidance_scal' is nothing that can be asked for. Did you mean "
@@ -188,7 +200,7 @@ def test_bad_input(here: Here) -> None:
         assert code == 1 and len(told) == 1 and re.search(pattern, told[0]), (name, code, err[-600:])
         assert 'Traceback' not in err and len(told[0]) < 600, name
         assert set(Path().rglob('*')) == there, name
-    assert len(cases) > 40
+    assert len(cases) > 50
 
 
 def test_mim_run(tiny_base: Path, tmp_path: Path) -> None:

@@ -200,10 +200,11 @@ def test_another_base_as_the_second_stage(tiny_base: Path, pipelines: dict[str, 
     folder = write_tiny_sdxl(tmp_path / 'other', seed=7)
     ours = SDXLInferencer(config(tiny_base, refiner=dict(type='SDXL', pretrained=str(folder))), device='cpu')
     second = stock_like(stock(folder, TO_IMAGE), TO_IMAGE, SOLVERS['ancestral'])
-    call: dict[str, Any] = dict(prompt=PROMPT, crops_coords_top_left=(3, 5), negative_original_size=(20, 30))
+    call: dict[str, Any] = dict(prompt=PROMPT, crops_coords_top_left=(3, 5))
+    own = dict(negative_original_size=(20, 30), strength=0.7, num_inference_steps=3)
     g = generators([5])[0]
     latents = pipelines[BASE](**call, **SIZE, num_inference_steps=3, generator=g,
                                                      output_type='latent').images
-    expected = second(**call, image=latents, strength=0.7, num_inference_steps=3, generator=g, output_type='pt').images
-    got = ours(**call, **SIZE, seed=5, output_type='pt', refiner=dict(strength=0.7, num_inference_steps=3))
+    expected = second(**call, **own, image=latents, generator=g, output_type='pt').images
+    got = ours(**call, **SIZE, seed=5, output_type='pt', refiner=own)
     assert torch.equal(got, expected)

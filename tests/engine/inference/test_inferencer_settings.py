@@ -32,9 +32,12 @@ def test_output_types(inferencer: SDXLInferencer, pipelines: dict[str, Any]) -> 
     image, = inferencer(PROMPT, seed=5, **SIZE)
     expected = asked(pipelines[BASE], prompt=PROMPT, output_type='pil', **SIZE)[0]
     assert np.array_equal(np.asarray(image), np.asarray(expected)) and image.size == (64, 48)
-    with pytest.raises(ValueError, match=r"output_type='np' is not known; choose of 'pil', 'pt', 'latent'"):
-        inferencer(PROMPT, output_type='np')
-    for kind in ('pt', 'latent'):
+    array = inferencer(PROMPT, seed=5, output_type='np', **SIZE)
+    expected = asked(pipelines[BASE], prompt=PROMPT, output_type='np', **SIZE)
+    assert array.dtype == np.float32 and array.shape == (1, 48, 64, 3) and np.array_equal(array, expected)
+    with pytest.raises(ValueError, match=r"output_type='numpy' is not known; choose of 'pil', 'pt', 'np', 'latent'"):
+        inferencer(PROMPT, output_type='numpy')
+    for kind in ('pt', 'np', 'latent'):
         with pytest.raises(ValueError, match=rf"output_type='{kind}'.*sizes.*'pil'"):
             inferencer(['a', 'b'], height=[48, 64], width=64, num_inference_steps=1, output_type=kind)
     assert [i.size for i in inferencer(['a', 'b'], height=[48, 64], width=64)] == [(64, 48), (64, 64)]
@@ -81,16 +84,24 @@ def test_batches_of_image_prompts(tiny_base: Path, tmp_path: Path, pipelines: di
     (dict(prompt=['a', 'b'], image=[picture()]), "2 prompts and 1 of 'image'"),
     (dict(prompt=[]), r'prompt=\[\] asks for nothing'), (dict(prompt=['a', 3]), 'prompt=3 must be a text'),
     (dict(batch_size=0), 'batch_size=0 must be at least 1'), (dict(num_images_per_prompt=0), 'num_images_per_prompt=0'),
-    (dict(image=torch.zeros(2, 3, 8, 8)), r'image must be \[C, H, W\], for one picture; this one is \[2, 3, 8, 8\]'),
-    (dict(image=torch.zeros(8, 8)), r'image must be \[C, H, W\]'), (dict(image=[picture()]), 'the image holds a list'),
-    (dict(latents=torch.zeros(2, 4, 6, 8)), r'latents must be \[4, h, w\], for one picture; these are \[2, 4, 6, 8\]'),
-    (dict(latents=NOISE * torch.nan), r'not finite from step 1 of 3 on \(timestep \d+\); the first that was not'),
+    (dict(prompt=['a', 'b'], image=[picture()] * 4), 'image holds 2, and num_images_per_prompt=1'),
+    (dict(image=[[picture()]]), 'the image holds a list'), (dict(latents=torch.zeros(8, 8)), r'these are \[8, 8\]'),
+    (dict(image=picture(), mask_image=[picture()] * 2), 'mask_image holds 2, and num_images_per_prompt=1'),
+    (dict(latents=NOISE * 1e38), r'not finite from step 1 of 3 on \(timestep \d+\); the first that was not'),
     (dict(latents=torch.zeros(4, 5, 5), **SIZE),
      r'must be \[1, 4, 6, 8\] for pictures of 48 x 64; it is \[1, 4, 5, 5\]'),
     (dict(image=picture(), strength=0.1), 'strength=0.1 leaves none of 3 steps to do'),
     (dict(scheduler='x'), "'scheduler' is nothing that can be asked for"),
     (dict(conditions=dict(x=picture())), "There is no adapter 'x' to give images to"),
     (dict(height=50), '50 x 64 cannot be made: 8 must divide both'), (dict(syntax='x'), "syntax='x' is not known"),
+    (dict(negative_original_size=(8, 8)), 'negative_original_size=.* goes with negative_target_size where there '),
+    (dict(negative_target_size=(8, 8), latents=NOISE), 'negative_target_size=.* goes with negative_original_size'),
+    (dict(aesthetic_score=6.0), r'aesthetic_score=6.0 is what a refiner is told .*the config has none'),
+    (dict(negative_aesthetic_score=2), 'negative_aesthetic_score=2.0 is what a refiner is told'),
+    (dict(prompt=['a', 'b'], aesthetic_score=[None, 7], batch_size=2, **SIZE), 'aesthetic_score=7.0 is what'),
+    (dict(refiner=dict(aesthetic_score=5)), 'aesthetic_score=5 is what a refiner is told'),
+    (dict(clip_skip=2), 'clip_skip=2 must be at least 0 and, with these text encoders, at most 1'),
+    (dict(clip_skip=1, syntax='compel'), "clip_skip=1 goes with syntax='plain' only; 'compel' reads the penultimate"),
     (dict(refiner=dict(strength=0.5)), 'the config has no `refiner`')])
 def test_refused_calls(inferencer: SDXLInferencer, call: dict[str, Any], sentence: str) -> None:
     """In a sentence that names what is wrong."""

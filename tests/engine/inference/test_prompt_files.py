@@ -91,7 +91,7 @@ JSONL = {
     19: ('{"refiner": {"seed": 1}}', 'nothing that the refiner can be told'),
     20: ('{"image": "zip://a.png::b.zip"}', 'only http and https'),
     21: ('{"conditions": "a.png"}', 'conditions='),
-    22: ('{"image": ["a.png"]}', 'image='),
+    22: ('{"image": [["a.png"]]}', 'image.0='),
 }
 
 

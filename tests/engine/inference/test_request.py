@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffengine_sdxl.engine import config as configs
-from diffengine_sdxl.engine.inference.prompts import read_latents, request_batch, size_of
+from diffengine_sdxl.engine.inference.inputs import as_picture, read_latents
+from diffengine_sdxl.engine.inference.prompts import request_batch, size_of
 from diffengine_sdxl.engine.inference.request import OPTIONS, REFINER, Request
 from diffengine_sdxl.models.sdxl import SDXL
 
@@ -37,6 +38,15 @@ def test_each_picture_of_a_request() -> None:
     request = Request.of(dict(prompt='a', seed=7, num_images_per_prompt=3))
     assert [request.with_seed(k).seed for k in range(3)] == [7, 8, 9]
     assert request.with_seed(2) == Request.of(dict(prompt='a', seed=9))
+    several = Request.of(dict(image=['i', 'j'], mask_image=['m'], latents='n.safetensors', num_images_per_prompt=2))
+    own = [dict(image=i, mask_image='m', latents='n.safetensors', latents_row=k, seed=k) for k, i in enumerate('ij')]
+    # What a PNG says of picture k makes picture k again.
+    assert [several.with_seed(k) for k in range(2)] == [Request.of(one).with_seed(0) for one in own]
+    from_row = Request.of(dict(latents=Path('n'), latents_row=3, num_images_per_prompt=2))
+    assert [from_row.with_seed(k).latents_row for k in range(2)] == [3, 4]
+    noise = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 4, 3, 3)
+    each = Request.of(dict(latents=noise, image=list(noise), num_images_per_prompt=2)).with_seed(1)
+    assert torch.equal(each.latents, noise[1]) and torch.equal(each.image, noise[1]) and each.latents_row is None
 
 
 def test_what_the_refiner_is_told() -> None:
@@ -87,6 +97,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (dict(conditions=['x']), 'conditions=.*must be a dict'),
     (dict(windows=dict(a=(1, 0))), r"windows.a: window=\(1, 0\) must be \(start, end\)"),
     (dict(windows=dict(a='x')), "windows.a: window='x' must be"),
+    (dict(num_images_per_prompt=2, latents=torch.zeros(4, 8, 8)), r'latents is the noise of one .* Give \[2, 4'),
+    (dict(latents=torch.zeros(1, 4, 8, 8), num_images_per_prompt=2), 'latents holds 1, and num_images_per_prompt=2'),
+    (dict(latents=[torch.zeros(4, 8, 8)] * 3, num_images_per_prompt=2), 'latents holds 3, and num_images_per_prompt=2'),
+    (dict(image=torch.zeros(3, 3, 8, 8), num_images_per_prompt=2), 'image holds 3, .*=2; .*or one for all'),
+    (dict(image=['a', 'b']), 'image holds 2, and num_images_per_prompt=1; give each'),
+    (dict(image='a', mask_image=[]), 'mask_image holds 0'), (dict(latents_row=1), 'latents_row=1 is a row of a file'),
+    (dict(latents='a', latents_row=-1), 'latents_row=-1 must be at least 0'),
+    (dict(clip_skip=-1), 'clip_skip=-1 must be at least 0'), (dict(clip_skip=1.5), 'clip_skip=1.5 must be a whole'),
+    (dict(padding_mask_crop=3, image='a'), 'padding_mask_crop=3 cuts out what a mask marks.*no `mask_image`'),
+    (dict(image='a', mask_image='b', padding_mask_crop=-3), 'padding_mask_crop=-3 must be at least 0'),
+    (dict(refiner=dict(clip_skip=-1)), 'refiner: clip_skip=-1 must'),
     (dict(refiner=0.3), 'refiner=0.3 must be a dict: its own settings'),
     (dict(refiner=dict(strenth=0.3)), r"'strenth' is nothing that the refiner can be told. Did you mean 'strength'"),
     (dict(refiner=dict(image='a')), "'image' is nothing that the refiner can be told"),
@@ -132,7 +153,9 @@ def test_how_large_a_picture_is(model: SDXL, tmp_path: Path) -> None:
         ({}, (64, 64)), (dict(height=40), (40, 64)), (dict(height=40, width=56), (40, 56)),
         (dict(image=image), (48, 64)), (dict(image=str(tmp_path / 'i.png'), width=80), (48, 80)),
         (dict(conditions=dict(a=wide)), (32, 96)), (dict(conditions=dict(a=wide), image=image), (48, 64)),
-        (dict(image=torch.zeros(3, 48, 80)), (48, 80)), (dict(image=noise), (40, 56)), (dict(latents=noise), (40, 56)),
+        (dict(image=torch.zeros(3, 48, 80)), (48, 80)), (dict(image=np.zeros((61, 75, 3), np.uint8)), (48, 64)),
+        (dict(image=np.zeros((61, 75, 3))), (48, 64)), (dict(image=torch.zeros(3, 61, 75)), (48, 64)),
+        (dict(image=noise), (40, 56)), (dict(latents=noise), (40, 56)),
         (dict(latents=tmp_path / 'n.safetensors'), (40, 56)), (dict(image=Image.new('RGB', (3, 5))), (16, 16))]
     for settings, size in cases:
         assert size_of(model, Request.of(settings)) == size, settings
@@ -161,14 +184,53 @@ def test_latents(tmp_path: Path) -> None:
     for given in (noise, noise[None], noise.half()):
         assert read_latents(given).shape == (4, 5, 7) and read_latents(given).dtype == torch.float32
     assert read_latents(noise.double()).dtype == torch.float64
+    save_file({'x': torch.stack([noise, noise + 1])}, tmp_path / 'rows.safetensors')
+    save_file({'x': noise}, tmp_path / 'one.safetensors')
+    assert torch.equal(read_latents(tmp_path / 'rows.safetensors', row=1), noise + 1)
+    for name, row, sentence in (('rows', 2, "rows.safetensors' holds 2; there is no row 2"),
+                                ('rows', None, 'holds 2; give num_images_per_prompt=2, or latents_row'),
+                                ('one', 0, r"one.safetensors' must be \[n, 4, h, w\], a row for each picture; it is")):
+        with pytest.raises(ValueError, match=sentence):
+            read_latents(tmp_path / f'{name}.safetensors', row=row)
     save_file({'a': noise, 'b': noise + 1}, tmp_path / 'two.safetensors')
     torch.save(noise, tmp_path / 'noise.pt')
     (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'two.safetensors').read_bytes()[:99])
     for bad, sentence in ((noise[0], r'\[4, h, w\], for one picture; these are \[5, 7\]'),
                           (torch.stack([noise] * 2), r'these are \[2, 4, 5, 7\]'), (3, 'these are int'),
+                          (noise * torch.inf, 'latents: not all numbers are finite'),
                           (tmp_path / 'two.safetensors', "two.safetensors' holds 2 tensors"),
                           (tmp_path / 'noise.pt', "noise.pt' cannot be read as a .safetensors file"),
                           (tmp_path / 'cut.safetensors', "cut.safetensors' cannot be read as"),
                           (str(tmp_path / 'none'), "none' cannot be read.*No such file")):
         with pytest.raises(ValueError, match=sentence):
             read_latents(bad)
+
+
+def test_pictures_in_memory() -> None:
+    """Arrays of bytes are PIL's; all else lies in [0, 1] and has a picture's channels, or is refused: the image
+    processor would take it and the VAE cut it off."""
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    assert np.array_equal(np.asarray(as_picture(pixels, 'image')), pixels)
+    assert np.array_equal(np.asarray(as_picture(pixels[..., 0], 'mask_image')), pixels[..., 0])
+    floats, of_bool = pixels / 255, torch.tensor([[True, False]])
+    for given in (floats, floats[None]):
+        assert np.array_equal(as_picture(given, 'image'), floats[None])
+    for one in (of_bool, of_bool[None], of_bool[None, None].float()):
+        assert torch.equal(as_picture(one, 'mask_image'), of_bool[None, None].float())
+    assert np.array_equal(as_picture(of_bool.numpy(), 'mask_image'), [[[[1.0], [0.0]]]])
+    ones = torch.ones(3, 4, 4)
+    for bad, what, sentence in (
+            (ones * 255, 'image', r'image is a tensor with numbers from 255 to 255; they must lie in \[0, 1\]: divide'),
+            (torch.cat([-ones, ones], 1), 'image', r'numbers from -1 to 1; .*: \(x \+ 1\) / 2 brings'),
+            (ones * torch.nan, 'image', r'numbers from nan to nan; they must lie in \[0, 1\]\.'),
+            (ones.byte(), 'image', 'image is a tensor of torch.uint8; it must be of floats .* by 255'),
+            (pixels.astype(int), 'image', 'image is an array of int64; it must be of floats .* or of uint8'),
+            (floats * 300, 'image', 'image is an array with numbers from 0 to'),
+            (floats[..., 0], 'image', r'image is an array of \[4, 4\]; it must be \[H, W, 3\]'),
+            (floats.transpose(2, 0, 1), 'image', r'image is an array of \[3, 4, 4\]; it must be \[H, W, 3\]'),
+            (ones[0], 'image', r'a tensor of \[4, 4\]; it must be \[3, H, W\], for one picture, or latents'),
+            (ones[:, :0], 'image', r'a tensor of \[3, 0, 4\]'), (ones, 'mask_image', r'it must be \[1, H, W\]'),
+            (ones[:1] * 1.5, 'mask_image', 'mask_image is a tensor with numbers from 1.5 to 1.5'),
+            (ones[:1] * -1, 'mask_image', 'mask_image is a tensor with numbers from -1 to -1')):
+        with pytest.raises(ValueError, match=sentence):
+            as_picture(bad, what)

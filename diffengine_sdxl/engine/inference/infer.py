@@ -16,7 +16,7 @@ from diffengine_sdxl.engine.inference.gallery import Gallery
 from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer, split
 from diffengine_sdxl.engine.inference.making import Asked, Making, Outcome, words
 from diffengine_sdxl.engine.inference.prompt_files import read_prompts
-from diffengine_sdxl.engine.inference.request import OPTIONS, TEXTS, Request
+from diffengine_sdxl.engine.inference.request import OPTIONS, Request
 from diffengine_sdxl.engine.tested import NONE, weighted
 from diffengine_sdxl.registry import ADAPTERS, nearest
 
@@ -59,7 +59,7 @@ def infer(args: Any) -> Outcome:
     todo = []
     for one in plan.asked:
         try:
-            _check_texts(one.request)
+            one.request.check_texts()
             path = gallery.path_of(one.number, one.request)
             settings = provenance.record(one.request, record, plan.weights)
             if gallery.done(path, settings):
@@ -82,23 +82,6 @@ def infer(args: Any) -> Outcome:
         except ValueError as error:
             outcome.errors.append(str(error))
     return outcome
-
-
-def _check_texts(request: Request) -> None:
-    """Refuse letters that no tokenizer takes.
-
-    Raises:
-        ValueError: names the text.
-    """
-    own = {name: getattr(request, name) for name in TEXTS}
-    texts = {**own, **{f'refiner.{key}': value for key, value in request.refiner.items()}}
-    for name, text in texts.items():
-        try:
-            if isinstance(text, str):
-                text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f'{name}={text[:80]!r}: letter {error.start + 1} is half of one (a surrogate); write it '
-                             'in UTF-8.') from None
 
 
 def _load(plan: Plan, device: str | None) -> SDXLInferencer:

@@ -194,6 +194,7 @@ class SDXLInferencer(BaseInferencer):
             raise ValueError(f'batch_size={batch_size} must be at least 1.')
         groups: dict[Any, list[int]] = {}
         for index, request in enumerate(inputs):
+            request.check_texts()
             # With one picture a job nothing has to be alike.
             groups.setdefault(index if batch_size == 1 else _alike(self.model, self.refiner, request), []).append(index)
         for indices in groups.values():

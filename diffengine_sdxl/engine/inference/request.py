@@ -192,6 +192,21 @@ class Request:
         if self.latents_row is not None and not _is_file(self.latents):
             raise ValueError(f'latents_row={self.latents_row} is a row of a file; give its name as `latents`.')
 
+    def check_texts(self) -> None:
+        """Refuse letters that no tokenizer takes.
+
+        Raises:
+            ValueError: names the text.
+        """
+        own = {name: getattr(self, name) for name in TEXTS}
+        for name, text in {**own, **{f'refiner.{key}': value for key, value in self.refiner.items()}}.items():
+            try:
+                if isinstance(text, str):
+                    text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f'{name}={text[:80]!r}: letter {error.start + 1} is half of one (a surrogate); write '
+                                 'it in UTF-8.') from None
+
     def with_seed(self, number: int) -> Request:
         """Picture `number` of this request, alone, with the images and the noise that are its own."""
         own: dict[str, Any] = {name: value[number if _num(value) != 1 else 0] for name in ROWS

@@ -102,6 +102,8 @@ def test_batches_of_image_prompts(tiny_base: Path, tmp_path: Path, pipelines: di
     (dict(refiner=dict(aesthetic_score=5)), 'aesthetic_score=5 is what a refiner is told'),
     (dict(clip_skip=2), 'clip_skip=2 must be at least 0 and, with these text encoders, at most 1'),
     (dict(clip_skip=1, syntax='compel'), "clip_skip=1 goes with syntax='plain' only; 'compel' reads the penultimate"),
+    (dict(prompt='a \ud800 b'), r"prompt='a \\ud800 b': letter 3 is half of one \(a surrogate\)"),
+    (dict(prompt=['a', 'b'], negative_prompt='\udfff', syntax='compel', batch_size=2), "negative_prompt='.*surrogate"),
     (dict(refiner=dict(strength=0.5)), 'the config has no `refiner`')])
 def test_refused_calls(inferencer: SDXLInferencer, call: dict[str, Any], sentence: str) -> None:
     """In a sentence that names what is wrong."""

@@ -169,7 +169,7 @@ def test_other_kinds_are_refused_by_name(tiny_base: Path, encoder: Path, tmp_pat
 def test_what_was_made_for_others_is_refused(tiny_base: Path, encoder: Path, tmp_path: Path, variant: str) -> None:
     """Another base, with both widths; another UNet of the same width; another image encoder; the other variant."""
     bases: dict[str, dict[str, Any]] = {
-        'wide': dict(cross_attention_dim=96), 'deep': dict(transformer_layers_per_block=(1, 1, 3)),
+        'wide': dict(hidden=48, cross_attention_dim=96), 'deep': dict(transformer_layers_per_block=(1, 1, 3)),
         'broad': dict(channels=(16, 48, 64))}
     for name, changes in bases.items():
         model = build(write_tiny_sdxl(tmp_path / name, **changes), encoder, variant=variant)

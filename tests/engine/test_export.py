@@ -22,7 +22,7 @@ def test_the_manifest(tmp_path: Path, tiny: dict[str, Any], circles: Path, tiny_
     train(tmp_path / 'run', {**tiny, 'randomness.seed': 11})
     held = json.loads((tmp_path / 'run' / 'step2' / 'manifest.json').read_text())
     assert (held['step'], held['seed'], held['ema'], held['contents']) == (2, 11, False, ['adapter'])
-    assert held['base'] == {'pretrained': str(tiny_base), 'vae': None, 'revision': None, 'variant': None}
+    assert held['base'] == {'pretrained': str(tiny_base), 'unet': None, 'vae': None, 'revision': None, 'variant': None}
     assert held['dataset']['source'] == str(circles) and held['dataset']['transforms'][0]['size'] == 32
     assert held['config']['model']['adapters']['adapter']['type'] == 'T2IAdapter' and '$' not in str(held['config'])
     assert held['versions']['torch'] == torch.__version__

@@ -12,7 +12,8 @@ def table(model: Any) -> str:
     trained = model.trainables()
     parts = [part for part in model.trainable_parts if part in trained]
     dtype = str(model.unet_weight.dtype).removeprefix('torch.')
-    head = (f"SDXL '{model.pretrained or 'random weights'}', {dtype}, "
+    other = f" with the UNet of '{model.other_unet}'" if model.other_unet else ''
+    head = (f"SDXL '{model.pretrained or 'random weights'}'{other}, {dtype}, "
             f'{", ".join(parts) if parts else "nothing"} of the base trains')
     if not model.adapters:
         return f'{head}; no adapters'

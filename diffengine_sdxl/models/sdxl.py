@@ -84,7 +84,7 @@ class SDXL(Latents, Prompts, BaseModel):
             _choose('null_text', null_text, ('zeros', 'empty'))
         for part in trainable:
             _choose('trainable', part, loading.MODULES)
-        self.pretrained, self.seed = pretrained, int(seed or 0)
+        self.pretrained, self.other_unet, self.seed = pretrained, unet, int(seed or 0)
         self.trainable_parts = tuple(trainable)
         self.compute_dtype = PRECISIONS[mixed_precision]
         self.shared_parts = tuple(shared)

@@ -25,6 +25,7 @@ from diffengine_sdxl.samplers.guidance import (
     guidance_embedding,
     guide,
 )
+from diffengine_sdxl.samplers.self_attention import SAG
 from diffengine_sdxl.structures import Batch, Conditioning, Taps
 
 
@@ -55,6 +56,9 @@ class Sampler:
                  timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None,
                  strength: float | None = None, denoising_start: float | None = None,
                  denoising_end: float | None = None) -> None:
+        if not isinstance(scheduler, Mapping | None):
+            raise ValueError(f"scheduler={scheduler!r} must be a dict with a type: dict(type='DDIMScheduler'), or "
+                             'scheduler.type=DDIMScheduler on the command line.')
         settings = dict(scheduler or {'type': 'EulerDiscreteScheduler'})
         self.scheduler_class = schedulers.scheduler_class(settings.pop('type', 'EulerDiscreteScheduler'))
         self.guidances: list[Guidance] = [GUIDANCES.build(dict(g)) for g in guidances]
@@ -204,9 +208,15 @@ class Sampler:
         """A fresh scheduler with the base's noise schedule, prediction type and spacing, and our settings.
 
         Raises:
-            ValueError: the model has zero terminal SNR, of which the scheduler knows nothing; or the base's settings
-                and ours don't go together.
+            ValueError: the model has zero terminal SNR, of which the scheduler knows nothing; it was trained on
+                another prediction_type; or the base's settings and ours don't go together.
         """
+        asked = self.settings.get('prediction_type', model.schedule.prediction_type)
+        if asked not in (model.schedule.prediction_type, 'sample') or asked == 'sample' and any(
+                isinstance(g, SAG) for g in self.guidances):
+            raise ValueError(f"The scheduler's prediction_type='{asked}' contradicts the model's, "
+                             f"'{model.schedule.prediction_type}'; training, guidances and sampling follow "
+                             'model.prediction_type.')
         if model.schedule.zero_terminal_snr and 'rescale_betas_zero_snr' not in inspect.signature(
                 self.scheduler_class.__init__).parameters:
             raise ValueError(f'{self.scheduler_class.__name__} cannot sample a model with zero terminal SNR; take '

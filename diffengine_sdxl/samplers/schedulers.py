@@ -23,6 +23,7 @@ FAULTS = (ValueError, AssertionError, LookupError, TypeError, AttributeError, No
 #: SDXL's noise schedule and spacing, with which a scheduler is tried.
 TRIAL = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', num_train_timesteps=1000,
              prediction_type='epsilon', timestep_spacing='leading', steps_offset=1)
+PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
 #: What the rules below cannot tell where a package is missing: it would be asked for in vain.
 REFUSED = {'CosineDPMSolverMultistepScheduler': "its noise schedule is not SDXL's (EDM, for sound)"}
 
@@ -36,7 +37,10 @@ def scheduler_class(name: str) -> Any:
     import diffusers
     known = [n for n in dir(diffusers) if n.endswith('Scheduler')]
     if name not in known:
-        raise ValueError(f"scheduler type='{name}' is not a scheduler of diffusers.{nearest(name, known)}")
+        # 'Euler' is nearer to all short names than to its own.
+        begun = [n for n in known if n.lower().startswith(str(name).lower())]
+        hint = f" Did you mean {' or '.join(map(repr, begun[:3]))}?" if begun else nearest(name, known)
+        raise ValueError(f"scheduler type='{name}' is not a scheduler of diffusers.{hint}")
     cls = getattr(diffusers, name)
     if (reason := why_not(cls)) is not None:
         raise ValueError(f'{name} cannot be used here: {reason}. Take EulerDiscreteScheduler, '
@@ -120,8 +124,11 @@ def made(cls: Any, config: Mapping[str, Any], settings: Mapping[str, Any]) -> An
     try:
         return cls.from_config(config, **settings)
     except FAULTS as error:
-        said = ', '.join(f'{name}={value!r}' for name, value in settings.items())
-        raise ValueError(f"{cls.__name__} cannot be made with {said or 'the settings of the base'}: {error}") from error
+        raise ValueError(f'{cls.__name__} cannot be made with {_said(settings)}: {error}') from error
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return ', '.join(f'{name}={value!r}' for name, value in settings.items()) or 'the settings of the base'
 
 
 def check_settings(cls: Any, settings: Mapping[str, Any]) -> None:
@@ -139,7 +146,14 @@ def check_settings(cls: Any, settings: Mapping[str, Any]) -> None:
     if settings.get('use_flow_sigmas') or settings.get('prediction_type') == 'flow_prediction':
         raise ValueError(f'{cls.__name__}: use_flow_sigmas and flow_prediction are for models trained by flow '
                          'matching; SDXL was not.')
-    made(cls, _known(cls, TRIAL), settings)
+    scheduler = made(cls, _known(cls, TRIAL), settings)
+    if (told := settings.get('prediction_type', 'epsilon')) not in PREDICTIONS:
+        raise ValueError(f"{cls.__name__}: prediction_type='{told}' is not known; choose of "
+                         f'{", ".join(map(repr, PREDICTIONS))}.')
+    try:
+        scheduler.set_timesteps(4)
+    except FAULTS as error:
+        raise ValueError(f'{cls.__name__} cannot sample with {_said(settings)}: {error}') from error
 
 
 def check_steps(cls: Any, timesteps: Any, sigmas: Any, eta: float) -> None:

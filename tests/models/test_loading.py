@@ -64,6 +64,7 @@ def test_another_unet(tiny_base: Path, tmp_path: Path) -> None:
     for source, config in ((other, None), (other / 'unet', None), (file, str(tiny_base))):
         model = SDXL(pretrained=str(base), unet=str(source), config=config)
         assert_equal(dict(model.unet.state_dict()), dict(expected.state_dict()))
+        assert f"with the UNet of '{source}'" in repr(model)
         assert_equal(dict(model.vae.state_dict()), dict(SDXL(pretrained=str(tiny_base)).vae.state_dict()))
     wide = write_tiny_sdxl(tmp_path / 'wide', hidden=48, cross_attention_dim=96)
     with pytest.raises(ValueError, match='wide.* reads text of width 96; the text encoders write 64'):

@@ -105,10 +105,25 @@ def test_rules_hold_for_schedulers_yet_to_come() -> None:
     (dict(type='DDIMScheduler', beta_schedule='cosine'), "DDIMScheduler cannot be made with beta_schedule='cosine'"),
     (dict(type='EulerDiscreteScheduler', use_karras_sigmas=True, use_exponential_sigmas=True), 'cannot be made with '),
     (dict(type='UniPCMultistepScheduler', use_flow_sigmas=True), 'use_flow_sigmas.*SDXL was not'),
-    (dict(type='DEISMultistepScheduler', prediction_type='flow_prediction'), 'flow_prediction.*SDXL was not')])
+    (dict(type='DEISMultistepScheduler', prediction_type='flow_prediction'), 'flow_prediction.*SDXL was not'),
+    (dict(type='EulerDiscreteScheduler', prediction_type='x'), "prediction_type='x' is not known; choose of 'epsilon'"),
+    (dict(type='EulerDiscreteScheduler', timestep_spacing='foo'), "cannot sample with timestep_spacing='foo': foo is"),
+    (dict(type='Euler'), "'Euler' is not a scheduler of diffusers. Did you mean 'EulerAncestralDiscr"),
+    (dict(type='DDIMSchedular'), "Did you mean 'DDIMScheduler'"), ('DDIMScheduler', 'scheduler.type=DDIMScheduler')])
 def test_settings_with_which_none_can_be_made(scheduler: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Sampler(scheduler)
+
+
+def test_the_prediction_is_the_models(model: SDXL) -> None:
+    """A scheduler that took it for another one would sample what was not trained; 'sample' is for distilled UNets."""
+    euler = dict(type='EulerDiscreteScheduler')
+    with pytest.raises(ValueError, match="prediction_type='v_prediction' contradicts the model's, 'epsilon'"):
+        Sampler({**euler, 'prediction_type': 'v_prediction'}, 2)(model, batch('text-to-image', [0]))
+    with pytest.raises(ValueError, match="prediction_type='sample' contradicts"):
+        Sampler({**euler, 'prediction_type': 'sample'}, 2, [dict(type='SAG')])(model, batch('text-to-image', [0]))
+    for kind in ('sample', 'epsilon'):
+        Sampler({**euler, 'prediction_type': kind}, 2)(model, batch('text-to-image', [0]))
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,17 +77,17 @@ def _of_file(path: Path) -> str:
 
 
 def _state(path: str | Path) -> tuple[int, ...]:
-    """Size, times and inode of a file: while they are the same, so is what it holds.
+    """Size, times, inode and disk of a file: while they are the same, so is what it holds.
 
     The time of the last change of its entry is among them, as a program can set the other one back.
     """
     stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
 
 
 @lru_cache(maxsize=4 * MOST_FILES)
 def _read(path: str, state: tuple[int, ...]) -> str:
-    size, *times, _ = state
+    size, *times, _, _ = state
     if size >= LARGE and (kept := _kept().get(path)) and kept[:-1] == [*state]:
         return str(kept[-1])
     began, digest = time.time_ns(), hashlib.sha256()
@@ -117,7 +117,7 @@ def _kept() -> dict[str, list[Any]]:
         if path is None or path.stat().st_size > MOST_KEPT_BYTES:
             return {}
         found = json.loads(path.read_bytes())
-        return {name: entry for name, entry in found['files'].items() if isinstance(entry, list) and len(entry) == 5
+        return {name: entry for name, entry in found['files'].items() if isinstance(entry, list) and len(entry) == 6
                 and isinstance(entry[-1], str) and SHA256.fullmatch(entry[-1])}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return {}

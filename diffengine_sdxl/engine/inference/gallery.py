@@ -86,6 +86,8 @@ class Gallery:
         probe = self.folder / f'.{os.getpid()}.part'
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():  # another command has found out the same, and tidied
+                self.folder.mkdir(parents=True, exist_ok=True)
             with open(probe, 'wb') as file:
                 file.write(bytes(ROOM))
                 file.flush()

@@ -62,6 +62,8 @@ def infer(args: Any) -> Outcome:
             one.request.check_texts()
             path = gallery.path_of(one.number, one.request)
             settings = provenance.record(one.request, record, plan.weights)
+            if plan.before is not None:  # without the commits that were put in
+                settings['config'] = plan.before['config']
             if gallery.done(path, settings):
                 outcome.present += 1
             else:
@@ -162,8 +164,8 @@ def _again(args: Any) -> Plan:
     provenance.check_size(args.config, settings)
     try:
         unchecked = provenance.check_unchanged(settings)
-        moved = provenance.pin(settings)
-        cfg = Config(settings['config'])
+        config, moved = provenance.pin(settings)
+        cfg = Config(config)
         check(cfg)
         request = Request.of(settings['request'])
     except ValueError as error:

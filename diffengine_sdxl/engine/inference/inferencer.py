@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -190,8 +191,8 @@ class SDXLInferencer(BaseInferencer):
         Raises:
             ValueError: see `request_batch`; an adapter misses its picture; a size cannot be made.
         """
-        if batch_size < 1:
-            raise ValueError(f'batch_size={batch_size} must be at least 1.')
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f'batch_size={batch_size!r} must be a whole number, at least 1.')
         groups: dict[Any, list[int]] = {}
         for index, request in enumerate(inputs):
             request.check_texts()
@@ -304,6 +305,8 @@ def _each(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     prompts = given['prompt']
     if prompts is None or isinstance(prompts, str):
         return [{k: v for k, v in given.items() if v is not None}]
+    if not isinstance(prompts, list | tuple):
+        raise ValueError(f'prompt={prompts!r} must be a text, or a list of texts.')
     num = len(prompts)
     if num == 0:
         raise ValueError('prompt=[] asks for nothing.')

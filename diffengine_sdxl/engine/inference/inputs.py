@@ -18,9 +18,9 @@ from diffengine_sdxl.datasets.images import ImageReader, decode, fetch, is_url
 from diffengine_sdxl.engine.inference.request import Request
 from diffengine_sdxl.pictures import to_pil
 
-#: What lay behind addresses, oldest first, inside `remembering_urls`; MOST_URLS of them.
+#: What lay behind addresses, oldest first, inside `remembering_urls`; MOST_BYTES of it.
 _FETCHED: ContextVar[dict[str, bytes] | None] = ContextVar('fetched', default=None)
-MOST_URLS = 64
+MOST_BYTES = 2**28
 
 
 @contextmanager
@@ -39,9 +39,10 @@ def read_picture(source: str | Path | Image.Image, what: str = 'the condition') 
     if held is not None and isinstance(source, str) and is_url(source):
         if source not in held:
             held[source] = fetch(source, what)
-            if len(held) > MOST_URLS:
-                del held[next(iter(held))]
-        return decode(held[source], f"{what} ('{source}')")
+        content = held[source]
+        while sum(map(len, held.values())) > MOST_BYTES:
+            del held[next(iter(held))]
+        return decode(content, f"{what} ('{source}')")
     if isinstance(source, Path) or isinstance(source, str) and not is_url(source):
         source = os.path.abspath(os.path.expanduser(source))
     # The person who runs the command names the file, so any folder will do.
@@ -69,7 +70,8 @@ def as_picture(source: Any, what: str) -> Any:
     shape = tuple(source.shape[1:] if source.ndim == 4 and len(source) == 1 else source.shape)
     if len(shape) != 3 or shape[-1 if is_array else 0] != channels or 0 in shape:
         wanted = f'[H, W, {channels}]' if is_array else f'[{channels}, H, W]'
-        raise ValueError(f'{what} is {kind} of {list(given.shape)}; it must be {wanted}, for one picture'
+        many = f'[n, H, W, {channels}]' if is_array else f'[n, {channels}, H, W]'
+        raise ValueError(f'{what} is {kind} of {list(given.shape)}; it must be {wanted}, for one picture, or {many}'
                          + (', or latents [4, h, w].' if not is_mask and not is_array else '.'))
     source = source.reshape(shape)
     if is_array and source.dtype == np.uint8:

@@ -8,6 +8,7 @@ chunk, 'parameters', is for people and other tools.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -235,16 +236,16 @@ def _commit_now(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str | No
     return hub.commit_in_cache(entry['path'] or '', entry.get('revision'), cache)
 
 
-def pin(settings: dict[str, Any]) -> list[str]:
-    """Take hub ids at the commits that they had: each gets its `revision`; sentences on those that have moved since.
+def pin(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The config with hub ids at the commits that they had, as their `revision`; sentences on those that have moved.
 
     Args:
-        settings: as `read_png` gives them, and `check_unchanged` accepts them; changed in place.
+        settings: as `read_png` gives them, and `check_unchanged` accepts them.
 
     Raises:
         ValueError: one has moved and takes no revision (a VAE, tokenizers, an image encoder); see `refuse_moved`.
     """
-    config, words = settings['config'], []
+    config, words = copy.deepcopy(settings['config']), []
     known = {entry['key']: entry for entry in settings['sources'] if entry.get('commit')}
     for part in ('model', 'refiner'):
         for holder, key, name in _named(part, config.get(part) or {}):
@@ -254,7 +255,7 @@ def pin(settings: dict[str, Any]) -> list[str]:
                     words.append(f"{name}: '{entry['path']}' has moved on the hub, to {now[:12]}; it is taken at "
                                  f"{entry['commit'][:12]}, as the picture was made.")
     refuse_moved(settings, config)
-    return words
+    return config, words
 
 
 def refuse_moved(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -359,11 +360,13 @@ def parameters(settings: Mapping[str, Any], size: tuple[int, int]) -> str:
     Args:
         size: width and height of the picture.
     """
-    request, pretrained = settings['request'], str(settings['config']['model'].get('pretrained') or '')
+    request = settings['request']
+    pretrained, unet = (str(settings['config']['model'].get(key) or '') for key in ('pretrained', 'unet'))
     listed = {'Steps': effective(settings, 'num_inference_steps'),
               'Sampler': (_sampler(settings).get('scheduler') or {}).get('type'),
               'CFG scale': effective(settings, 'guidance_scale'), 'Seed': request.get('seed'),
               'Size': f'{size[0]}x{size[1]}', 'Model': Path(pretrained).name or None,
+              'UNet': Path(unet).name or None,
               'Denoising strength': request.get('strength'), 'Version': KEY}
     lines = [str(request.get('prompt', ''))]
     if request.get('negative_prompt'):

@@ -17,6 +17,8 @@ DEEPEST = 32
 #: Keys whose number is work or memory, or whose list is; and what is taken of each. Training has 1000 steps.
 COUNTS = ('num_inference_steps', 'timesteps', 'sigmas', 'num_train_timesteps', 'rank', 'num_tokens')
 MOST_COUNT = 10_000
+#: Entries of `guidances` and `adapters`, letters of a text (compel's parser is quadratic), and pixels.
+MOST_PARTS, MOST_LETTERS, MOST_PIXELS = 32, 20_000, 2**26
 
 
 def check_types(config: Mapping[str, Any]) -> None:
@@ -83,7 +85,10 @@ def check_form(settings: Mapping[str, Any]) -> None:
     for i, entry in enumerate(settings['sources']):
         if not COMMIT.fullmatch(entry.get('commit') or '0' * 40):
             raise ValueError(f"'sources.{i}.commit' is none.")
-    Request.of(settings['request'])
+    request = Request.of(settings['request'])
+    if (request.height or 1) * (request.width or 1) > MOST_PIXELS:
+        raise ValueError(f"'request' asks for {request.height} x {request.width} pixels; more than {MOST_PIXELS} are "
+                         'taken from no picture.')
 
 
 def _check_values(node: Any, path: str, depth: int) -> None:
@@ -99,6 +104,10 @@ def _check_values(node: Any, path: str, depth: int) -> None:
     for key, value in _items(node):
         place = f'{path}.{key}' if path else str(key)
         _check_values(value, place, depth + 1)
+        if isinstance(value, str) and len(value) > MOST_LETTERS:
+            raise ValueError(f"'{place}' has {len(value)} letters; more than {MOST_LETTERS} are taken from no picture.")
+        if key in ('guidances', 'adapters') and isinstance(value, list | dict) and len(value) > MOST_PARTS:
+            raise ValueError(f"'{place}' has {len(value)} entries; more than {MOST_PARTS} are taken from no picture.")
         many = len(value) if isinstance(value, list) else value
         if key in COUNTS and isinstance(many, int | float) and not many <= MOST_COUNT:
             raise ValueError(f"'{place}' asks for {many}; more than {MOST_COUNT} is taken from no picture.")

@@ -249,3 +249,8 @@ def test_an_address_is_fetched_once(inferencer: SDXLInferencer, tmp_path: Path, 
                                   num_images_per_prompt=2, **call), made)
     inferencer('a', image=urls[0], **call)
     assert fetched == [*urls, urls[0]]
+    # What is too much to remember is fetched again.
+    monkeypatch.setattr('diffengine_sdxl.engine.inference.inputs.MOST_BYTES', 10)
+    fetched.clear()
+    inferencer('a', image=urls[0], **call)
+    assert len(fetched) > 1

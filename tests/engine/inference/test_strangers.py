@@ -131,6 +131,12 @@ def test_whatever_a_picture_says(settings: Any, tmp_path: Path, monkeypatch: pyt
     (('config', 'model', 'sampler', 'num_inference_steps'), 10_001, 'num_inference_steps'),
     (('config', 'model', 'sampler', 'scheduler', 'num_train_timesteps'), 1e12, 'num_train_timesteps'),
     (('config', 'model', 'adapters', 'style', 'rank'), float('nan'), 'rank'),
+    (('request', 'prompt'), 'a ' * 10_001, "'request.prompt' has 20002 letters"),
+    (('request', 'refiner'), {'negative_prompt': 'a' * 20_001}, "'request.refiner.negative_prompt' has 20001 letters"),
+    (('config', 'model', 'sampler', 'guidances'), [dict(type='SAG')] * 33, "guidances' has 33 entries"),
+    (('config', 'model', 'adapters'), {f'a{i}': dict(type='LoRA') for i in range(33)}, "adapters' has 33 entries"),
+    (('request',), dict(prompt='p', height=80_000, width=80_000, image='https://x.org/a.png', padding_mask_crop=4,
+                        mask_image='https://x.org/m.png'), "asks for 80000 x 80000 pixels; more than 67108864"),
     (('request', 'seed'), 10**400, "'request.seed' is a number of 1329 bits"),
     (('config', 'model', 'x'), nested([], 400), 'is nested more than 32 deep'),
     (('sources', 1, 'commit'), '../../etc', "'sources.1.commit' is none"), (('sources', 1, 'revision'), 3, 'revision')])
@@ -180,7 +186,13 @@ def test_the_commit_of_the_hub(here: Here) -> None:
     assert (f"model.pretrained: 'org/base' has moved on the hub, to {B[:12]}; it is taken at {A[:12]}, as the picture "
             'was made.') in here.said
     assert pictures('Q').values() != {} and list(pictures('Q').values()) == list(pictures('P').values())
-    assert provenance.read_png(next(Path('Q').glob('0*.png')))['sources'][0]['commit'] == A
+    other, = Path('Q').glob('0*.png')
+    assert provenance.read_png(other)['sources'][0]['commit'] == A
+    # Its config is that of the first one, without the commit; so the first one is there already, and it is pinned, too.
+    here.infer(path, '--out', 'P')
+    assert '1 there already' in here.said
+    here.infer(other, '--out', 'R')
+    assert list(pictures('R').values()) == list(pictures('P').values())
 
 
 def test_what_cannot_be_pinned_is_refused(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,13 +85,10 @@ class Gallery:
         """
         probe = self.folder / f'.{os.getpid()}.part'
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.folder.is_dir():  # another command has found out the same, and tidied
-                self.folder.mkdir(parents=True, exist_ok=True)
-            with open(probe, 'wb') as file:
-                file.write(bytes(ROOM))
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                self._write(probe)
+            except FileNotFoundError:
+                self._write(probe)  # another command found out the same, and has tidied
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise NoRoomError(f"No pictures can be written into '{self.folder}' ({reason}); choose another --out, or "
@@ -100,6 +97,13 @@ class Gallery:
             with suppress(OSError, ValueError):
                 probe.unlink()
             self.tidy()
+
+    def _write(self, probe: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, 'wb') as file:
+            file.write(bytes(ROOM))
+            file.flush()
+            os.fsync(file.fileno())
 
     def tidy(self) -> None:
         """Remove the folders that were made for the pictures, if there are none."""

@@ -228,7 +228,7 @@ def test_pictures_in_memory() -> None:
             (floats * 300, 'image', 'image is an array with numbers from 0 to'),
             (floats[..., 0], 'image', r'image is an array of \[4, 4\]; it must be \[H, W, 3\]'),
             (floats.transpose(2, 0, 1), 'image', r'image is an array of \[3, 4, 4\]; it must be \[H, W, 3\]'),
-            (ones[0], 'image', r'a tensor of \[4, 4\]; it must be \[3, H, W\], for one picture, or \[n, 3, H, W\], or l'),
+            (ones[0], 'image', r'a tensor of \[4, 4\]; it must be \[3, H, W\], for one picture, or \[n, 3, H, W\], or'),
             (ones[:, :0], 'image', r'a tensor of \[3, 0, 4\]'), (ones, 'mask_image', r'it must be \[1, H, W\]'),
             (ones[:1] * 1.5, 'mask_image', 'mask_image is a tensor with numbers from 1.5 to 1.5'),
             (ones[:1] * -1, 'mask_image', 'mask_image is a tensor with numbers from -1 to -1')):

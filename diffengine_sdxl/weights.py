@@ -1,5 +1,6 @@
 """Strict loading: every weight of a file is used and every weight of a model is given, or it is refused by name."""
 
+import os
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -9,6 +10,7 @@ from mmengine.logging import print_log
 from safetensors import SafetensorError
 
 from diffengine_sdxl import hub
+from diffengine_sdxl.weight_names import weight_files
 
 #: What a source begins with that came with this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
 SHIPPED = 'diffengine_sdxl::'
@@ -45,8 +47,8 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
 
     Args:
         cls: the class.
-        source: folder or hub id.
-        revision, cache_dir: of a hub id.
+        source: folder, hub id, or link to the weights or the config of a model on the hub.
+        revision, cache_dir: of the hub; a `revision` goes before the link's.
         shown: what errors call it; None for `source`.
         kwargs: subfolder, variant, dtype and the like; None values are left out.
 
@@ -54,12 +56,21 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
         ValueError: not found, not of this class, or some keys don't match; which.
     """
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    subfolder = kwargs.get('subfolder')
-    shown = f'{shown or source}/{subfolder}' if subfolder else shown or source
+    if linked := hub.linked_model(source):
+        shown, source, revision = shown or source, linked[0], revision or linked[1]
+        kwargs = {k: v for k, v in zip(('subfolder', 'variant'), linked[2:], strict=True) if v} | kwargs
+    subfolder, variant = kwargs.get('subfolder'), kwargs.get('variant')
+    shown = f'{shown or source}/{subfolder}' if subfolder and not linked else shown or source
     place = hub.here(source)
     if place is None:
         repo = hub.Repo(source, revision, cache_dir)
-        place = repo.fetch(repo.model_files(subfolder, kwargs.get('variant')))
+        names = repo.model_files(subfolder, variant)
+        place = repo.fetch(names)
+    else:
+        folder = place / (subfolder or '')
+        names = weight_files(said(shown, os.listdir, folder), variant) if folder.is_dir() else []
+    if any(name.endswith('.bin') for name in names):
+        kwargs['use_safetensors'] = False  # else diffusers tells of an error before it takes them
     model, info = said(shown, cls.from_pretrained, str(place), output_loading_info=True, **kwargs)
     refuse_unmatched(shown, info)
     return model

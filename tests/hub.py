@@ -8,14 +8,19 @@ HF_ENDPOINT is read when huggingface_hub is imported, so set it to `Hub.address`
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+ROOT = Path(__file__).resolve().parents[1]
 #: What lies in the hub's large storage.
 LARGE = ('.safetensors', '.bin', '.ckpt', '.msgpack', '.onnx')
 
@@ -34,9 +39,13 @@ class Asked(NamedTuple):
 
 @dataclass
 class Repository:
-    """Commits by branch or tag; a commit is a folder. `gated`, `private`: None or the token that opens it."""
+    """Commits by branch or tag; a commit is a folder, and stays where its branch moves on.
+
+    `gated`, `private`: None or the token that opens it.
+    """
 
     folders: dict[str, Path] = field(default_factory=dict)
+    history: dict[str, Path] = field(default_factory=dict)
     tags: set[str] = field(default_factory=set)
     gated: str | None = None
     private: str | None = None
@@ -44,11 +53,11 @@ class Repository:
     def commit(self, name: str) -> str | None:
         """The commit that a branch, a tag or a commit's own name stands for."""
         commits = {ref: hashlib.sha1(f'{ref}{folder}'.encode()).hexdigest() for ref, folder in self.folders.items()}
-        return commits.get(name) or (name if name in commits.values() else None)
+        return commits.get(name) or (name if name in self.history else None)
 
     def folder(self, commit: str) -> Path:
         """Its files."""
-        return next(folder for ref, folder in self.folders.items() if self.commit(ref) == commit)
+        return self.history[commit]
 
     def files(self, commit: str) -> dict[str, Path]:
         """Their names and where they are."""
@@ -61,13 +70,15 @@ class Hub:
 
     Attributes:
         repos: by id. log: the requests. cuts: end of a file's name -> after how many bytes each of its next answers
-            breaks off. uploads: repository -> name -> content.
+            breaks off. down: what of the API fails ('revision', 'tree', 'refs').
+        uploads: repository -> name -> content.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repository] = {}
         self.log: list[Asked] = []
         self.cuts: dict[str, list[int]] = {}
+        self.down: set[str] = set()
         self.uploads: dict[str, dict[str, bytes]] = {}
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (Handler,), {'hub': self}))
         self.port = self.server.server_address[1]
@@ -82,6 +93,7 @@ class Hub:
         """Serve a folder as a branch or tag of a repository."""
         found = self.repos.setdefault(repo, Repository())
         found.folders[revision] = folder
+        found.history[str(found.commit(revision))] = folder
         found.tags |= {revision} if tag else set()
         for name, value in settings.items():
             setattr(found, name, value)
@@ -101,6 +113,32 @@ def client(home: Path) -> dict[str, str]:
     """Variables of a process whose cache is in `home`: no proxies, no other protocols, no patience."""
     return {'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
             'HF_HUB_ETAG_TIMEOUT': '5', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'no_proxy': '*', 'NO_PROXY': '*'}
+
+
+def process(function: Callable[[Path], None], work: Path, **env: str) -> None:
+    """Run a function of a test file in a process of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_'))}
+    module, name = function.__module__.rpartition('.')[2], function.__name__
+    code = f'import sys, {module}; from pathlib import Path; {module}.{name}(Path(sys.argv[1]))'
+    done = subprocess.run([sys.executable, '-c', code, str(work)], capture_output=True, text=True, cwd=work, env={
+        **kept, **client(work / 'home'), 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
+        'OMP_NUM_THREADS': '1', **env})
+    assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-6000:]}'
+
+
+def serve(work: Path) -> Hub:
+    """The hub of this process, which has not imported huggingface_hub yet, with all that `work` has for it."""
+    assert 'huggingface_hub' not in sys.modules
+    hub = Hub()
+    os.environ['HF_ENDPOINT'] = hub.address
+    for folder in sorted((work / 'served').glob('*/*')):
+        hub.add(f'me/{folder.parent.name}', folder, folder.name, tag=folder.name == 'v1.0')
+    return hub
+
+
+def fetched(log: Sequence[Asked], repo: str) -> list[str]:
+    """The files of which content came, sorted."""
+    return sorted(a.what for a in log if a.repo == repo and a.method == 'GET' and a.kind != 'api' and a.sent)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -167,6 +205,9 @@ class Handler(BaseHTTPRequestHandler):
         """Files and commit of a revision, in two forms, or the branches and tags."""
         found, where = self.opened(repo, 'api', what), {'repo': repo, 'what': what}
         if found is None:
+            return
+        if what in self.hub.down:
+            self.answer(500, b'{"error": "Internal"}', **where)
             return
         if what == 'refs':
             refs = [{'name': n, 'ref': f'refs/{"tags" if n in found.tags else "heads"}/{n}',

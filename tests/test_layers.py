@@ -16,7 +16,8 @@ CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 # From the bottom up. The names of one line don't import each other; a name stands for all below it, unless a longer
 # one is given.
 LAYERS = (
-    ('registry', 'structures', 'rng', 'schedule', 'pictures', 'hub', 'weights', 'shapes'),
+    ('registry', 'structures', 'rng', 'schedule', 'pictures', 'hub', 'weight_names', 'weights',
+     'shapes'),
     ('models.attention', 'models.text', 'models.weighting', 'models.single_file', 'adapters', 'objectives', 'samplers',
      'datasets', 'evaluation'),
     ('models',),

@@ -21,8 +21,8 @@ class ImageEncoder(Adapter):
     """transformers' CLIPVisionModelWithProjection. It adds nothing to the UNet; `ImageTextContrast` trains it.
 
     Args:
-        weights: folder or hub id; None for fresh weights.
-        subfolder: of `weights`.
+        weights: folder, hub id or link to the hub; None for fresh weights.
+        subfolder, revision: of `weights`.
         trainable: see Adapter.
         image_size, patch_size, hidden_size, num_hidden_layers, num_attention_heads: of fresh weights.
 
@@ -33,9 +33,9 @@ class ImageEncoder(Adapter):
 
     def __init__(self, weights: str | None = None, subfolder: str | None = None, trainable: bool = True,
                  image_size: int = 224, patch_size: int = 14, hidden_size: int = 768, num_hidden_layers: int = 12,
-                 num_attention_heads: int = 12) -> None:
+                 num_attention_heads: int = 12, revision: str | None = None) -> None:
         super().__init__(None, weights, trainable)
-        self.subfolder = subfolder
+        self.source = {'subfolder': subfolder, 'revision': revision}
         self.shape = {'image_size': image_size, 'patch_size': patch_size, 'hidden_size': hidden_size,
                       'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads,
                       'intermediate_size': 4 * hidden_size}
@@ -45,8 +45,7 @@ class ImageEncoder(Adapter):
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
         width = model.text_encoder_2.config.projection_dim
         if self.weights is not None:
-            self.net = load_pretrained(CLIPVisionModelWithProjection, str(shipped(self.weights)),
-                                       subfolder=self.subfolder)
+            self.net = load_pretrained(CLIPVisionModelWithProjection, str(shipped(self.weights)), **self.source)
         else:
             self.net = CLIPVisionModelWithProjection(CLIPVisionConfig(**self.shape, projection_dim=width))
         if self.net.config.projection_dim != width:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from PIL import Image
 from torch import Tensor, nn
 
@@ -156,20 +158,23 @@ def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> Pict
     """An image encoder of transformers, strict, without a trace in the global random numbers.
 
     Args:
-        source: folder, hub id, or 'diffengine_sdxl::<folder>'. subfolder: of it.
+        source: folder, hub id, 'diffengine_sdxl::<folder>', or link to the weights or config of one on the hub.
+        subfolder: of it.
 
     Raises:
         ValueError: it cannot be loaded, or its pictures cannot be prepared.
     """
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
-    path = str(shipped(source))
+    source = str(shipped(source))
+    source, revision, inner, variant = hub.linked_model(source) or (source, None, None, None)
+    subfolder = subfolder or inner
     where = {'subfolder': subfolder} if subfolder else {}
-    source, shown = path, f'{path}/{subfolder}' if subfolder else path
-    path = _folder(source, subfolder)
+    shown = f'{source}/{subfolder}' if subfolder else source
+    path, settings = _fetched(source, subfolder, revision, variant)
     config = said(shown, AutoConfig.from_pretrained, path, **where)
     with rng.fork('image encoder'):
         cls = CLIPVisionModelWithProjection if config.model_type == 'clip_vision_model' else AutoModel
-        net = load_pretrained(cls, path, dtype=dtype, shown=source, **where)
+        net = load_pretrained(cls, path, dtype=dtype, shown=source, variant=variant, **where)
         if config.model_type == 'clip':
             both, net = net, CLIPVisionModelWithProjection(config.vision_config)
             net.vision_model, net.visual_projection = both.vision_model, both.visual_projection
@@ -178,32 +183,29 @@ def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> Pict
             net = net.vision_model
     size = getattr(net.config, 'image_size', None) or 224
     size = size if isinstance(size, int) else size[0]
-    return PictureEncoder(net, Preparation.of(_settings(path, subfolder), size, shown), shown)
+    known = said(str(settings), lambda: json.loads(settings.read_text())) if settings else {}
+    return PictureEncoder(net, Preparation.of(known, size, shown), shown)
 
 
-def _folder(source: str, subfolder: str | None) -> str:
-    """The folder of an image encoder; of one on the hub, its files and its preparation's are brought here."""
+def _fetched(source: str, subfolder: str | None, revision: str | None, variant: str | None) -> tuple[str, Path | None]:
+    """The folder of an image encoder, and the settings of its pictures, if there are any.
+
+    They lie beside the weights, or in a folder 'feature_extractor' beside theirs, or in one within theirs. Of a
+    repository on the hub all these files are brought here.
+    """
+    inner = PurePosixPath(subfolder or '.')
+    folders = dict.fromkeys((inner, inner.parent / 'feature_extractor'))
+    names = [str(folder / 'preprocessor_config.json') for folder in folders]
     place = hub.here(source)
-    if place is None:
-        repo = hub.Repo(source)
-        beside = PurePosixPath(subfolder or '.').parent / 'feature_extractor'
-        found = [str(folder / 'preprocessor_config.json') for folder in (PurePosixPath(subfolder or '.'), beside)]
-        place = repo.fetch([*repo.model_files(subfolder), *[name for name in found if name in repo.names][:1]])
-    return str(place)
-
-
-def _settings(source: str, subfolder: str | None) -> dict[str, Any]:
-    """preprocessor_config.json beside the weights, or in the folder 'feature_extractor' beside theirs, or nothing."""
-    from transformers.utils import cached_file
-    parent = str(Path(subfolder or '.').parent)
-    if not subfolder and Path(source).is_dir():
-        folders = [(source, None), (str(Path(source).resolve().parent), 'feature_extractor')]
-    else:
-        folders = [(source, subfolder), (source, str(Path(parent) / 'feature_extractor'))]
-    for root, folder in folders:
-        found = cached_file(root, 'preprocessor_config.json', **({'subfolder': folder} if folder else {}),
-                            _raise_exceptions_for_missing_entries=False,
-                            _raise_exceptions_for_connection_errors=False)
-        if found is not None:
-            return dict(json.loads(Path(found).read_text()))
-    return {}
+    if place is not None:
+        found = [place / name for name in names]
+        if not subfolder:
+            found.append(place.resolve().parent / 'feature_extractor' / 'preprocessor_config.json')
+        return str(place), next((path for path in found if path.is_file()), None)
+    repo = hub.Repo(source, revision)
+    own = [name for name in names if name in repo.names][:1]
+    if repo.partial and not own:
+        print_log(f"{repo} has no preprocessor_config.json for the image encoder; if the repository has one, it is not "
+                  "followed. CLIP's preparation is taken.", logger='current', level=logging.WARNING)
+    place = repo.fetch([*repo.model_files(subfolder, variant), *own])
+    return str(place), place / own[0] if own else None

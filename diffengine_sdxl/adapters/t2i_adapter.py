@@ -163,7 +163,8 @@ class T2IAdapter(Adapter):
         if is_file(source):
             # A file says nothing of the pixels that it takes together; a config or the base does.
             factor = self.shape['downscale_factor'] or self.base['downscale_factor']
-            state, shape = read_t2i_adapter(source, len(self.base['channels']), factor)
+            state, shape = read_t2i_adapter(source, len(self.base['channels']), factor,
+                                            settings.get('revision'))
             with torch.device('meta'):  # no weights are drawn for what is filled at once
                 net = Network(**shape, adapter_type='full_adapter_xl')
             refuse(source, of_another_shape=[k for k, v in net.state_dict().items() if v.shape != state[k].shape])

@@ -1,16 +1,19 @@
 """SDXL's components from a diffusers folder, a hub id, a single file, or (random weights) from configs alone."""
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
 from diffengine_sdxl import hub, rng
 from diffengine_sdxl.models.single_file import SDXL_FILES, is_single_file, load_single_file, load_single_part
+from diffengine_sdxl.weight_names import variants, weight_files
 from diffengine_sdxl.weights import load_pretrained, said, shipped
 
 MODULES = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
@@ -42,7 +45,8 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         tokenizer: folder or hub id of other tokenizers; None takes the base's own.
         dtypes: component name -> dtype of its weights.
         given: components of another model that this one shares, as they are.
-        revision, variant, cache_dir: of the hub; `revision` and `variant` are the base's, other parts have their own.
+        revision, variant, cache_dir: of the hub; `revision` and `variant` are the base's. Another UNet or VAE is taken
+            in a variant where it has no other weights.
 
     Raises:
         ValueError: something is missing, is not SDXL, or cannot be had without a network.
@@ -62,7 +66,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         parts = _folder_components(folder, pretrained, dtypes, skip, variant)
     parts.update(given)
     for name, source in others.items():
-        parts[name] = _load_other(name, source, config, dtypes[name], cache_dir)
+        parts[name] = _load_other(name, source, config, dtypes[name], cache_dir, variant)
     check_sdxl(parts['unet'], str(unet or pretrained or config or 'SDXL'))
     _check_widths(parts, str(unet or pretrained or config))
     check_vae(parts['vae'], parts['unet'], str(vae or pretrained or config))
@@ -159,10 +163,16 @@ def _base_folder(source: str, skip: set[str], revision: str | None, variant: str
 
 
 def _tokenizer_folder(source: str, cache_dir: str | None) -> Path:
-    if (place := hub.here(source)) is not None:
-        return place
-    repo = hub.Repo(source, cache_dir=cache_dir)
-    return repo.fetch([name for folder in TOKENIZERS for name in repo.texts(folder)])
+    """The folder of other tokenizers, with one for each; of those on the hub it is brought here."""
+    place, wanted = hub.here(source), []
+    repo = hub.Repo(source, cache_dir=cache_dir) if place is None else None
+    for name in TOKENIZERS:
+        files = repo.texts(name) if repo else []
+        if not files and (place is None or not (place / name).is_dir()):
+            raise ValueError(f"'{source}' has no folder '{name}'. `tokenizer` takes a folder or hub id with "
+                             f"{' and '.join(map(repr, TOKENIZERS))}, as a base has them.")
+        wanted += files
+    return repo.fetch(wanted) if repo else Path(str(place))
 
 
 def _folder_components(folder: Path, shown: str, dtypes: Mapping[str, torch.dtype], skip: set[str],
@@ -186,18 +196,40 @@ def _folder_components(folder: Path, shown: str, dtypes: Mapping[str, torch.dtyp
     return parts
 
 
-def _load_other(name: str, source: str, config: str | None, dtype: torch.dtype, cache_dir: str | None) -> Any:
-    """A UNet or VAE of another source than the base."""
+def _load_other(name: str, source: str, config: str | None, dtype: torch.dtype, cache_dir: str | None,
+                variant: str | None) -> Any:
+    """A UNet or VAE of another source than the base, whose `variant` is taken where there are no plain weights."""
     if is_single_file(source):
         return load_single_part(name, source, config=config, dtype=dtype, cache_dir=cache_dir)
     place = hub.here(source)
     if place is None:
         repo = hub.Repo(source, cache_dir=cache_dir)
         inner = name if 'config.json' not in repo.names and repo.inside(name) else None
-        place = repo.fetch(repo.model_files(inner))
+        variant = _variant_of(source, inner, list(repo.inside(inner)), variant)
+        place = repo.fetch(repo.model_files(inner, variant))
     else:
         inner = name if not (place / 'config.json').is_file() and (place / name).is_dir() else None
-    return load_pretrained(module_class(name), str(place), dtype=dtype, subfolder=inner, shown=source)
+        folder = place / (inner or '')
+        variant = _variant_of(source, inner, os.listdir(folder) if folder.is_dir() else [], variant)
+    return load_pretrained(module_class(name), str(place), dtype=dtype, subfolder=inner, variant=variant, shown=source)
+
+
+def _variant_of(source: str, inner: str | None, names: Sequence[str], wanted: str | None) -> str | None:
+    """None where there are plain weights or none at all; else the variant wanted, or the only one.
+
+    Raises:
+        ValueError: there are several, none of which is wanted.
+    """
+    found = [] if weight_files(names) else [v for v in variants(names) if weight_files(names, v)]
+    if not found:
+        return None
+    if wanted not in found and len(found) > 1:
+        file = '/'.join(part for part in (source, inner, weight_files(names, found[0])[0]) if part)
+        raise ValueError(f"'{source}' has its weights in the variants {', '.join(found)} only; name the file of one, "
+                         f"e.g. '{file}'.")
+    taken = wanted if wanted in found else found[0]
+    print_log(f"'{source}' has no plain weights; its variant '{taken}' is taken.", logger='current')
+    return taken
 
 
 def _index(folder: Path, shown: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ for all. Checking it takes the full map of names, and with the map in hand each 
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -73,7 +74,7 @@ class Origin(NamedTuple):
 
 def is_single_file(source: str | Path) -> bool:
     """Whether `source` names a single file (path, link or `org/repo/file.safetensors`), not a folder or a hub id."""
-    return str(source).split('?')[0].endswith(SUFFIXES) and not Path(source).is_dir()
+    return str(source).split('?')[0].endswith(SUFFIXES) and not os.path.isdir(source)
 
 
 def load_single_file(source: str | Path, config: str | Path | None = None,
@@ -154,7 +155,7 @@ def local_path(source: str | Path, revision: str | None = None, cache_dir: str |
         ValueError: there is no such file, or the hub cannot be reached.
     """
     text, path = str(source), Path(source).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path's own it takes a name of any length
         return path
     link = hub.link(text)
     plain = re.fullmatch(r'([\w-][\w.-]*/[\w-][\w.-]*)/(.+)', text)

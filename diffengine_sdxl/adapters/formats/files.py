@@ -82,6 +82,9 @@ def _from_hub(repo: hub.Repo, names: Sequence[str], subfolder: str | None, weigh
     else:
         found = [there[name] for name in there if name.endswith(SUFFIXES[:1])]
         found = found or [there[name] for name in there if name.endswith(PICKLES)]
+        if repo.partial and found:
+            raise ValueError(f'{repo} may be a part of the repository only ({shown(found)}); name the file with '
+                             'weight_name.')
         if len(found) != 1:
             where = f" in '{subfolder}'" if subfolder else ''
             raise ValueError(f'{repo} holds {len(found)} weight files{where} ({shown(found)}); name one with '

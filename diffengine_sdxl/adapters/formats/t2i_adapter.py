@@ -7,6 +7,7 @@ use_conv false): `conv_in`, and residual blocks `body.<n>` counted through all l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,22 @@ WIDENING = (1, 2)
 
 def is_file(source: str | Path) -> bool:
     """Whether `source` stands for one file, not for a folder or hub id."""
-    return Path(source).expanduser().is_file() or Path(source).suffix in files.SUFFIXES
+    return os.path.isfile(os.path.expanduser(source)) or Path(source).suffix in files.SUFFIXES
 
 
-def read_t2i_adapter(source: str | Path, num_levels: int,
-                     downscale_factor: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_t2i_adapter(source: str | Path, num_levels: int, downscale_factor: int,
+                     revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A T2I-Adapter's weights under diffusers' names, and the arguments of diffusers' `T2IAdapter` that they need.
 
     Args:
-        source: a .safetensors file or a pickle of tensors.
+        source: a .safetensors file or a pickle of tensors; also a link to one on the hub, of that `revision`.
         num_levels: feature maps that it gives, 4 for SDXL.
         downscale_factor: control image over first feature map; a file does not say.
 
     Raises:
         ValueError: it cannot be read, or holds other keys than such a network has.
     """
-    path = files.find(source)
+    path = files.find(source, revision=revision)
     tensors = files.read(path).tensors
     # What a tool has put before all names; diffusers' own is such a one.
     starts = [k.removesuffix('conv_in.weight') for k in map(str, tensors) if k.endswith('conv_in.weight')]

@@ -263,14 +263,15 @@ def fetch_file(source: str, name: str, revision: str | None = None, cache_dir: s
                          'network and HF_HUB_OFFLINE, or give the path of a file.') from error
 
 
-def commit_in_cache(source: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
-    """The commit that an id was taken at in this process, else what it stands for in the local cache; None where that
-    holds none. No network is asked.
+def commit_in_cache(source: str, revision: str | None = None, cache_dir: str | None = None,
+                    taken: bool = True) -> str | None:
+    """The commit that an id stands for in the local cache; None where that holds none. No network is asked.
 
     Args:
         source: 'owner/name', with a file behind it or not, or a link to a file of the hub.
         revision: a branch, tag or commit; None for the link's own, else 'main'.
         cache_dir: None for the hub's own.
+        taken: what this process last took of it goes before what the cache says now.
     """
     linked = link(source)
     name = linked[0] if linked else '/'.join(source.split('/')[:2])
@@ -283,7 +284,8 @@ def commit_in_cache(source: str, revision: str | None = None, cache_dir: str | N
         # A revision may be a stranger's, and name any file.
         inside = place.is_file() and place.is_relative_to(os.path.abspath(folder / 'refs'))
         # By another process the name may have moved since.
-        commit = _TAKEN.get((name, revision, folder)) or (place.read_text().strip() if inside else revision)
+        known = _TAKEN.get((name, revision, folder)) if taken else None
+        commit = known or (place.read_text().strip() if inside else revision)
         return commit if COMMIT.fullmatch(commit) and (folder / 'snapshots' / commit).is_dir() else None
     except (OSError, ValueError):
         return None

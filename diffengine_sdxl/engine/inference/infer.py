@@ -104,7 +104,7 @@ def _load(plan: Plan, device: str | None) -> SDXLInferencer:
     if plan.before is None:
         return inferencer
     # With a network, what is not pinned may have moved just now.
-    provenance.refuse_moved(plan.before, plan.before['config'])
+    provenance.refuse_moved(plan.before, plan.before['config'], loaded=True)
     return inferencer
 
 

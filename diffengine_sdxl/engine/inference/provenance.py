@@ -224,16 +224,16 @@ def with_commits(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     """
     told = []
     for entry in settings['sources']:
-        commit = _commit_now(entry, config) if entry['sha256'] is None else None
+        commit = _commit_now(entry, config, taken=True) if entry['sha256'] is None else None
         told.append({**entry, **({} if commit is None else {'commit': commit})})
     return {**settings, 'sources': told}
 
 
-def _commit_now(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+def _commit_now(entry: Mapping[str, Any], config: Mapping[str, Any], taken: bool) -> str | None:
     part, _, rest = entry['key'].partition('.')
     # Adapters come by way of the usual cache.
     cache = None if rest.startswith('adapters.') else (config.get(part) or {}).get('cache_dir')
-    return hub.commit_in_cache(entry['path'] or '', entry.get('revision'), cache)
+    return hub.commit_in_cache(entry['path'] or '', entry.get('revision'), cache, taken)
 
 
 def pin(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -251,22 +251,26 @@ def pin(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         for holder, key, name in _named(part, config.get(part) or {}):
             if name in known and key in PINNED:
                 entry, holder['revision'] = known[name], known[name]['commit']
-                if (now := _commit_now(entry, config)) not in (None, entry['commit']):
+                if (now := _commit_now(entry, config, taken=False)) not in (None, entry['commit']):
                     words.append(f"{name}: '{entry['path']}' has moved on the hub, to {now[:12]}; it is taken at "
                                  f"{entry['commit'][:12]}, as the picture was made.")
-    refuse_moved(settings, config)
+    refuse_moved(settings, config, loaded=False)
     return config, words
 
 
-def refuse_moved(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def refuse_moved(settings: Mapping[str, Any], config: Mapping[str, Any], loaded: bool) -> None:
     """Refuse what came from the hub at another commit than the picture was made of, as far as the local cache tells.
+
+    Args:
+        settings: of that picture. config: whose `cache_dir` is looked into.
+        loaded: it has been loaded in this process; else, what would be.
 
     Raises:
         ValueError: all of them, by their keys.
     """
     faults = [f"{entry['key']} ('{entry['path']}') has moved on the hub (commit {now[:12]}, was {entry['commit'][:12]})"
               for entry in settings['sources'] if entry.get('commit') and entry['key'].split('.')[-1] not in PINNED
-              and (now := _commit_now(entry, config)) not in (None, entry['commit'])]
+              and (now := _commit_now(entry, config, loaded)) not in (None, entry['commit'])]
     if faults:
         raise ValueError(f"The picture cannot be made again: {'; '.join(faults)}. Fetch that commit into a folder, and "
                          'name it in the config.')

@@ -37,8 +37,9 @@ def check_own(name: str, values: Any) -> None:
     what = 'whole number' if name == 'timesteps' else 'number'
     for i, value in enumerate(values):
         said = f'{name}[{i}]={value!r}'
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or (
-                name == 'timesteps' and value % 1):
+        # Compared, as `isfinite` takes no whole number of 400 digits.
+        if not isinstance(value, Real) or isinstance(value, bool) or not (
+                -math.inf < value < math.inf) or name == 'timesteps' and value % 1:  # type: ignore[operator]
             raise ValueError(f'{said} must be a {what}.')
         if value < 0:
             raise ValueError(f'{said} must not be below 0.')

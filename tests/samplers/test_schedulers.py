@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from parity import PROMPTS, SOLVERS, images, picture_batch
+from parity import PROMPTS, SOLVERS, images, picture_batch, set_scheduler
 from torch import Tensor
 
 from diffengine_sdxl import rng
@@ -115,15 +115,20 @@ def test_settings_with_which_none_can_be_made(scheduler: dict[str, Any], sentenc
         Sampler(scheduler)
 
 
-def test_the_prediction_is_the_models(model: SDXL) -> None:
-    """A scheduler that took it for another one would sample what was not trained; 'sample' is for distilled UNets."""
+def test_the_prediction_is_the_models(model: SDXL, pipeline: Any) -> None:
+    """A scheduler that took it for another one would sample what was not trained; 'sample' is for distilled UNets, and
+    bitwise stock's."""
     euler = dict(type='EulerDiscreteScheduler')
     with pytest.raises(ValueError, match="prediction_type='v_prediction' contradicts the model's, 'epsilon'"):
         Sampler({**euler, 'prediction_type': 'v_prediction'}, 2)(model, batch('text-to-image', [0]))
     with pytest.raises(ValueError, match="prediction_type='sample' contradicts"):
         Sampler({**euler, 'prediction_type': 'sample'}, 2, [dict(type='SAG')])(model, batch('text-to-image', [0]))
     for kind in ('sample', 'epsilon'):
-        Sampler({**euler, 'prediction_type': kind}, 2)(model, batch('text-to-image', [0]))
+        ours = Sampler({**euler, 'prediction_type': kind}, 2)(model, batch('text-to-image', [1]))
+        set_scheduler(pipeline, 'EulerDiscreteScheduler', prediction_type=kind)
+        theirs = pipeline(TEXTS[1], height=SIZE[0], width=SIZE[1], num_inference_steps=2, output_type='latent',
+                          generator=torch.Generator().manual_seed(SEEDS[1])).images
+        assert torch.equal(ours, theirs)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +149,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     (dict(num_inference_steps=2.5), 'num_inference_steps=2.5 must be'), (dict(strength='a'), "strength='a' must be"),
     (dict(timesteps=900), 'timesteps=900 must be a list'), (dict(timesteps=[]), r'timesteps=\[\] must be a list'),
     (dict(timesteps=[900, 3.5]), r'timesteps\[1\]=3.5 must be a whole number'),
+    (dict(timesteps=[10 ** 400, 3.5]), r'timesteps\[1\]=3.5 must be'),
     (dict(timesteps=[900, 'x']), r"timesteps\[1\]='x' must be a whole number"),
     (dict(timesteps=[900, True]), r'timesteps\[1\]=True must be a whole number'),
     (dict(timesteps=[900, 901, 3]), r'timesteps\[1\]=901 must be below the one before it, 900'),

@@ -1,7 +1,7 @@
 """What a picture is made of, told apart: the SHA-256 of files, folders and things in memory.
 
 Digests of large files are kept between starts in the user's cache folder, ~/.cache/diffengine_sdxl/digests.json, with
-size, times and inode of the file; deleting it costs no more than reading the files once again.
+size, times, inode and disk of the file; deleting it costs no more than reading the files once again.
 """
 
 from __future__ import annotations

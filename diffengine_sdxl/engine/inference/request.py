@@ -11,6 +11,7 @@ from typing import Any
 
 from diffengine_sdxl.models.weighting import SYNTAXES
 from diffengine_sdxl.registry import nearest
+from diffengine_sdxl.samplers.solver import check_own
 from diffengine_sdxl.structures import checked_window
 
 TEXTS = ('prompt', 'prompt_2', 'negative_prompt', 'negative_prompt_2')
@@ -250,9 +251,8 @@ def _as_it_should_be(key: str, value: Any) -> Any:
                *SCORES):
         return _number(key, value)
     if key in ('timesteps', 'sigmas'):
-        if not isinstance(value, list | tuple) or not value:
-            raise ValueError(f'{key}={value!r} must be a list of numbers.')
-        return tuple(_number(key, v) if key == 'sigmas' else _whole(key, v) for v in value)
+        check_own(key, value)
+        return tuple(map(float if key == 'sigmas' else int, value))
     if key in ('conditions', 'scales', 'windows', 'refiner'):
         if not isinstance(value, Mapping):
             what = 'its own settings' if key == 'refiner' else 'adapter name -> value'

@@ -128,7 +128,7 @@ def bad(here: Here) -> dict[str, tuple[list[Any], str]]:
                        "Adapter 'depth' (T2IAdapter) reads a picture, and there is none"),
         'image prompt': (['depth.py', '--condition', f'depth={image}'], "Adapter 'look' (IPAdapter) reads a picture"),
         'sigmas': (['pndm.py', '--set', 'sigmas=[9,2]'], 'PNDMScheduler takes no sigmas of your own'),
-        'timesteps': (['c.py', '--set', 'timesteps=[9,2]', 'sigmas=[2]'], 'Give timesteps or sigmas, not both'),
+        'timesteps': (['c.py', '--set', 'timesteps=[9,2]', 'sigmas=[2,0]'], 'Give timesteps or sigmas, not both'),
         'wrong base': (['other.py', '--adapter', f'style={style}'], 'style'),
         'no adapter': (['c.py', '--condition', f'depht={image}'], "no adapter 'depht' to give images to"),
         'misspelt': (['depth.py', '--condition', f'dept={image}'], "no adapter 'dept' to give images to. Did you mean "

@@ -354,7 +354,7 @@ def test_a_later_way_to_say_the_steps_wins() -> None:
     assert Request.of(dict(num_inference_steps=9), dict(sigmas=[2.0, 0.5])).num_inference_steps is None
     assert Request.of(dict(timesteps=[900]), dict(num_inference_steps=9, timesteps=None)).timesteps is None
     with pytest.raises(ValueError, match='timesteps or sigmas, not both'):
-        Request.of(dict(timesteps=[3], sigmas=[1.0]))
+        Request.of(dict(timesteps=[3], sigmas=[1.0, 0.0]))
 
 
 def test_a_shared_text_encoder_is_each_models_own(refined: Refined, tiny_base: Path, tmp_path: Path) -> None:

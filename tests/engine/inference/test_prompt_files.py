@@ -147,7 +147,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_a_row_is_checked_with_what_the_command_line_asks(folder: Path) -> None:
-    path = write(folder / 'p.jsonl', '{"mask_image": "a.png"}\n{"timesteps": [9], "sigmas": [1.0]}')
+    path = write(folder / 'p.jsonl', '{"mask_image": "a.png"}\n{"timesteps": [9], "sigmas": [1.0, 0.0]}')
     assert broken(read_prompts(path)).keys() == {1, 2}
     assert broken(read_prompts(path, {'image': 'anything.png'})).keys() == {2}
 
@@ -155,7 +155,7 @@ def test_a_row_is_checked_with_what_the_command_line_asks(folder: Path) -> None:
 def test_a_row_may_say_its_steps_otherwise_than_the_command_line(folder: Path) -> None:
     """Number, timesteps and sigmas are three ways to say one thing; the row's takes the place of the line's."""
     path = write(folder / 'p.jsonl', '{"timesteps": [9]}')
-    asked = {'num_inference_steps': 4, 'sigmas': [1.0]}
+    asked = {'num_inference_steps': 4, 'sigmas': [1.0, 0.0]}
     row, = read_prompts(path, asked)
     request = Request.of(asked, row.settings)
     assert (request.timesteps, request.sigmas, request.num_inference_steps) == ((9,), None, None)

@@ -8,6 +8,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+from other_kernels import OtherKernels
 from parity import stock
 
 from diffengine_sdxl.models.sdxl import SDXL
@@ -38,6 +39,15 @@ def model(tiny_base: Path) -> Any:
 def pipeline(tiny_base: Path) -> Any:
     """And as stock's pipeline."""
     return stock(tiny_base)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--other-kernels', action='store_true', help='compute as in tests/other_kernels.py')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption('--other-kernels'):
+        OtherKernels().__enter__()  # for good: what fixtures compute belongs to it
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

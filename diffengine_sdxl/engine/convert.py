@@ -264,8 +264,9 @@ def _prediction(model: Any, name: str) -> Tensor:
     batch = prompt_batch(model, [prompt], pictures, (side, side), [0])
     x = torch.randn(1, model.unet.config.in_channels, *[side // model.vae_factor] * 2,
                     generator=rng.generator('convert', 'noise')).to(model.unet_weight.device)
-    prediction: Tensor = model.predict(x, torch.tensor(500, device=x.device), model.encode(batch, project=True),
-                                       torch.zeros(1, 2))
+    with model.frozen():
+        prediction: Tensor = model.predict(x, torch.tensor(500, device=x.device), model.encode(batch, project=True),
+                                           torch.zeros(1, 2))
     return prediction.double().cpu()
 
 

@@ -71,7 +71,7 @@ class Latents:
         """
         factor, statistics = self.vae.config.scaling_factor, self._statistics(latents)
         unscaled = latents / factor if statistics is None else latents * statistics[1] / factor + statistics[0]
-        with self._safe_vae() as vae:
+        with self.frozen(), self._safe_vae() as vae:
             images = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
         if not torch.isfinite(images).all():
             if self.vae.dtype not in (torch.float16, torch.bfloat16):

@@ -41,7 +41,7 @@ def to_diffusers(model: Any, task: str | None = None) -> Any:
 
     Its modules are copies around the model's own weights: they take no memory, and nothing that one does with the
     pipeline (load and fuse LoRAs, set scales and attention processors, `to`, offload) shows in `model`. What trains the
-    model's weights trains the pipeline's, and the other way round.
+    model's weights trains the pipeline's, which are frozen.
 
     What diffusers takes with every call is not in the pipeline: inputs, steps, classifier-free guidance (it has no
     other here), and, as `pipeline.call_arguments`, the scales and windows of T2I-Adapters and ControlNets:
@@ -186,9 +186,10 @@ class Stock:
         """Another module around the same weights, in evaluation mode; in `dtype` they are copies if they differ."""
         for tensor in (*module.parameters(), *module.buffers()):
             if id(tensor) not in self._memo:
-                # Another Parameter of the same data: `to` and `requires_grad_` change the Parameter itself.
+                # Another Parameter of the same data: `to` and `requires_grad_` change the Parameter itself. Frozen, as
+                # the sampler's weights are (`predictions.frozen`).
                 same = tensor.detach()
-                self._memo[id(tensor)] = nn.Parameter(same, tensor.requires_grad) if isinstance(
+                self._memo[id(tensor)] = nn.Parameter(same, requires_grad=False) if isinstance(
                     tensor, nn.Parameter) else same
         new = copy.deepcopy(module, self._memo).eval()
         for inner in new.modules():

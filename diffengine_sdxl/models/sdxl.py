@@ -18,7 +18,7 @@ from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
 from diffengine_sdxl.models.describe import table
 from diffengine_sdxl.models.latents import Latents
 from diffengine_sdxl.models.pipeline import to_diffusers
-from diffengine_sdxl.models.predictions import VARIANTS, predictions, without_adapters
+from diffengine_sdxl.models.predictions import VARIANTS, frozen, predictions, without_adapters
 from diffengine_sdxl.models.prompts import Prompts
 from diffengine_sdxl.models.text import ENCODERS
 from diffengine_sdxl.registry import ADAPTERS, MODELS, OBJECTIVES, SAMPLERS
@@ -243,6 +243,10 @@ class SDXL(Latents, Prompts, BaseModel):
     def without_adapters(self) -> AbstractContextManager[None]:
         """Inside, the outputs are bitwise those of a model built without adapters. For pictures, not for training."""
         return without_adapters(self)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Inside, no weight requires gradients, so that the outputs are bitwise those of a model that does not train."""
+        return frozen(self)
 
     def train(self, mode: bool = True) -> SDXL:
         """Training mode for what trains; frozen parts stay in evaluation mode."""

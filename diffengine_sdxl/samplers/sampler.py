@@ -119,6 +119,9 @@ class Sampler:
                  generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Latents [B, 4, h, w], fp32 (fp64 for an fp64 model), of the pictures that `batch` asks for.
 
+        The model's weights are frozen for the length of the call, so that a model that trains samples what its export
+        does.
+
         Args:
             model: an SDXL. batch: its `size` (H, W), else the size of its images or conditions, is the pictures';
                 its `start` what to begin with.
@@ -132,6 +135,12 @@ class Sampler:
         generators = list(generators or [torch.Generator().manual_seed(int(seed)) for seed in batch.seed])
         if len(generators) != len(batch):
             raise ValueError(f'There are {len(generators)} generator(s) for {len(batch)} pictures; give each its own.')
+        with model.frozen():
+            return self._sampled(model, batch, on_step, generators)
+
+    def _sampled(self, model: Any, batch: Batch, on_step: Callable[[int, int], None] | None,
+                 generators: list[torch.Generator]) -> Tensor:
+        """The loop over the scheduler's timesteps."""
         scheduler, way, x, repaint = self._prepared(model, batch, generators)
         options = schedulers.step_options(scheduler, self.eta, generators)
         parts = [((way.first + i) / way.total, (way.first + i + 1) / way.total) for i in range(len(way.timesteps))]

@@ -81,11 +81,11 @@ def tiny_image_encoder(projection: int = 24, image_size: int = 64) -> Any:
 
 
 def write_tiny_image_encoder(folder: str | Path, seed: int = 0, projection: int = 24, image_size: int = 64) -> Path:
-    """Write an image encoder and the settings of its CLIPImageProcessor. The same arguments give the same bytes."""
-    from transformers import CLIPImageProcessor
+    """Write an image encoder and the settings of its CLIPImageProcessorPil. The same arguments give the same bytes."""
+    from transformers import CLIPImageProcessorPil
     with rng.fork(seed, 'tiny image encoder'):
         tiny_image_encoder(projection, image_size).save_pretrained(str(folder))
-    CLIPImageProcessor(size={'shortest_edge': image_size}, crop_size={'height': image_size, 'width': image_size}
+    CLIPImageProcessorPil(size={'shortest_edge': image_size}, crop_size={'height': image_size, 'width': image_size}
                        ).save_pretrained(str(folder))
     return Path(folder)
 

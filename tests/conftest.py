@@ -1,4 +1,7 @@
-"""What many tests share: a tiny SDXL and a folder of circles, written once a session; one thread."""
+"""What many tests share: a tiny SDXL and a folder of circles, written once a session; one thread, unless told other.
+
+OMP_NUM_THREADS sets the threads, OTHER_KERNELS=1 computes as in `other_kernels.py`; `make parity` uses both.
+"""
 
 import os
 from pathlib import Path
@@ -8,13 +11,14 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+from bitwise import claims
 from other_kernels import OtherKernels
 from parity import stock
 
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_circles, write_tiny_sdxl
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
 @pytest.fixture(scope='session')
@@ -42,12 +46,20 @@ def pipeline(tiny_base: Path) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption('--other-kernels', action='store_true', help='compute as in tests/other_kernels.py')
+    parser.addoption('--bitwise', action='store_true', help='only tests that claim bitwise equality')
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption('--other-kernels'):
+def pytest_configure() -> None:
+    if os.environ.get('OTHER_KERNELS') == '1':
         OtherKernels().__enter__()  # for good: what fixtures compute belongs to it
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what makes no claim, where `--bitwise` asks for that."""
+    if config.getoption('--bitwise'):
+        kept = [item for item in items if claims(item.path, getattr(item, 'originalname', item.name))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

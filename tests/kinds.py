@@ -97,17 +97,19 @@ def stock_peft(base: Path, folder: Path, batch: Batch) -> Tensor:
 
 def stock_ip_adapter(base: Path, folder: Path, batch: Batch) -> Tensor:
     """`load_ip_adapter`, and the embeddings by transformers' own encoder."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     source = base.parent / 'image_encoder'
     encoder = CLIPVisionModelWithProjection.from_pretrained(source).requires_grad_(False)
-    settings = CLIPImageProcessor.from_pretrained(source)
+    settings = CLIPImageProcessorPil.from_pretrained(source)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.image_mean, settings.image_std))
     pixels = (batch.conditions['reference'] - mean) / std
     pipeline = stock(base)
     pipeline.load_ip_adapter(str(folder), subfolder='', weight_name='ip_adapter.safetensors', image_encoder_folder=None)
     if 'Plus' in type(pipeline.unet.encoder_hid_proj.image_projection_layers[0]).__name__:
+        # As `encode_image` of the pipeline sees nothing: once for a prompt, which has one picture here.
         embeds, null = (encoder(p, output_hidden_states=True).hidden_states[-2]
-                        for p in (pixels, torch.zeros_like(pixels)))
+                        for p in (pixels, torch.zeros_like(pixels[:1])))
+        null = null.expand_as(embeds)
     else:
         embeds = encoder(pixels).image_embeds
         null = torch.zeros_like(embeds)

@@ -114,13 +114,15 @@ def load_adapters(pipeline: Any, model: SDXL, folder: Path) -> None:
 
 def image_embeds(encoder: Path, pixels: Tensor, plus: bool) -> tuple[Tensor, Tensor]:
     """Of no picture, and of pictures [B, 3, S, S] in [0, 1], by transformers' own encoder: [B, 1, (T,) E]."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     net = CLIPVisionModelWithProjection.from_pretrained(encoder).requires_grad_(False)
-    settings = CLIPImageProcessor.from_pretrained(encoder)
+    settings = CLIPImageProcessorPil.from_pretrained(encoder)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (settings.image_mean, settings.image_std))
     pixels = (pixels - mean) / std
     if plus:
-        null, own = (net(p, output_hidden_states=True).hidden_states[-2] for p in (torch.zeros_like(pixels), pixels))
+        null, own = (net(p, output_hidden_states=True).hidden_states[-2]
+                     for p in (torch.zeros_like(pixels[:1]), pixels))
+        null = null.expand_as(own)
     else:
         own = net(pixels).image_embeds
         null = torch.zeros_like(own)

@@ -68,13 +68,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
     folder = tmp_path_factory.mktemp('depth')
     DPTForDepthEstimation(DPTConfig(
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
         backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
         reassemble_factors=[4, 2, 1, 0.5], is_hybrid=False)).save_pretrained(folder)
-    DPTImageProcessor(size={'height': 32, 'width': 32}).save_pretrained(folder)
+    DPTImageProcessorPil(size={'height': 32, 'width': 32}).save_pretrained(folder)
     return folder
 
 

@@ -371,7 +371,7 @@ def small_call(cls: str, call: Mapping[str, Any], world: World) -> dict[str, Any
 
 def equipped(pipeline: Any, guide: Guide, world: World) -> Any:
     """The pipeline with a guide's scheduler, LoRAs and IP-Adapter."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     settings = dict(guide.solver)
     pipeline.scheduler = getattr(diffusers, settings.pop('type')).from_config(pipeline.scheduler.config, **settings)
     loras = sorted(name for name in guide.adapters if EXPORTS[name].startswith('lora'))
@@ -385,7 +385,7 @@ def equipped(pipeline: Any, guide: Guide, world: World) -> Any:
         pipeline.set_ip_adapter_scale(guide.adapters['ip'][1])
         encoder = CLIPVisionModelWithProjection.from_pretrained(world.folder / 'encoder')
         pipeline.register_modules(image_encoder=encoder.requires_grad_(False),
-                                  feature_extractor=CLIPImageProcessor.from_pretrained(world.folder / 'encoder'))
+                                  feature_extractor=CLIPImageProcessorPil.from_pretrained(world.folder / 'encoder'))
     for part in ('unet', 'text_encoder', 'text_encoder_2'):
         if getattr(pipeline, part) is not None:
             getattr(pipeline, part).requires_grad_(False)

@@ -133,7 +133,7 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
             'image_encoder' are taken; the VAE is in `folder` already.
     """
     import torch
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
     from diffengine_sdxl.engine.export import git_commit
     from diffengine_sdxl.models import loading
@@ -147,7 +147,7 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
         source = runs['image_encoder'] / 'image_encoder'
         CLIPVisionModelWithProjection.from_pretrained(source).to(torch.float16).save_pretrained(
             str(folder / 'image_encoder'))
-        CLIPImageProcessor.from_pretrained(source).save_pretrained(str(folder / 'feature_extractor'))
+        CLIPImageProcessorPil.from_pretrained(source).save_pretrained(str(folder / 'feature_extractor'))
         index.update(image_encoder=['transformers', 'CLIPVisionModelWithProjection'],
                      feature_extractor=['transformers', 'CLIPImageProcessor'])
     (folder / 'model_index.json').write_text(json.dumps(dict(sorted(index.items())), indent=2) + '\n')

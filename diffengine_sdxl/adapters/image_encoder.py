@@ -83,10 +83,10 @@ class ImageEncoder(Adapter):
 
     def save(self, folder: str | Path) -> None:
         """Write transformers' folder, with the settings of the image processor that prepares its input."""
-        from transformers import CLIPImageProcessor
+        from transformers import CLIPImageProcessorPil
         size = self.net.config.image_size
         self.net.save_pretrained(str(folder))
-        CLIPImageProcessor(size={'shortest_edge': size}, crop_size={'height': size, 'width': size}, image_mean=MEAN,
+        CLIPImageProcessorPil(size={'shortest_edge': size}, crop_size={'height': size, 'width': size}, image_mean=MEAN,
                            image_std=STD).save_pretrained(str(folder))
 
     def load(self, source: str | Path) -> None:

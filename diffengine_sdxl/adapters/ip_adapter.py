@@ -177,7 +177,8 @@ class IPAdapter(Adapter):
 
     def null(self, tensors: Tensors) -> Tensors:
         """No picture; a mask stays, as in diffusers."""
-        return {**tensors, 'embeds': self.encoder.null(self.plus).expand_as(tensors['embeds'])}
+        embeds = tensors['embeds']
+        return {**tensors, 'embeds': self.encoder.null(self.plus, embeds.shape[1]).expand_as(embeds)}
 
     def project(self, tensors: Tensors) -> Tensors:
         """Embeddings to tokens [B, n, T, D]."""

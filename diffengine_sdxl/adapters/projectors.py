@@ -107,7 +107,7 @@ class PictureEncoder(nn.Module):
         self.net, self.preparation, self.source = net.eval().requires_grad_(False), preparation, source
         #: The adapters that read through it.
         self.users: list[str] = []
-        self._null: Tensor | None = None
+        self._null: dict[int, Tensor] = {}
 
     def width(self, hidden: bool) -> int:
         """E, of hidden states or of embeddings."""
@@ -140,18 +140,20 @@ class PictureEncoder(nn.Module):
                                 "pooled embedding; take variant='plus', which reads its hidden states."))
         return found
 
-    def null(self, hidden: bool) -> Tensor:
-        """What stands for no picture, [1, E] or [1, T, E]: a zero embedding, or hidden states of zero pixels.
+    def null(self, hidden: bool, num_images: int = 1) -> Tensor:
+        """What stands for no picture, [1, E] or [num_images, T, E]: a zero embedding, or hidden states of zero pixels.
 
-        Zero after normalisation, so a gray picture, as in diffusers. Computed once: the encoder is frozen.
+        Zero after normalisation, so a gray picture, as in diffusers. Computed once: the encoder is frozen. As stock's
+        `encode_image`, for all pictures of a prompt at once, since kernels go by batch size.
         """
         options: dict[str, Any] = {'dtype': self.net.dtype, 'device': self.net.device}
         if not hidden:
             return torch.zeros(1, self.width(False), **options)
-        if self._null is None or (self._null.dtype, self._null.device) != (self.net.dtype, self.net.device):
+        known = self._null.get(num_images)
+        if known is None or (known.dtype, known.device) != (self.net.dtype, self.net.device):
             side = self.preparation.size
-            self._null = self.embed(torch.zeros(1, 3, side, side, **options), True)
-        return self._null
+            known = self._null[num_images] = self.embed(torch.zeros(num_images, 3, side, side, **options), True)
+        return known
 
 
 def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> PictureEncoder:

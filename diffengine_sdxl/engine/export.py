@@ -173,9 +173,11 @@ def manifest(runner: Any, step: int, contents: list[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those that determine its numbers."""
-    names = ('torch', 'diffusers', 'transformers', 'peft', 'mmengine', 'datasets')
-    return {'diffengine_sdxl': __version__, **{n: importlib.metadata.version(n) for n in names}}
+    """Of this package and of those that determine its numbers; torch's with its build, such as '2.14.1+cu130'."""
+    # torch's metadata leave out the build where it comes from PyPI.
+    names = ('diffusers', 'transformers', 'peft', 'mmengine', 'datasets')
+    return {'diffengine_sdxl': __version__, 'torch': torch.__version__,
+            **{n: importlib.metadata.version(n) for n in names}}
 
 
 def git_commit() -> str | None:

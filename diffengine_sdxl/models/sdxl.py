@@ -245,7 +245,7 @@ class SDXL(Latents, Prompts, BaseModel):
         return without_adapters(self)
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Inside, no weight requires gradients, so that the outputs are bitwise those of a model that does not train."""
+        """Inside, no weight requires gradients, and the outputs are bitwise those of a model that does not train."""
         return frozen(self)
 
     def train(self, mode: bool = True) -> SDXL:

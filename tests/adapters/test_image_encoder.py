@@ -12,7 +12,7 @@ from parity import assert_same, make_batch, picture_batch, sampler, t2i
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Batch
@@ -62,7 +62,7 @@ def test_what_is_saved_is_transformers_own(tiny_base: Path, tmp_path: Path) -> N
     encoder(model).save(tmp_path / 'e')
     theirs, info = CLIPVisionModelWithProjection.from_pretrained(tmp_path / 'e', output_loading_info=True)
     assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
-    processor, images = CLIPImageProcessor.from_pretrained(tmp_path / 'e'), pictures(3, (32, 32))
+    processor, images = CLIPImageProcessorPil.from_pretrained(tmp_path / 'e'), pictures(3, (32, 32))
     batch = batch_of(images)
     assert torch.equal(theirs(prepared(model, batch)).image_embeds, encoder(model).embed(batch))
     pixels = processor(images, return_tensors='pt').pixel_values
@@ -79,7 +79,7 @@ def test_other_sizes_are_scaled_and_cut_as_transformers_does(tiny_base: Path, tm
     """Within the rounding of PIL's bicubic filter to 8 bits."""
     model, images = build(tiny_base), pictures(2, size)
     encoder(model).save(tmp_path / 'e')
-    expected = CLIPImageProcessor.from_pretrained(tmp_path / 'e')(images, return_tensors='pt').pixel_values
+    expected = CLIPImageProcessorPil.from_pretrained(tmp_path / 'e')(images, return_tensors='pt').pixel_values
     found = prepared(model, batch_of(images))
     assert found.shape == expected.shape
     gray_levels = (found - expected).abs() * torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1) * 255

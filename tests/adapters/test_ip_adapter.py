@@ -69,7 +69,10 @@ def with_stock(base: Path, model: SDXL, folder: Path, scale: Any = None,
         net = CLIPVisionModelWithProjection.from_pretrained(adapter.encoder_source[0]).requires_grad_(False)
         flat = ((pixels - mean) / std).flatten(0, 1)
         if adapter.variant == 'plus':
-            found = [net(x, output_hidden_states=True).hidden_states[-2] for x in (torch.zeros_like(flat), flat)]
+            # Nothing is seen once, for all pictures of a prompt, as by `encode_image` of the pipeline.
+            null, own = (net(x, output_hidden_states=True).hidden_states[-2] for x in (
+                torch.zeros_like(flat[:pixels.shape[1]]), flat))
+            found = [null.repeat(len(pixels), 1, 1), own]
         else:
             found = [torch.zeros_like(net(flat).image_embeds), net(flat).image_embeds]
         embeds.append(torch.cat([x.unflatten(0, pixels.shape[:2]) for x in found]))
@@ -126,14 +129,15 @@ def test_several_adapters_and_masks_are_bitwise_stocks(base: Path, encoder: Path
 def test_a_persons_pictures_are_read_as_stock_reads_them(
         base: Path, encoder: Path, tmp_path: Path, variant: str, num_images: int) -> None:
     """From PIL, of other proportions than the encoder's, through stock's own image encoder and image processor."""
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     model = build(base, dict(a=ip(encoder, variant=variant)))
     model.adapters['a'].save(tmp_path / 'a')
     shown = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (90 + 30 * i, 70, 3), dtype=np.uint8))
              for i in range(num_images)]
     read = model.adapters['a'].read_image(shown if num_images > 1 else shown[0], (64, 64))
     got = sampler(steps=3)(model, picture_batch(PROMPTS[:1], SEEDS[:1], conditions={'reference': read[None]}))
-    pipeline = stock(base, image_encoder=CLIPVisionModelWithProjection.from_pretrained(encoder).requires_grad_(False))
+    pipeline = stock(base, image_encoder=CLIPVisionModelWithProjection.from_pretrained(encoder).requires_grad_(False),
+                     feature_extractor=CLIPImageProcessorPil.from_pretrained(encoder))
     pipeline.load_ip_adapter(tmp_path, subfolder='a', weight_name='ip_adapter.safetensors')
     pipeline.unet.requires_grad_(False)
     expected = pipeline(PROMPTS[:1], height=64, width=64, num_inference_steps=3, generator=generators(SEEDS[:1]),

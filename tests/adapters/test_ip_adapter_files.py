@@ -221,8 +221,8 @@ def test_other_image_encoders(tiny_base: Path, tmp_path: Path, kind: str) -> Non
     # Read back: what is mapped from a file lies elsewhere in its cache line, which matrix products can tell.
     whole = type(whole).from_pretrained(tmp_path).requires_grad_(False)
     square = {'height': 32, 'width': 32}
-    processor = {'siglip': lambda: hf.SiglipImageProcessor(size=square),
-                 'dinov2': lambda: hf.BitImageProcessor(size={'shortest_edge': 40}, crop_size=square)}
+    processor = {'siglip': lambda: hf.SiglipImageProcessorPil(size=square),
+                 'dinov2': lambda: hf.BitImageProcessorPil(size={'shortest_edge': 40}, crop_size=square)}
     if kind in processor:
         processor[kind]().save_pretrained(tmp_path)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))

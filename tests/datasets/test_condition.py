@@ -74,21 +74,22 @@ def test_canny_is_opencvs_at_the_images_size():
 
 @pytest.fixture(scope='module')
 def dpt(tmp_path_factory):
-    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
     folder = tmp_path_factory.mktemp('dpt')
     torch.manual_seed(0)
     DPTForDepthEstimation(DPTConfig(
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
         backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
         is_hybrid=False)).save_pretrained(folder)
-    DPTImageProcessor(size={'height': 32, 'width': 32}).save_pretrained(folder)
+    DPTImageProcessorPil(size={'height': 32, 'width': 32}).save_pretrained(folder)
     return str(folder)
 
 
 def test_depth_by_a_model_that_the_user_names(dpt):
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
     image = noise(40, 30)
-    model, processor = AutoModelForDepthEstimation.from_pretrained(dpt), AutoImageProcessor.from_pretrained(dpt)
+    model = AutoModelForDepthEstimation.from_pretrained(dpt)
+    processor = AutoImageProcessor.from_pretrained(dpt, backend='pil')
     with torch.no_grad():
         depth = model(**processor(images=image, return_tensors='pt')).predicted_depth
     depth = torch.nn.functional.interpolate(depth[None], (30, 40), mode='bicubic', align_corners=False)[0, 0]

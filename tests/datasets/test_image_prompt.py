@@ -1,4 +1,4 @@
-"""Image prompts in the data: bitwise what transformers' image processors make, whatever comes after."""
+"""Image prompts in the data: bitwise what transformers' image processors on PIL make, whatever comes after."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+from transformers import BitImageProcessorPil, CLIPImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from diffengine_sdxl.adapters.image_encoder import MEAN, STD
 from diffengine_sdxl.datasets.transforms import Crop, ImagePrompt, PackInputs, Resize
@@ -22,7 +23,7 @@ def picture(width: int, height: int, seed: int = 0, mode: str = 'RGB') -> Image.
 @pytest.mark.parametrize('side', [32, 37])
 def test_pixels_are_clips_bitwise(size: tuple[int, int], side: int) -> None:
     """Enlarged and made smaller, of odd sides and all modes; normalised as the IP-Adapter does it."""
-    processor = CLIPImageProcessor(size={'shortest_edge': side}, crop_size={'height': side, 'width': side})
+    processor = CLIPImageProcessorPil(size={'shortest_edge': side}, crop_size={'height': side, 'width': side})
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     for mode in ('RGB', 'L', 'RGBA', 'P'):
         image = picture(*size, mode=mode)
@@ -38,11 +39,29 @@ def test_pixels_of_other_encoders(size: tuple[int, int]) -> None:
     square, plain = {'height': 32, 'width': 32}, dict(do_normalize=False, return_tensors='pt')
     image = picture(*size)
     for processor, options in (
-            (SiglipImageProcessor(size=square, resample=2), dict(stretch=True, resample='bilinear')),
-            (SiglipImageProcessor(size=square, resample=3), dict(stretch=True)),
-            (BitImageProcessor(size={'shortest_edge': 40}, crop_size=square, resample=1),
+            (SiglipImageProcessorPil(size=square, resample=2), dict(stretch=True, resample='bilinear')),
+            (SiglipImageProcessorPil(size=square, resample=3), dict(stretch=True)),
+            (BitImageProcessorPil(size={'shortest_edge': 40}, crop_size=square, resample=1),
              dict(short_edge=40, resample='lanczos'))):
         assert torch.equal(clip_pixels(image, 32, **options), processor(image, **plain).pixel_values[0])
+
+
+@pytest.mark.parametrize('size', [(64, 64), (50, 91), (91, 50), (33, 32), (200, 31), (640, 480)])
+@pytest.mark.parametrize('side', [37, 224])
+def test_torchvisions_pixels_are_two_gray_levels_away_at_most(size: tuple[int, int], side: int) -> None:
+    """Stock resizes by torchvision where that is installed: torch's filter on bytes, which rounds otherwise."""
+    image = picture(*size)
+    if is_torchvision_available():
+        processor = CLIPImageProcessor(size={'shortest_edge': side}, crop_size={'height': side, 'width': side})
+        theirs = processor(image, do_normalize=False, return_tensors='pt').pixel_values[0]
+    else:  # the same arithmetic, by torch alone
+        scaled = [int(side * edge / min(size)) for edge in reversed(size)]
+        top, left = ((edge - side) // 2 for edge in scaled)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+        pixels = torch.nn.functional.interpolate(pixels, scaled, mode='bicubic', antialias=True)
+        theirs = pixels[0, :, top:top + side, left:left + side] / 255
+    levels = (theirs - clip_pixels(image, side)).abs() * 255
+    assert levels.max() < 2.5 and levels.mean() < 0.05
 
 
 def test_a_prompt_stays_whole_while_the_picture_is_cropped() -> None:

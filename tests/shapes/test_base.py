@@ -89,9 +89,9 @@ def test_its_latents_have_a_deviation_of_one(model: SDXL) -> None:
 
 def test_its_image_encoder_knows_captions_from_pictures(model: SDXL) -> None:
     """A picture's own caption among 16: the nearest for most."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     encoder = CLIPVisionModelWithProjection.from_pretrained(BASE, subfolder='image_encoder').eval()
-    processor = CLIPImageProcessor.from_pretrained(BASE, subfolder='feature_extractor')
+    processor = CLIPImageProcessorPil.from_pretrained(BASE, subfolder='feature_extractor')
     data = Shapes(length=16, split='test', conditioning=None, transforms=[])
     samples: list[dict[str, Any]] = [data[i] for i in range(16)]
     with torch.no_grad():

@@ -144,7 +144,8 @@ class Depth(ModelMap):
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
         options = {} if self.revision is None else {'revision': self.revision}
         try:
-            self._processor = AutoImageProcessor.from_pretrained(self.name, **options)
+            # Without `backend` it would resize by torchvision where that is installed, to other pixels.
+            self._processor = AutoImageProcessor.from_pretrained(self.name, backend='pil', **options)
             return AutoModelForDepthEstimation.from_pretrained(self.name, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"Depth(model='{self.name}') is no folder or hub id of a depth model that transformers "

@@ -16,10 +16,15 @@ ROUNDED = frozenset((
     '_scaled_dot_product_flash_attention_for_cpu_backward'))
 
 
+#: Of these, the products of matrices.
+PRODUCTS = frozenset(('mm', 'addmm', 'bmm', 'baddbmm'))
+
+
 class OtherKernels(TorchDispatchMode):
     """Change the last bit of about half of the numbers that an operation of ROUNDED gives.
 
-    Which numbers depends on the operation, and on shape, layout and dtype of its inputs: as a kernel does. So two
+    A product of matrices that fp32 holds exactly stays as it is, for it is so on every processor. Which numbers change
+    depends on the operation, and on shape, layout and dtype of its inputs: as a kernel does. So two
     computations are bitwise equal inside only if they call the same kernels; on a real processor they may also be equal
     by chance, as torch's `mm` and `bmm` are on all without AVX-512.
     """
@@ -33,7 +38,11 @@ class OtherKernels(TorchDispatchMode):
             for i, tensor in enumerate(out if isinstance(out, tuple) else (out,)):
                 # The first is the result, the others of a forward pass are its statistics.
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and (i == 0 or 'backward' in name):
-                    tensor.mul_(_pattern(key, tensor.shape, tensor.dtype))
+                    factors = _pattern(key, tensor.shape, tensor.dtype)
+                    if name in PRODUCTS and tensor.dtype == torch.float32:
+                        wide = (a.double() if isinstance(a, Tensor) else a for a in args)
+                        factors = factors.where(func(*wide, **(kwargs or {})) != tensor, 1.0)
+                    tensor.mul_(factors)
         return out
 
 

@@ -39,9 +39,9 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def theirs(folder: Path, frozen: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    """diffusers' own; torch chooses other kernels for weights that require gradients."""
-    return ControlNetModel.from_pretrained(folder, torch_dtype=dtype).requires_grad_(not frozen)
+def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """diffusers' own, frozen; torch chooses other kernels for weights that require gradients."""
+    return ControlNetModel.from_pretrained(folder, torch_dtype=dtype).requires_grad_(False)
 
 
 def ours(base: Path, folder: Path, trainable: bool = False, **settings: Any) -> SDXL:
@@ -66,8 +66,9 @@ def pictures(pipeline: Any, batch: Batch, steps: int = 3, **settings: Any) -> to
 
 @pytest.mark.parametrize('trainable', [False, True])
 def test_latents_are_bitwise_stocks(tiny_base: Path, folder: Path, trainable: bool) -> None:
-    """One prompt and two, with and without guidance, other sizes, negative prompts; scales; and windows."""
-    pipeline = stock(tiny_base, 'StableDiffusionXLControlNetPipeline', controlnet=theirs(folder / 'a', not trainable))
+    """One prompt and two, with and without guidance, other sizes, negative prompts; scales; and windows. Also where it
+    trains: sampling freezes it."""
+    pipeline = stock(tiny_base, 'StableDiffusionXLControlNetPipeline', controlnet=theirs(folder / 'a'))
     model = ours(tiny_base, folder, trainable)
     adapter = model.adapters['a']
     for num, size, guidance, scale in ((1, (64, 64), 5.0, 0.7), (2, (64, 64), 5.0, 1.0), (2, (64, 64), 5.0, -0.5),
@@ -128,7 +129,7 @@ def test_gradients_in_fp64(tiny_base: Path, folder: Path, window: tuple[float, f
     progress = (1 - t / 1000).unsqueeze(1).expand(2, 2)
     (model.predict(x, t, told, progress) - target).square().mean().backward()
     got = {n: p.grad for n, p in model.adapters['a'].net.named_parameters()}
-    net = theirs(folder / 'a', frozen=False, dtype=torch.float64)
+    net = theirs(folder / 'a', dtype=torch.float64).requires_grad_(True)
     unet = UNet2DConditionModel.from_pretrained(tiny_base / 'unet', torch_dtype=torch.float64)
     added = {'text_embeds': told.pooled, 'time_ids': told.time_ids}
     down, mid = net(x, t, told.text, batch.conditions['conditioning_image'].double(), added_cond_kwargs=added,

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Random crops, dropped captions, three micro-batches: all that could tell the ranks apart.
 RANDOM = [dict(type='Resize', size=40), dict(type='Crop', size='$resolution', mode='random'),
           dict(type='CaptionDrop', prob=0.5), dict(type='ComputeTimeIds'), dict(type='PackInputs')]
-CASES = {'float64': {'model.dtype': 'float64', 'optim_wrapper.accumulative_counts': 3},
+CASES = {'float64': {'model.dtype': 'float64', 'optim_wrapper.accumulative_counts': 3,
+                     # One process samples, with weights that are frozen meanwhile, and DDP must not feel it.
+                     'default_hooks.samples': dict(type='SampleHook', interval=1, at_start=True, num_from_dataset=1,
+                                                   num_images=1, size=32)},
          'float32': {}, 'ema': {'custom_hooks': [dict(type='EMAHook', decay=0.5)], 'train_dataloader.num_workers': 1}}
 
 

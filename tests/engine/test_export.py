@@ -88,6 +88,7 @@ def test_a_full_fine_tune(tmp_path: Path, tiny: dict[str, Any], tiny_base: Path)
     folder = tmp_path / 'whole' / 'step4' / 'pipeline'
     stock = StableDiffusionXLPipeline.from_pretrained(str(folder))
     stock.set_progress_bar_config(disable=True)
+    stock.unet.requires_grad_(False)  # as sampling does; see parity.stock
     base = StableDiffusionXLPipeline.from_pretrained(str(tiny_base))
     trained = dict(stock.unet.named_parameters())
     assert all(torch.equal(trained[k.removeprefix('unet.')], v) for k, v in weights(tmp_path / 'whole', 4).items())

@@ -95,7 +95,7 @@ def test_stopped_by_hand(here: Here) -> None:
     """Ctrl-C: a page of what is there, the broken rows told, no traceback, and the shell's exit code."""
     def fault(seeds: list[int]) -> None:
         if seeds == [2]:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # os.kill may reach another thread, and this one later
     failing(here, fault)
     rows(*(dict(seed=seed) for seed in range(4)), dict(seed='x'))
     here.infer(here.config(), '--prompts', 'rows.jsonl', '--out', 'P', code=130)

@@ -95,10 +95,14 @@ def test_stopped_by_hand(here: Here) -> None:
     """Ctrl-C: a page of what is there, the broken rows told, no traceback, and the shell's exit code."""
     def fault(seeds: list[int]) -> None:
         if seeds == [2]:
-            signal.raise_signal(signal.SIGINT)  # os.kill may reach another thread, and this one later
+            signal.raise_signal(signal.SIGINT)
     failing(here, fault)
     rows(*(dict(seed=seed) for seed in range(4)), dict(seed='x'))
-    here.infer(here.config(), '--prompts', 'rows.jsonl', '--out', 'P', code=130)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        here.infer(here.config(), '--prompts', 'rows.jsonl', '--out', 'P', code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert {p.name for p in Path('P').iterdir()} == {'00000-seed0-a-frog.png', '00001-seed1-a-frog.png', *MADE}
     assert "2 made: 'P/index.html' shows them." in here.said and 'line 5' in here.told
 

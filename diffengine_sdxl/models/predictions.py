@@ -15,18 +15,15 @@ BASE, ADAPTED = VARIANTS = ('base', 'adapted')
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no weight of `model` requires gradients; afterwards those that did require them again.
+def frozen(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, none of `weights` requires gradients; afterwards those that did require them again.
 
     torch.matmul folds a batch of matrices into one where the weight requires gradients, also under `no_grad`
     (`should_fold` in ATen/native/LinearAlgebra.cpp): another kernel, and on some processors other last bits. An export
     is loaded frozen, so sampling while training must be frozen too. Only the flags change: the Parameters, their
     gradients and the hooks that DDP and optimizers hold stay as they are.
-
-    Args:
-        model: an SDXL, or any module.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in weights if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:

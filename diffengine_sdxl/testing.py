@@ -86,7 +86,7 @@ def write_tiny_image_encoder(folder: str | Path, seed: int = 0, projection: int 
     with rng.fork(seed, 'tiny image encoder'):
         tiny_image_encoder(projection, image_size).save_pretrained(str(folder))
     CLIPImageProcessorPil(size={'shortest_edge': image_size}, crop_size={'height': image_size, 'width': image_size}
-                       ).save_pretrained(str(folder))
+                          ).save_pretrained(str(folder))
     return Path(folder)
 
 

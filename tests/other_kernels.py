@@ -37,7 +37,8 @@ class OtherKernels(TorchDispatchMode):
             key = zlib.crc32(repr((name, [_layout(a) for a in args if isinstance(a, Tensor)])).encode())
             for i, tensor in enumerate(out if isinstance(out, tuple) else (out,)):
                 # The first is the result, the others of a forward pass are its statistics.
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and (i == 0 or 'backward' in name):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta and (
+                        i == 0 or 'backward' in name):
                     factors = _pattern(key, tensor.shape, tensor.dtype)
                     if name in PRODUCTS and tensor.dtype == torch.float32:
                         wide = (a.double() if isinstance(a, Tensor) else a for a in args)

@@ -87,7 +87,7 @@ class ImageEncoder(Adapter):
         size = self.net.config.image_size
         self.net.save_pretrained(str(folder))
         CLIPImageProcessorPil(size={'shortest_edge': size}, crop_size={'height': size, 'width': size}, image_mean=MEAN,
-                           image_std=STD).save_pretrained(str(folder))
+                              image_std=STD).save_pretrained(str(folder))
 
     def load(self, source: str | Path) -> None:
         """Read transformers' folder, in place.

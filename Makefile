@@ -1,7 +1,7 @@
 # make demo   installs into .venv and runs the main job on a tiny SDXL; its last line names the picture
 # make test   installs into .venv and runs ruff, mypy and pytest; its last line is pytest's
 # make lint   ruff and mypy only
-# make parity the tests that claim bitwise equality, with other kernels and numbers of threads; two hours on two cores
+# make parity the tests that claim bitwise equality, with other kernels and numbers of threads; some hours
 # make newest make test in .venv-newest, with the newest versions of all packages, and with torchvision (6 GB)
 # make clean  removes what the build and the tools left, .venv and .venv-newest
 #

@@ -49,7 +49,10 @@ def environment(folder: Path) -> Path:
     venv.create(folder, with_pip=False)
     python = folder / 'bin' / 'python'
     site = run([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], folder).strip()
-    Path(site, 'running.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    running = sysconfig.get_path('purelib')
+    Path(site, 'running.pth').write_text(f'{running}\n')
+    # mmengine imports distutils, which left Python with 3.12; setuptools has it, by a .pth file, read after the other.
+    shutil.copy(Path(running, 'distutils-precedence.pth'), Path(site, 'running_distutils.pth'))
     return python
 
 

@@ -7,6 +7,7 @@ may hold this very package: a virtual environment of the test's own comes before
 import re
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_the_sdist_holds_all_once(checkout: Path, tmp_path: Path) -> None:
         (links / 'configs').symlink_to(checkout / 'configs')
     with tarfile.open(build('sdist', checkout)) as archive:
         names = archive.getnames()
-        # Python before 3.10.12 and 3.11.4 knows no filter.
+        # Python before 3.11.4 knows no filter.
         archive.extractall(tmp_path, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
     assert not [n for n in names if '.mim' in n.split('/')]
     assert sum(n.endswith(PROBE) for n in names) == 1
@@ -103,12 +104,9 @@ def test_mim_finds_configs_and_tools(checkout: Path, wheel: Path, pythons: Path,
 
 
 def requirements() -> dict[str, Requirement]:
-    """The direct dependencies by name, from the text: Python 3.10 has no reader of TOML."""
-    text = (ROOT / 'pyproject.toml').read_text()
-    listed = re.search(r'^dependencies = \[(.*?)^\]', text, re.DOTALL | re.MULTILINE)
-    assert listed
-    found = [Requirement(r) for r in re.findall(r"^\s+'(.+)',$", listed[1], re.MULTILINE)]
-    return {r.name: r for r in found}
+    """The direct dependencies by name."""
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    return {r.name: r for r in map(Requirement, project['dependencies'])}
 
 
 def test_what_was_tested_fits_what_is_required() -> None:

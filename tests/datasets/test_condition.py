@@ -106,6 +106,8 @@ def test_depth_by_a_model_that_the_user_names(dpt):
     assert pickle.loads(pickle.dumps(transform))._model is None
     inverted = np.asarray(build('Depth', model=dpt, invert=True)(sample(img=image))['conditioning_image'])
     assert np.abs(255 - out.astype(int) - inverted).max() <= 1
+    # Also where torchvision is installed, by which transformers would read by default.
+    assert transform._processor.backend == 'pil'
     with pytest.raises(ValueError, match="Depth.model='no/such/folder'."):
         build('Depth', model='no/such/folder')(sample(img=image))
 

@@ -106,7 +106,7 @@ def stock_ip_adapter(base: Path, folder: Path, batch: Batch) -> Tensor:
     pipeline = stock(base)
     pipeline.load_ip_adapter(str(folder), subfolder='', weight_name='ip_adapter.safetensors', image_encoder_folder=None)
     if 'Plus' in type(pipeline.unet.encoder_hid_proj.image_projection_layers[0]).__name__:
-        # As `encode_image` of the pipeline sees nothing: once for a prompt, which has one picture here.
+        # The pipeline's `encode_image` encodes zero pixels once for a prompt, which has one image here.
         embeds, null = (encoder(p, output_hidden_states=True).hidden_states[-2]
                         for p in (pixels, torch.zeros_like(pixels[:1])))
         null = null.expand_as(embeds)

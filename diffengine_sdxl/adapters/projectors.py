@@ -143,8 +143,8 @@ class PictureEncoder(nn.Module):
     def null(self, hidden: bool, num_images: int = 1) -> Tensor:
         """What stands for no picture, [1, E] or [num_images, T, E]: a zero embedding, or hidden states of zero pixels.
 
-        Zero after normalisation, so a gray picture, as in diffusers. Computed once: the encoder is frozen. As stock's
-        `encode_image`, for all pictures of a prompt at once, since kernels go by batch size.
+        Zero after normalisation, so a gray image, as in diffusers. Computed once for each number of images, as the
+        encoder is frozen; in one batch, as by diffusers' `encode_image`, since kernels depend on the batch size.
         """
         options: dict[str, Any] = {'dtype': self.net.dtype, 'device': self.net.device}
         if not hidden:

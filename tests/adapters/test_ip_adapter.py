@@ -69,7 +69,7 @@ def with_stock(base: Path, model: SDXL, folder: Path, scale: Any = None,
         net = CLIPVisionModelWithProjection.from_pretrained(adapter.encoder_source[0]).requires_grad_(False)
         flat = ((pixels - mean) / std).flatten(0, 1)
         if adapter.variant == 'plus':
-            # Nothing is seen once, for all pictures of a prompt, as by `encode_image` of the pipeline.
+            # The pipeline's `encode_image` encodes zero pixels once, as many images as a prompt has.
             null, own = (net(x, output_hidden_states=True).hidden_states[-2] for x in (
                 torch.zeros_like(flat[:pixels.shape[1]]), flat))
             found = [null.repeat(len(pixels), 1, 1), own]

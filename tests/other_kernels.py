@@ -14,8 +14,6 @@ ROUNDED = frozenset((
     'native_layer_norm_backward', 'native_group_norm', 'native_group_norm_backward', 'silu', 'silu_backward', 'gelu',
     'gelu_backward', 'sigmoid', '_softmax', '_softmax_backward_data', '_scaled_dot_product_flash_attention_for_cpu',
     '_scaled_dot_product_flash_attention_for_cpu_backward'))
-
-
 #: Of these, the products of matrices.
 PRODUCTS = frozenset(('mm', 'addmm', 'bmm', 'baddbmm'))
 
@@ -23,10 +21,10 @@ PRODUCTS = frozenset(('mm', 'addmm', 'bmm', 'baddbmm'))
 class OtherKernels(TorchDispatchMode):
     """Change the last bit of about half of the numbers that an operation of ROUNDED gives.
 
-    A product of matrices that fp32 holds exactly stays as it is, for it is so on every processor. Which numbers change
-    depends on the operation, and on shape, layout and dtype of its inputs: as a kernel does. So two
-    computations are bitwise equal inside only if they call the same kernels; on a real processor they may also be equal
-    by chance, as torch's `mm` and `bmm` are on all without AVX-512.
+    Which numbers depends on the operation and on shape, layout and dtype of its inputs, as the choice of a kernel does.
+    So two computations are bitwise equal inside only if they call the same operations on inputs that lie alike; on a
+    real processor they may also be equal by chance, as `mm` and `bmm` often are. An fp32 product of matrices that is
+    exact stays as it is, for so it is on every processor.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (),

@@ -223,7 +223,8 @@ def test_a_file_that_cannot_be_read_is_named(text: str, words: str, tmp_path: Pa
 
 def test_a_dumped_config_is_the_same_config(tmp_path: Path, tiny: dict[str, Any]) -> None:
     """What a run writes into its folder can be run again, and still follows an override of `resolution`."""
-    options = {**tiny, 'model.adapters.adapter.scale': 0.5, 'optim_wrapper.optimizer.betas': (0.8, 0.9)}
+    options = {**tiny, 'model.adapters.adapter.scale': 0.5, 'optim_wrapper.optimizer.betas': (0.8, 0.9),
+               'randomness.deterministic': True}  # for a GPU
     runner = train(tmp_path / 'one', options)
     again = config.load(tmp_path / 'one' / f'{CONFIG}.py')
     assert to_plain(config.resolve(again)) == {**to_plain(config.resolve(runner.cfg))}

@@ -67,10 +67,10 @@ def test_each_picture_is_that_of_its_sample_and_seed(tmp_path: Path, tiny: dict[
     data, samples = Brightness.kept[3]
     batch = model.data_preprocessor(collate([dataset[2], dataset[3]]))['inputs']
     batch.seed = torch.tensor([3, 3])
-    expected = model.decode(model.sampler(model, batch))
+    expected = model.decode(model.sampler(model, batch)).cpu()
     assert all(torch.equal(s['images']['adapted'], e) for s, e in zip(samples, expected, strict=True))
     with model.without_adapters():
-        expected = model.decode(model.sampler(model, batch))
+        expected = model.decode(model.sampler(model, batch)).cpu()
     assert all(torch.equal(s['images']['base'], e) for s, e in zip(samples, expected, strict=True))
     assert found['base']['brightness']['num_samples'] == found['adapted']['brightness']['num_samples'] == 10
     assert numbers(tmp_path / 'metrics.json') == found

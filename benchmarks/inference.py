@@ -1,7 +1,7 @@
-"""Making pictures here and by diffusers' stock pipeline on the same tiny base, in pairs.
+"""Time inference here and with diffusers' stock pipeline on the same tiny base, in pairs.
 
 python benchmarks/inference.py loop [--pairs 20]     20 steps with guidance, encoding and decoding, in one process
-python benchmarks/inference.py start [--pairs 5]     from the command to the first picture, a process each
+python benchmarks/inference.py start [--pairs 5]     from the command to the first image, a process each
 python benchmarks/inference.py device [--size 1024]  SDXL's own sizes on a GPU: steps a second, memory (random weights)
 """
 
@@ -34,7 +34,7 @@ def base(folder: Path, **sizes: Any) -> Path:
 
 
 def pair(pairs: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[list[float], list[float]]:
-    """Seconds of both, one after the other, the order changing from pair to pair."""
+    """Time both in turn, in an order that changes from pair to pair; return the seconds of each."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(pairs):
         for which, work in sorted([(0, ours), (1, theirs)], reverse=bool(i % 2)):
@@ -44,8 +44,8 @@ def pair(pairs: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tupl
     return times
 
 
-def told(name: str, times: tuple[list[float], list[float]]) -> None:
-    """Medians, and the median of the pairs' ratios with its quartiles."""
+def print_ratio(name: str, times: tuple[list[float], list[float]]) -> None:
+    """Print medians, and the median of the pairs' ratios with its quartiles."""
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     print(f'{name}: ours {statistics.median(times[0]):.3f} s, stock {statistics.median(times[1]):.3f} s, ratio '
@@ -53,7 +53,7 @@ def told(name: str, times: tuple[list[float], list[float]]) -> None:
 
 
 def loop(pairs: int) -> None:
-    """A picture of 20 steps; the same picture, which is checked."""
+    """Time an image of 20 steps; check that both make the same one."""
     import numpy as np
     import torch
     from diffusers import StableDiffusionXLPipeline
@@ -75,12 +75,12 @@ def loop(pairs: int) -> None:
         def theirs() -> Any:
             generator = torch.Generator().manual_seed(0)
             return pipeline(PROMPT, num_inference_steps=20, generator=generator).images[0]
-        assert np.array_equal(np.asarray(ours()), np.asarray(theirs())), 'both make the same picture'
-        told('20 steps', pair(pairs, ours, theirs))
+        assert np.array_equal(np.asarray(ours()), np.asarray(theirs())), 'both make the same image'
+        print_ratio('20 steps', pair(pairs, ours, theirs))
 
 
 def start(pairs: int) -> None:
-    """Commands as a user types them."""
+    """Time the commands that a user types."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = base(Path(folder)), Path(folder) / 'out'
         numbers = iter(range(10 ** 6))
@@ -96,18 +96,19 @@ def start(pairs: int) -> None:
         def theirs() -> None:
             run('-c', STOCK.format(prompt=PROMPT), str(source), str(Path(folder) / 'stock.png'))
         ours(), theirs()
-        told('start to first picture', pair(pairs, ours, theirs))
+        print_ratio('start to first image', pair(pairs, ours, theirs))
 
 
 def device(size: int, pairs: int) -> None:
-    """SDXL base 1.0's sizes with random weights in bf16: what a step takes, and the memory at its peak."""
+    """Time a step and measure peak memory at SDXL base 1.0's sizes, with random weights in bf16."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    from diffengine_sdxl.engine.inference.prompts import prompt_batch
+    from diffengine_sdxl.models.request_batch import request_batch
     from diffengine_sdxl.models.sdxl import SDXL
+    from diffengine_sdxl.request import Request
     if not torch.cuda.is_available():
-        sys.exit('There is no GPU here.')
+        sys.exit('No GPU found.')
     model = SDXL(sampler=dict(type='Sampler', num_inference_steps=20), dtype='bfloat16').cuda().eval()
     model.requires_grad_(False)
     pipeline = StableDiffusionXLPipeline(
@@ -117,7 +118,7 @@ def device(size: int, pairs: int) -> None:
     pipeline.set_progress_bar_config(disable=True)
 
     def ours() -> None:
-        model.decode(model.sampler(model, prompt_batch(model, [PROMPT], {}, (size, size), [0])))
+        model.decode(model.sampler(model, request_batch(model, [Request(prompt=PROMPT)], (size, size))))
         torch.cuda.synchronize()
 
     def theirs() -> None:
@@ -126,7 +127,7 @@ def device(size: int, pairs: int) -> None:
         torch.cuda.synchronize()
     ours(), theirs()
     torch.cuda.reset_peak_memory_stats()
-    told(f'20 steps at {size} px on {torch.cuda.get_device_name()}', pair(pairs, ours, theirs))
+    print_ratio(f'20 steps at {size} px on {torch.cuda.get_device_name()}', pair(pairs, ours, theirs))
     print(f'peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB', flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL at random moments, and also in the middle of a save, then resumed to their end.
+"""Kill runs with SIGKILL at random moments and in the middle of a save, then resume them to their end.
 
 python benchmarks/kill.py [--kills 20] [--seed 0]     a row a kill; exit code 1 if one of them is not bitwise
 """
@@ -17,14 +17,14 @@ from typing import Any
 
 STEPS = 8
 #: Imported once in the server that all runs are forked from.
-PRELOAD = ['diffengine_sdxl.engine', 'diffengine_sdxl.engine.launch', 'diffengine_sdxl.datasets', 'datasets',
+PRELOAD = ['diffengine_sdxl.engine', 'diffengine_sdxl.commands.launch', 'diffengine_sdxl.datasets', 'datasets',
            'diffengine_sdxl.models.sdxl', 'diffengine_sdxl.adapters.t2i_adapter', 'diffusers.models.adapter',
            'diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl', 'torch.utils.tensorboard',
            'transformers.models.clip.modeling_clip', 'matplotlib.figure', 'matplotlib.backends.backend_agg']
 
 
 def options(folder: Path) -> list[str]:
-    """A run of `STEPS` steps that saves after each: about half its time goes into saving."""
+    """Return options of a run of `STEPS` steps that saves after each: about half its time is saving."""
     return [f'model.pretrained={folder / "base"}', f'train_dataloader.dataset.source={folder / "data"}',
             'resolution=32', f'train_cfg.max_iters={STEPS}', 'default_hooks.samples=None',
             'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=2',
@@ -33,17 +33,17 @@ def options(folder: Path) -> list[str]:
 
 
 def run(folder: Path, work_dir: Path, log: Path) -> None:
-    """In a child: train `work_dir`, going on if it holds something; the exit code is that of the command."""
+    """Train or resume `work_dir` in a child process, which exits with the command's exit code."""
     with open(log, 'ab') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from diffengine_sdxl.engine import launch
-    os._exit(launch.train(argparse.Namespace(config='tiny_t2i_adapter', work_dir=str(work_dir), resume='auto',
-                                             launcher='none', cfg_options=options(folder))))
+    from diffengine_sdxl.errors import run_command
+    os._exit(run_command('train', argparse.Namespace(config='tiny_t2i_adapter', work_dir=str(work_dir), resume='auto',
+                                                     launcher='none', cfg_options=options(folder))))
 
 
 def start(folder: Path, work_dir: Path) -> Any:
-    """A child that trains."""
+    """Start a child process that trains."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=run, args=(folder, work_dir, work_dir.with_suffix('.log')))
@@ -52,7 +52,7 @@ def start(folder: Path, work_dir: Path) -> Any:
 
 
 def finish(folder: Path, work_dir: Path) -> float:
-    """Train to the end; the seconds that it took."""
+    """Train to the end; return the seconds."""
     begin = time.monotonic()
     process = start(folder, work_dir)
     process.join()
@@ -62,7 +62,7 @@ def finish(folder: Path, work_dir: Path) -> float:
 
 
 def kill(folder: Path, work_dir: Path, due: Callable[[float], bool]) -> tuple[bool, float]:
-    """Start, and kill as soon as `due(seconds)` says so: whether that was before its end, and when."""
+    """Start, and kill as soon as `due(seconds)`; return whether that was before the end, and when."""
     begin = time.monotonic()
     process = start(folder, work_dir)
     while process.is_alive() and not due(time.monotonic() - begin):
@@ -74,7 +74,7 @@ def kill(folder: Path, work_dir: Path, due: Callable[[float], bool]) -> tuple[bo
 
 
 def saving(work_dir: Path, name: str = '.step*.pth.*.part', after: int = 1) -> Callable[[float], bool]:
-    """True when a file or folder is half-written and the checkpoint of step `after` or a later one is whole."""
+    """Return a `due` for `kill`: a file is half-written, and a checkpoint of step `after` or later is whole."""
     def due(_: float) -> bool:
         steps = [int(p.stem[4:]) for p in work_dir.glob('step*.pth')]
         return any(p.stat().st_size > 0 for p in work_dir.glob(name)) and max(steps, default=0) >= after
@@ -82,13 +82,13 @@ def saving(work_dir: Path, name: str = '.step*.pth.*.part', after: int = 1) -> C
     def patient(seconds: float) -> bool:
         try:
             return due(seconds)
-        except FileNotFoundError:  # it became whole between two looks
+        except FileNotFoundError:  # it was renamed in between
             return False
     return patient
 
 
 def differences(one: Any, other: Any, path: str = '') -> Iterator[str]:
-    """Places where two checkpoints differ in the least bit; the clock's and the machine's entries are left out."""
+    """Yield places where two checkpoints are not bitwise equal, except values of the clock and the machine."""
     import torch
     if isinstance(one, dict) and isinstance(other, dict):
         for key in {**one, **other}:
@@ -105,16 +105,16 @@ def differences(one: Any, other: Any, path: str = '') -> Iterator[str]:
 
 
 def check_left(work_dir: Path) -> str:
-    """What a killed run left: its last checkpoint, which must load, as `step<N>`; '-' if there is none yet."""
-    from diffengine_sdxl.engine import checkpoint
+    """Check that a killed run's checkpoints load; return the name of the last one, or '-'."""
+    from diffengine_sdxl.loading import checkpoint
     last = checkpoint.latest(work_dir)
-    for path in checkpoint.found(work_dir):
+    for path in checkpoint.list_checkpoints(work_dir):
         checkpoint.load(path)
     return last.stem if last else '-'
 
 
 def compare(whole: Path, work_dir: Path) -> list[str]:
-    """Where the ends of two runs differ: the checkpoint of the last step, the curves, the export."""
+    """Return where two runs differ: the last checkpoint, the curves, the export, half-written files."""
     import torch
     last = [torch.load(f / f'step{STEPS}.pth', weights_only=True) for f in (whole, work_dir)]
     found = list(differences(*last))
@@ -125,11 +125,11 @@ def compare(whole: Path, work_dir: Path) -> list[str]:
 
 
 def prepare(folder: Path) -> tuple[Path, float]:
-    """Base, data and the run that nobody kills; its folder, and how long a second one takes."""
+    """Write base and data, and train a run without kills; return its folder and its seconds."""
     from diffengine_sdxl import testing
     testing.write_tiny_sdxl(folder / 'base')
     testing.write_circles(folder / 'data')
-    finish(folder, folder / 'first')  # this one waits for the imports and fills the cache of the data
+    finish(folder, folder / 'first')  # imports the packages and fills the cache of the data
     return folder / 'whole', finish(folder, folder / 'whole')
 
 

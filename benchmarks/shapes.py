@@ -19,42 +19,43 @@ Row = tuple[str, float, str, float | None]
 
 
 def evaluate(config: str, checkpoint: str, folder: Path, options: list[str]) -> dict[str, Any]:
-    """metrics.json of one test."""
-    from diffengine_sdxl.engine import launch
+    """Run one test; return its metrics.json."""
+    from diffengine_sdxl.errors import run_command
     args = SimpleNamespace(config=config, checkpoint=checkpoint, work_dir=str(folder), launcher='none',
                            cfg_options=options)
-    if launch.test(args):
+    if run_command('test', args):
         raise SystemExit(f'{config} with {checkpoint} could not be tested.')
     return json.loads((folder / 'metrics.json').read_text())
 
 
-def shown(found: dict[str, Any]) -> str:
-    """The interval and the number of samples."""
-    return f'{found["low"]:.3f} to {found["high"]:.3f}, {found["num_samples"]} images'
+def interval(result: dict[str, Any]) -> str:
+    """Format the interval and the number of samples."""
+    return f'{result["low"]:.3f} to {result["high"]:.3f}, {result["num_samples"]} images'
 
 
 def base_rows(folder: Path, options: list[str]) -> Iterator[Row]:
-    """The base alone, on pairs of fill and shape that it saw and on those it never saw."""
+    """Measure the base alone, on pairs of fill and shape seen in training and held out."""
     for pairs, aim in (('seen', 0.95), ('held_out', 0.85)):
-        own = [*options, f'test_dataloader.dataset.combinations={pairs}']
-        found = evaluate('shapes_base', 'none', folder / pairs, own)['base']
+        changed = [*options, f'test_dataloader.dataset.combinations={pairs}']
+        base = evaluate('shapes_base', 'none', folder / pairs, changed)['base']
         for key in ('shape_accuracy', 'fill_accuracy', 'ground_accuracy'):
-            yield f'base, {pairs.replace("_", " ")} pairs: {key}', found[key]['value'], shown(found[key]), aim
+            yield f'base, {pairs.replace("_", " ")} pairs: {key}', base[key]['value'], interval(base[key]), aim
 
 
 def adapter_rows(name: str, checkpoint: str, aim: float, folder: Path, options: list[str]) -> Iterator[Row]:
-    """An adapter's IoU beside the base's own, and what it costs the base's accuracies."""
-    found = evaluate('shapes_t2i_adapter', checkpoint, folder / name, options)
-    base, adapted = found['base'], found['adapted']
-    yield f'{name}: IoU', adapted['iou']['value'], shown(adapted['iou']), aim
-    yield f'{name}: IoU of the base alone', base['iou']['value'], shown(base['iou']), None
+    """Measure an adapter's IoU beside the base's, and its effect on the base's accuracies."""
+    metrics = evaluate('shapes_t2i_adapter', checkpoint, folder / name, options)
+    base, adapted = metrics['base'], metrics['adapted']
+    yield f'{name}: IoU', adapted['iou']['value'], interval(adapted['iou']), aim
+    yield f'{name}: IoU of the base alone', base['iou']['value'], interval(base['iou']), None
     for key in ('shape_accuracy', 'fill_accuracy', 'ground_accuracy'):
-        own = base[key]['value']
-        yield f'{name}: {key} (base: {own:.3f})', adapted[key]['value'], shown(adapted[key]), round(own - 0.03, 3)
+        of_base = base[key]['value']
+        yield (f'{name}: {key} (base: {of_base:.3f})', adapted[key]['value'], interval(adapted[key]),
+               round(of_base - 0.03, 3))
 
 
 def vae_rows(num_images: int) -> Iterator[Row]:
-    """PSNR of pictures through the VAE and back, all styles, a split of its own."""
+    """Measure the PSNR of images through the VAE and back, of all styles, on a separate split."""
     import torch
 
     from diffengine_sdxl.datasets import Shapes, collate
@@ -95,8 +96,8 @@ def main() -> None:
             if checkpoint:
                 rows += adapter_rows(name, checkpoint, aim, folder, options)
     print('| what | measured | 95 % interval | aim |\n|---|---|---|---|')
-    for what, value, interval, target in rows:
-        print(f'| {what} | {value:.3f} | {interval} | {"" if target is None else target} |')
+    for what, value, spread, target in rows:
+        print(f'| {what} | {value:.3f} | {spread} | {"" if target is None else target} |')
 
 
 if __name__ == '__main__':

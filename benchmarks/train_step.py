@@ -17,8 +17,7 @@ import torch
 
 def build(folder: Path) -> Any:
     """A runner on a tiny SDXL, wide enough for a step of 50 ms or more, with all default hooks."""
-    from diffengine_sdxl import testing
-    from diffengine_sdxl.engine import config
+    from diffengine_sdxl import config, testing
     from diffengine_sdxl.registry import RUNNERS
     base = testing.write_tiny_sdxl(folder / 'base', channels=(32, 64, 128))
     data = testing.write_circles(folder / 'data', 32, 128)

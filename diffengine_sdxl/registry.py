@@ -1,56 +1,46 @@
-"""Every registry of the package, each naming the folder whose import fills it.
+"""All registries; each names the folders whose import fills it.
 
-Those that have a parent are children of mmengine's, one for each that mmengine's runner asks for; the others
-are our own. A name is looked up here first and in mmengine after.
+Those with a parent extend mmengine's: a name is looked up here first, then in mmengine.
 """
 
-import difflib
 from typing import Any
 
 import mmengine.registry as root
 from mmengine.registry import Registry
 
+from diffengine_sdxl.errors import UserError, nearest
+
 SCOPE = 'diffengine_sdxl'
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """Words that name the entries of `known` closest to `name`: " Did you mean 'a' or 'b'?", or "" if none is near."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if not close:
-        folded = {k.lower(): k for k in known}
-        close = [folded[k] for k in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.5)]
-    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ''
-
-
 class NamedRegistry(Registry):
-    """A registry that answers an unknown name with the nearest names and its own folder."""
+    """A registry that refuses an unknown name with the nearest names and its folders."""
 
     def get(self, key: str) -> Any:
-        """The class or function registered as `key`.
+        """Return the class or function registered as `key`.
 
         Raises:
-            ValueError: nothing of that name is registered here or in mmengine.
+            UserError: it is registered neither here nor in mmengine.
         """
-        found = super().get(key)
-        if found is None:
+        entry = super().get(key)
+        if entry is None:
             folders = ', '.join(loc.replace('.', '/') for loc in self._locations)
-            raise ValueError(
+            raise UserError(
                 f"type='{key}' is not a known {self.name}.{nearest(key, self.names())} The {self.name}s of this "
-                f'package are in {folders or SCOPE}; a class of your own needs `custom_imports` in the config.')
-        return found
+                f'package are in {folders or SCOPE}; your own class needs `custom_imports` in the config.')
+        return entry
 
     def names(self) -> list[str]:
-        """All names that `get` finds, this registry's own first."""
+        """Return all names that `get` knows, those of this package first."""
         self.import_from_location()
-        own = list(self.module_dict)
-        return own + [n for n in (self.parent.module_dict if self.parent is not None else {}) if n not in own]
+        return list({**self.module_dict, **(self.parent.module_dict if self.parent is not None else {})})
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and super().get(key) is not None
 
 
-def _registry(name: str, *folders: str, parent: Registry | None = None, **kwargs: Any) -> NamedRegistry:
-    return NamedRegistry(name, parent=parent, scope=SCOPE, locations=[f'{SCOPE}.{f}' for f in folders], **kwargs)
+def _registry(name: str, *folders: str, parent: Registry | None = None) -> NamedRegistry:
+    return NamedRegistry(name, parent=parent, scope=SCOPE, locations=[f'{SCOPE}.{f}' for f in folders])
 
 
 MODELS = _registry('model', 'models', parent=root.MODELS)
@@ -76,7 +66,7 @@ TASK_UTILS = _registry('task util', parent=root.TASK_UTILS)
 VISUALIZERS = _registry('visualizer', 'engine', parent=root.VISUALIZERS)
 VISBACKENDS = _registry('visualization backend', 'engine', parent=root.VISBACKENDS)
 LOG_PROCESSORS = _registry('log processor', 'engine', parent=root.LOG_PROCESSORS)
-INFERENCERS = _registry('inferencer', 'engine', parent=root.INFERENCERS)
+INFERENCERS = _registry('inferencer', 'inference', parent=root.INFERENCERS)
 
 ADAPTERS = _registry('adapter', 'adapters')
 OBJECTIVES = _registry('objective', 'objectives')

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffengine_sdxl.errors import UserError
+
 
 @dataclass
 class Start:
-    """What a sampler begins with besides noise: a picture to go on from, or to repaint in part.
+    """What sampling starts from besides noise: an image to continue from, or to repaint in part.
 
     Attributes:
         image: [B, 3, H, W] in [-1, 1]; or `latents` [B, 4, h, w], scaled, such as another model's.
-        mask: [B, 1, H, W], 1 where the picture is repainted, else 0; None: everywhere.
+        mask: [B, 1, H, W], 1 where the image is repainted, else 0; None: everywhere.
         noise: [B, 4, h, w] of deviation 1; None draws it from the samples' seeds.
     """
 
@@ -31,31 +33,31 @@ class Start:
 
     @property
     def given(self) -> bool:
-        """Whether there is a picture, so that sampling does not begin with noise alone."""
+        """Whether there is an image, so that sampling does not start from noise only."""
         return self.image is not None or self.latents is not None
 
 
 @dataclass
 class Batch:
-    """What the data_preprocessor hands to the model, on its device.
+    """The model's input, on its device, made by the data_preprocessor.
 
     Attributes:
         text: B prompts.
         time_ids: [B, 6] original height, width, crop top, left, target height, width (pixels).
         key, epoch, seed: what keyed draws depend on (see rng.py); B strings and int64 [B] twice.
         img: [B, 3, H, W] in [-1, 1]; or `latents` [B, 4, h, w], already scaled by the VAE's factor.
-        text_embeds, pooled: [B, S, D] and [B, P], when the data set delivers what the encoders would compute.
+        text_embeds, pooled: [B, S, D] and [B, P], if the data set holds the text encoders' outputs.
         text_2, negative_text, negative_text_2, negative_time_ids: as above, for the second encoder and for
-            the unconditional branch; None means "as the first" and "none given".
-        conditions: adapter.reads -> tensor [B, ...]; a control image is [B, 3, H, W] in [0, 1].
+            the unconditional branch; None: as the first, and not set.
+        conditions: adapter.condition_key -> tensor [B, ...]; a conditioning image is [B, 3, H, W] in [0, 1].
         drop: name -> bool [B]; rows whose 'text' or adapter input is replaced by its null.
         weight: [B] factor of each sample's loss; mask: factor of the loss of each pixel, [B, 1, H, W], or of each
             latent, [B, 1, h, w].
-        size: height and width of the pictures to make, in pixels; None: that of the images or conditions.
-        start: what sampling begins with; None: noise.
-        syntax: how `text` and the like are written, 'plain' or 'compel'.
+        size: height and width of the images to generate, in pixels; None: that of the images or conditions.
+        start: what sampling starts from; None: noise.
+        prompt_syntax: how the texts are written, 'plain' or 'compel'.
         clip_skip: layers of the text encoders that `text` skips besides the last one; None as 0.
-        num_skipped: unreadable images that the data set passed over to fill this batch.
+        num_skipped: unreadable images that the data set skipped to fill this batch.
     """
 
     text: list[str]
@@ -77,7 +79,7 @@ class Batch:
     mask: Tensor | None = None
     size: tuple[int, int] | None = None
     start: Start | None = None
-    syntax: str = 'plain'
+    prompt_syntax: str = 'plain'
     clip_skip: int | None = None
     num_skipped: int = 0
 
@@ -86,22 +88,21 @@ class Batch:
 
     @classmethod
     def names(cls) -> set[str]:
-        """The names that a sample dict may use for itself; every other tensor in it is a condition."""
+        """Return the field names; every other tensor in a sample dict is a condition."""
         return {f.name for f in fields(cls)}
 
 
 @dataclass
 class Conditioning:
-    """One guidance branch, or several stacked along the batch: what the denoiser is told.
+    """What the denoiser is conditioned on: one guidance branch, or several stacked along the batch.
 
     Attributes:
         text: [B, S, D]; pooled: [B, P]; time_ids: [B, 6].
         adapters: adapter name -> its tensors, each [B, ...].
-        projected: the adapters' own trained part has run already (once before a sampling loop); otherwise
-            `SDXL.predict` runs it.
-        channels: [B, C, h, w] beside the latents, for a UNet of more than 4 input channels (inpainting: the mask and
-            the latents of what it leaves).
-        timestep_cond: [B, C], the guidance scale as a UNet reads it that takes it as an input (a distilled LCM).
+        projected: the adapters' trained modules have run already (once before sampling); else `SDXL.predict` runs them.
+        channels: [B, C, h, w], concatenated to the latents of a UNet with more than 4 input channels (inpainting: the
+            mask and the latents of the masked image).
+        timestep_cond: [B, C], the embedded guidance scale of a UNet that takes it as an input (a distilled LCM).
     """
 
     text: Tensor
@@ -113,45 +114,44 @@ class Conditioning:
     timestep_cond: Tensor | None = None
 
     def rows(self, index: slice | Tensor) -> Conditioning:
-        """The rows that `index` takes along the batch."""
+        """Return the rows that `index` selects along the batch."""
         adapters = {name: {k: t[index] for k, t in tensors.items()} for name, tensors in self.adapters.items()}
         channels, timestep_cond = (None if t is None else t[index] for t in (self.channels, self.timestep_cond))
         return replace(self, text=self.text[index], pooled=self.pooled[index], time_ids=self.time_ids[index],
                        adapters=adapters, channels=channels, timestep_cond=timestep_cond)
 
 
-def checked_window(window: Sequence[float]) -> tuple[float, float]:
-    """A part of the way from noise (0) to image (1), as (start, end).
+def checked_range(active_range: Sequence[float], key: str = 'active_range') -> tuple[float, float]:
+    """Return a part of sampling, from noise (0) to image (1), as (start, end).
 
     Raises:
-        ValueError: it is none.
+        UserError: it is not one.
     """
     try:
-        start, end = (float(side) for side in window)
-    except (TypeError, ValueError):
+        start, end = (float(side) for side in active_range)
+    except (TypeError, ValueError, OverflowError):  # the last: an integer of 400 digits
         start = end = -1.0
     if not 0 <= start < end <= 1:
-        raise ValueError(f'window={window!r} must be (start, end) with 0 <= start < end <= 1.')
+        raise UserError(f'{key}={active_range!r} must be (start, end) with 0 <= start < end <= 1.')
     return start, end
 
 
-def where(drop: Tensor, other: Tensor, kept: Tensor) -> Tensor:
-    """Rows of `other` where `drop` (bool [B]) is set, rows of `kept` elsewhere; no arithmetic touches either."""
-    return torch.where(drop.view(-1, *[1] * (kept.dim() - 1)), other, kept)
+def where(drop: Tensor, null: Tensor, value: Tensor) -> Tensor:
+    """Return rows of `null` where `drop` (bool [B]) is set, else rows of `value`, without arithmetic on either."""
+    return torch.where(drop.view(-1, *[1] * (value.dim() - 1)), null, value)
 
 
 @dataclass
 class ImageTokens:
-    """One image prompt (IP-Adapter) in one call of the UNet; read by the processors of `models.attention`.
+    """One IP-Adapter's image tokens in one call of the UNet; read by the processors of `attention`.
 
     Attributes:
         tokens: [B, n, T, D], n images of T tokens.
         to_k, to_v: name of a cross-attention ('down_blocks.1.attentions.0.transformer_blocks.0.attn2') -> the linear
-            layer that makes its keys or values of tokens.
-        scale: name of a cross-attention -> how strongly it acts there: a number, or [B, 1, 1]; a name that is missing:
-            not at all.
-        mask: [B, n, H, W] in [0, 1], where in the picture each image acts; None: everywhere, all images' tokens in one
-            attention.
+            layer that projects tokens to its keys or values.
+        scale: name of a cross-attention -> a number, or [B, 1, 1]; where the name is missing, the tokens do not act.
+        mask: [B, n, H, W] in [0, 1], where in the output each image acts; None: everywhere, with the tokens of all
+            images in one attention.
     """
 
     tokens: Tensor
@@ -162,15 +162,15 @@ class ImageTokens:
 
 
 @dataclass
-class Taps:
-    """What guidances ask of the UNet's self-attentions in one call while sampling; read by `models.attention`.
+class AttentionProbes:
+    """What guidances change and record in the UNet's self-attentions in one call; read by `attention`.
 
     Attributes:
-        identity: patterns (regular expressions) of the names of self-attentions in which the rows `perturbed` see
-            each place alone: attention's map is the identity.
-        recorded: names of self-attentions whose maps of the rows `anchor` are wanted.
-        maps: filled by the call: name -> [B, places], how much attention each place gets from all places together, the
-            mean over heads; its mean is 1.
+        identity: regular expressions; in self-attentions whose name matches one, the attention map of the rows
+            `perturbed` is the identity.
+        recorded: names of self-attentions whose maps of the rows `anchor` are recorded.
+        maps: filled by the call: name -> [B, L], the attention that each position receives from all positions, averaged
+            over heads; its mean is 1.
     """
 
     identity: tuple[str, ...] = ()
@@ -182,15 +182,14 @@ class Taps:
 
 @dataclass
 class UNetCall:
-    """One call of the UNet, to which each adapter adds its part.
+    """One call of the UNet, to which adapters add features, tokens and channels.
 
     Attributes:
         sample: [B, C, h, w]; timestep: [] or [B].
-        progress: [B, 2] on the CPU, the begin and end of the solver step as parts of the way from noise (0) to
-            image (1); in training 1 - t / T twice.
-        text, pooled, time_ids: as in Conditioning.
-        training: windows and scales multiply and never skip, so the graph is the same every time.
-        timestep_cond: as in Conditioning.
+        progress: [B, 2] on the CPU, begin and end of the solver step, from noise (0) to image (1); in training
+            1 - t / T twice.
+        text, pooled, time_ids, timestep_cond: as in Conditioning.
+        training: active ranges and scales multiply and never skip, so that the graph is always the same.
     """
 
     sample: Tensor
@@ -207,60 +206,52 @@ class UNetCall:
     _channels: list[Tensor] = field(default_factory=list)
     _passed: list[Tensor] = field(default_factory=list)
 
-    def gate(self, window: tuple[float, float]) -> Tensor | None:
-        """1 for the rows whose step lies inside `window`, else 0, [B]; None where all do.
-
-        A step is inside when it begins at or after the window's start and ends at or before its end.
-        """
-        if tuple(window) == (0, 1):
+    def gate(self, active_range: tuple[float, float]) -> Tensor | None:
+        """Return 1 for rows whose step lies inside `active_range` (both bounds included), else 0, [B]; None: all do."""
+        if tuple(active_range) == (0, 1):
             return None
-        inside = (self.progress[:, 0] >= window[0]) & (self.progress[:, 1] <= window[1])
+        inside = (self.progress[:, 0] >= active_range[0]) & (self.progress[:, 1] <= active_range[1])
         if bool(inside.all()) and not self.training:
             return None
         return inside.to(device=self.sample.device, dtype=torch.promote_types(self.sample.dtype, torch.float32))
 
     def add_residuals(self, features: Sequence[Tensor]) -> None:
-        """Add feature maps after each down block and the mid block (T2I-Adapter); two writers sum.
+        """Add feature maps after each down block and the mid block (T2I-Adapter); those of several adapters sum.
 
         For SDXL: [B, 320, h/2, w/2], [B, 640, h/2, w/2], [B, 1280, h/4, w/4] twice.
 
         Raises:
-            ValueError: another writer brought other shapes.
+            UserError: another adapter added other shapes.
         """
-        features = [f.to(self.sample.dtype) for f in features]
-        self._residuals = _sum(self._residuals, features, 'feature maps')
+        self._residuals = _sum(self._residuals, [f.to(self.sample.dtype) for f in features], 'feature maps')
 
     def add_control(self, down: Sequence[Tensor], mid: Tensor) -> None:
-        """Add to every skip connection and to the mid block's output (ControlNet); two writers sum.
+        """Add to every skip connection and to the mid block's output (ControlNet); those of several adapters sum.
 
         Args:
-            down: as many as the UNet has skip connections, from the first on, each of its shape. mid: [B, C, h', w'].
+            down: one for each skip connection of the UNet, in its order and shape.
+            mid: [B, C, h', w'].
 
         Raises:
-            ValueError: another writer brought other shapes.
+            UserError: another adapter added other shapes.
         """
         self._control = _sum(self._control, [f.to(self.sample.dtype) for f in (*down, mid)], 'control features')
 
     def add_image_tokens(self, name: str, images: ImageTokens) -> None:
-        """Let the UNet's cross-attentions also attend to images (IP-Adapter).
-
-        Raises:
-            ValueError: `name` has added its own already.
-        """
-        if name in self._images:
-            raise ValueError(f"The image prompt '{name}' was added twice to one call of the UNet.")
+        """Let the UNet's cross-attentions also attend to the image tokens of adapter `name` (IP-Adapter)."""
+        assert name not in self._images, f"image tokens of '{name}' were added twice to one call of the UNet"
         self._images[name] = replace(images, tokens=images.tokens.to(self.sample.dtype))
 
     def add_channels(self, channels: Tensor) -> None:
-        """Put [B, C, h, w] beside the latents, after what is there already."""
+        """Concatenate [B, C, h, w] to the latents, after channels added before."""
         self._channels.append(channels.to(self.sample.dtype))
 
     def kwargs(self) -> dict[str, Any]:
-        """The arguments of `UNet2DConditionModel.forward`, with fresh lists: the UNet pops from them."""
-        added: dict[str, Any] = {'text_embeds': self.pooled, 'time_ids': self.time_ids}
-        call: dict[str, Any] = {'sample': torch.cat([self.sample, *self._channels], dim=1) if self._channels
-                                else self.sample, 'timestep': self.timestep,
-                                'encoder_hidden_states': self.text, 'added_cond_kwargs': added}
+        """Return the arguments of `UNet2DConditionModel.forward`, with fresh lists: the UNet pops from them."""
+        call: dict[str, Any] = {
+            'sample': torch.cat([self.sample, *self._channels], dim=1) if self._channels else self.sample,
+            'timestep': self.timestep, 'encoder_hidden_states': self.text,
+            'added_cond_kwargs': {'text_embeds': self.pooled, 'time_ids': self.time_ids}}
         if self.timestep_cond is not None:
             call['timestep_cond'] = self.timestep_cond.to(self.sample.dtype)
         if self._residuals:
@@ -270,50 +261,50 @@ class UNetCall:
             *down, mid = self._control
             call.update(down_block_additional_residuals=tuple(down), mid_block_additional_residual=mid)
         if self._images:
-            # As in diffusers: images travel beside the text. Kept in the processors, gradient checkpointing, which
-            # calls them again later, would find another call's.
+            # As in diffusers, images are passed with the text. Gradient checkpointing calls the processors again later,
+            # and would find another call's images if processors stored them.
             call['encoder_hidden_states'] = (self.text, list(self._images.values()))
         return call
 
     def check_inputs(self, config: Any) -> None:
-        """Call before the UNet whose config this is: it would fail in a convolution, or say nothing.
+        """Check this call against the UNet's config; the UNet would fail in a convolution, or not at all.
 
         Raises:
-            ValueError: it takes other channels, or its guidance scale as an input.
+            UserError: it takes another number of channels, or its guidance scale as an input.
         """
-        have = self.sample.shape[1] + sum(c.shape[1] for c in self._channels)
-        if have != config.in_channels:
-            raise ValueError(f'The UNet takes {config.in_channels} channels and got {have}; one of 9 was made to '
-                             'inpaint: it makes pictures of an image and a mask_image, and cannot be trained here.')
+        num = self.sample.shape[1] + sum(c.shape[1] for c in self._channels)
+        if num != config.in_channels:
+            raise UserError(f'The UNet takes {config.in_channels} channels and got {num}; one of 9 is for inpainting: '
+                            'it needs an image and a mask_image, and cannot be trained here.')
         if config.time_cond_proj_dim is not None and self.timestep_cond is None:
-            raise ValueError('The UNet takes its guidance scale as an input (a distilled LCM): it makes pictures, but '
-                             'cannot be trained here. Train on a plain SDXL, with an LCM-LoRA beside what it learned.')
+            raise UserError('The UNet takes its guidance scale as input (a distilled LCM) and cannot be trained here. '
+                            'Train on a plain SDXL, and add an LCM-LoRA to what you trained.')
 
     def check_consumed(self) -> None:
-        """Call after the UNet: stock leaves a feature map that doesn't fit unused and says nothing.
+        """Check after the call that the UNet used all feature maps; diffusers skips those that don't fit silently.
 
         Raises:
-            ValueError: some feature maps were not used.
+            UserError: it did not.
         """
         if self._residuals and self._passed:
             shapes = [tuple(f.shape[1:]) for f in self._passed]
-            raise ValueError(
+            raise UserError(
                 f'The UNet used {len(self._residuals) - len(self._passed)} of {len(self._residuals)} feature maps; '
                 f'those of shape {shapes} fit none of its blocks at latents of {tuple(self.sample.shape[2:])}. '
-                'The adapter was made for another base, or the size cannot be divided.')
+                'The adapter was made for another base, or the image size is not divisible.')
 
 
-def _sum(present: list[Tensor], new: list[Tensor], what: str) -> list[Tensor]:
-    if not present:
-        return list(new)
-    if [t.shape for t in present] != [t.shape for t in new]:
-        raise ValueError(f'Two adapters add {what} of different shapes: {[tuple(t.shape) for t in present]} and '
-                         f'{[tuple(t.shape) for t in new]}.')
-    return [a + b for a, b in zip(present, new, strict=True)]
+def _sum(total: list[Tensor], new: list[Tensor], what: str) -> list[Tensor]:
+    if not total:
+        return new
+    if [t.shape for t in total] != [t.shape for t in new]:
+        raise UserError(f'Two adapters add {what} of different shapes: {[tuple(t.shape) for t in total]} and '
+                        f'{[tuple(t.shape) for t in new]}.')
+    return [a + b for a, b in zip(total, new, strict=True)]
 
 
 def to_device(batch: Batch, device: torch.device | str, non_blocking: bool = True) -> Batch:
-    """A copy whose tensors lie on `device`; the keyed numbers (epoch, seed) stay on the CPU."""
+    """Return a copy with its tensors on `device`; epoch and seed, the keys of draws, stay on the CPU."""
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=non_blocking)

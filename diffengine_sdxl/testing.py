@@ -1,7 +1,7 @@
-"""A tiny SDXL from the real diffusers and transformers classes, and data to go with it; no network.
+"""A tiny SDXL from the real diffusers and transformers classes, and data for it; no network.
 
-`write_tiny_sdxl(folder)` leaves a folder that `DiffusionPipeline.from_pretrained` and `SDXL(pretrained=folder)`
-both load: two text encoders, micro-conditioning, VAE, scheduler. Weights are random; widths can be chosen.
+`write_tiny_sdxl(folder)` writes a folder that `DiffusionPipeline.from_pretrained` and `SDXL(pretrained=folder)`
+both load: two text encoders, micro-conditioning, VAE, scheduler. Weights are random.
 """
 
 import json
@@ -16,7 +16,7 @@ from diffengine_sdxl import rng
 
 
 def byte_characters() -> list[str]:
-    """The 256 printable characters that stand for bytes in CLIP's vocabulary, in the order of its ids.
+    """Return the 256 printable characters that represent bytes in CLIP's vocabulary, in the order of its ids.
 
     Source: Radford et al. 2019, GPT-2's byte-level BPE, as CLIP uses it.
     """
@@ -26,7 +26,7 @@ def byte_characters() -> list[str]:
 
 
 def tiny_tokenizer(pad_token: str = '<|endoftext|>') -> Any:
-    """A CLIPTokenizer of 514 tokens without merges: each byte is a token, so it reads any text."""
+    """Return a CLIPTokenizer of 514 tokens without merges: each byte is a token, so it reads any text."""
     from transformers import CLIPTokenizer
     characters = byte_characters()
     tokens = [*characters, *[c + '</w>' for c in characters], '<|startoftext|>', '<|endoftext|>']
@@ -35,7 +35,7 @@ def tiny_tokenizer(pad_token: str = '<|endoftext|>') -> Any:
 
 
 def tiny_text_encoders(hidden: int = 32, pooled: int = 32) -> tuple[Any, Any]:
-    """The two text encoders, each of two layers: CLIPTextModel and CLIPTextModelWithProjection."""
+    """Return the two text encoders, of two layers each: CLIPTextModel and CLIPTextModelWithProjection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     common = dict(vocab_size=514, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
                   num_attention_heads=4, max_position_embeddings=77, bos_token_id=512, eos_token_id=513)
@@ -46,7 +46,7 @@ def tiny_text_encoders(hidden: int = 32, pooled: int = 32) -> tuple[Any, Any]:
 
 def tiny_unet(channels: tuple[int, ...] = (16, 32, 64), cross_attention_dim: int = 64, pooled: int = 32,
               num_time_ids: int = 6, **changes: Any) -> Any:
-    """A UNet of SDXL's block layout: no attention in the first block, transformers in the others."""
+    """Return a UNet of SDXL's block layout: no attention in the first block, transformers in the others."""
     from diffusers import UNet2DConditionModel
     num = len(channels) - 1
     config: dict[str, Any] = dict(
@@ -64,7 +64,7 @@ REFINER_BLOCKS = ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D',
 
 
 def tiny_vae(num_blocks: int = 4) -> Any:
-    """A VAE whose latents are 2 ** (num_blocks - 1) times smaller than its images."""
+    """Return a VAE whose latents are 2 ** (num_blocks - 1) times smaller than its images."""
     from diffusers import AutoencoderKL
     return AutoencoderKL(block_out_channels=(8, 8, 16, 16)[:num_blocks], norm_num_groups=4, latent_channels=4,
                          down_block_types=('DownEncoderBlock2D',) * num_blocks, layers_per_block=1,
@@ -73,7 +73,7 @@ def tiny_vae(num_blocks: int = 4) -> Any:
 
 
 def tiny_image_encoder(projection: int = 24, image_size: int = 64) -> Any:
-    """CLIP's image encoder of two layers; 17 hidden states of 32 numbers each."""
+    """Return a CLIP image encoder of two layers, with 17 tokens of width 32."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     return CLIPVisionModelWithProjection(CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, projection_dim=projection, num_hidden_layers=2, num_attention_heads=4,
@@ -91,7 +91,7 @@ def write_tiny_image_encoder(folder: str | Path, seed: int = 0, projection: int 
 
 
 def sdxl_scheduler(**changes: Any) -> Any:
-    """The scheduler of SDXL base 1.0."""
+    """Return the scheduler of SDXL base 1.0."""
     from diffusers import EulerDiscreteScheduler
     return EulerDiscreteScheduler(**{**dict(
         beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', num_train_timesteps=1000,
@@ -103,12 +103,10 @@ def write_tiny_sdxl(folder: str | Path, seed: int = 0, vae_blocks: int = 4, hidd
     """Write a tiny SDXL in diffusers' layout. The same arguments give the same bytes.
 
     Args:
-        folder: where to; made if missing.
-        seed: of the random weights.
         vae_blocks: 4 for SDXL's factor of 8, 3 for a factor of 4.
         hidden: width of each text encoder; `cross_attention_dim` of the UNet is twice that.
         scheduler: changes to the scheduler's config, e.g. `dict(prediction_type='v_prediction')`.
-        unet: changes to the UNet, e.g. `channels`; `in_channels=9` for one that takes a mask (inpainting).
+        unet: changes to the UNet, e.g. `channels`, or `in_channels=9` for inpainting.
     """
     from diffusers import StableDiffusionXLPipeline
     with rng.fork(seed, 'tiny sdxl'):
@@ -125,7 +123,7 @@ def write_tiny_refiner(folder: str | Path, seed: int = 1, hidden: int = 32, sche
                        **unet: Any) -> Path:
     """Write a tiny refiner in diffusers' layout: one text encoder, four blocks, five time ids. See `write_tiny_sdxl`.
 
-    Its VAE and text encoder are random too, of the shapes of a base's with the same `hidden`, which it may share.
+    It can share VAE and text encoder with a base of the same `hidden`.
     """
     from diffusers import StableDiffusionXLImg2ImgPipeline
     blocks = {'channels': (16, 32, 64, 64), 'down_block_types': REFINER_BLOCKS, 'transformer_layers_per_block': 1,
@@ -145,7 +143,7 @@ COLOURS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (40, 80, 210), 
 
 
 def draw_circle(index: int, size: int = 64) -> tuple[Image.Image, Image.Image, str]:
-    """Image, conditioning image (its outline, white on black) and caption of sample `index`, as in fusing/fill50k."""
+    """Draw sample `index`, as in fusing/fill50k: image, conditioning image (white outline on black) and caption."""
     draws = np.random.default_rng(rng.key_seed('circle', index))
     fill, ground = draws.choice(list(COLOURS), size=2, replace=False)
     radius = float(draws.uniform(0.15, 0.35)) * size
@@ -166,15 +164,15 @@ def write_circles(folder: str | Path, num_images: int = 16, size: int = 64) -> P
     for index in range(num_images):
         image, condition, text = draw_circle(index, size)
         names = f'images/{index:05d}.png', f'conditioning_images/{index:05d}.png'
-        for picture, name in zip((image, condition), names, strict=True):
-            picture.save(folder / name)
+        image.save(folder / names[0])
+        condition.save(folder / names[1])
         rows.append({'file_name': names[0], 'conditioning_image_file_name': names[1], 'text': text})
     (folder / 'metadata.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return folder
 
 
 def main() -> None:
-    """`python -m diffengine_sdxl.testing FOLDER`: write FOLDER/base and FOLDER/data to try things on."""
+    """Write a tiny base, FOLDER/base, and data for it, FOLDER/data: `python -m diffengine_sdxl.testing FOLDER`."""
     import argparse
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument('folder', type=Path)

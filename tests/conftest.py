@@ -18,6 +18,7 @@ from parity import stock
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_circles, write_tiny_sdxl
 
+pytest_plugins = ['run_fixtures']
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 

@@ -1,7 +1,7 @@
-"""A small Hugging Face hub for tests, of the standard library: it serves folders to the real huggingface_hub.
+"""A small Hugging Face hub for tests, made with the standard library: it serves folders to the real huggingface_hub.
 
-It speaks what loading and uploading need: a repository's files and commits, its branches and tags, files with ETags and
-ranges, large ones by a redirect to another host, as the hub's own storage is, and the hub's refusals.
+It implements what loading and uploading need: files and commits of a repository, branches and tags, files with ETags
+and ranges, large ones by a redirect to another host (as the hub's storage is), and the hub's refusals.
 HF_ENDPOINT is read when huggingface_hub is imported, so set it to `Hub.address` before that.
 """
 
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What lies in the hub's large storage.
+#: Suffixes of files in the hub's storage of large files.
 LARGE = ('.safetensors', '.bin', '.ckpt', '.msgpack', '.onnx')
 
 
-class Asked(NamedTuple):
+class LoggedRequest(NamedTuple):
     """A request: method, kind ('api', 'file' or 'storage'), what of which repository, bytes sent, range, token."""
 
     method: str
@@ -39,7 +39,7 @@ class Asked(NamedTuple):
 
 @dataclass
 class Repository:
-    """Commits by branch or tag; a commit is a folder, and stays where its branch moves on.
+    """Commits by branch or tag; a commit is a folder, which stays if its branch moves on.
 
     `gated`, `private`: None or the token that opens it.
     """
@@ -51,16 +51,16 @@ class Repository:
     private: str | None = None
 
     def commit(self, name: str) -> str | None:
-        """The commit that a branch, a tag or a commit's own name stands for."""
+        """Return the commit of a branch, a tag or a commit."""
         commits = {ref: hashlib.sha1(f'{ref}{folder}'.encode()).hexdigest() for ref, folder in self.folders.items()}
         return commits.get(name) or (name if name in self.history else None)
 
     def folder(self, commit: str) -> Path:
-        """Its files."""
+        """Return the folder of a commit."""
         return self.history[commit]
 
     def files(self, commit: str) -> dict[str, Path]:
-        """Their names and where they are."""
+        """Return name -> path of a commit's files."""
         folder = self.folder(commit)
         return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
 
@@ -76,7 +76,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repository] = {}
-        self.log: list[Asked] = []
+        self.log: list[LoggedRequest] = []
         self.cuts: dict[str, list[int]] = {}
         self.down: set[str] = set()
         self.uploads: dict[str, dict[str, bytes]] = {}
@@ -86,48 +86,49 @@ class Hub:
 
     @property
     def address(self) -> str:
-        """What HF_ENDPOINT is to be."""
+        """Return the value for HF_ENDPOINT."""
         return f'http://127.0.0.1:{self.port}'
 
     def add(self, repo: str, folder: Path, revision: str = 'main', tag: bool = False, **settings: Any) -> None:
         """Serve a folder as a branch or tag of a repository."""
-        found = self.repos.setdefault(repo, Repository())
-        found.folders[revision] = folder
-        found.history[str(found.commit(revision))] = folder
-        found.tags |= {revision} if tag else set()
+        repository = self.repos.setdefault(repo, Repository())
+        repository.folders[revision] = folder
+        repository.history[str(repository.commit(revision))] = folder
+        repository.tags |= {revision} if tag else set()
         for name, value in settings.items():
-            setattr(found, name, value)
+            setattr(repository, name, value)
 
-    def asked(self) -> list[Asked]:
-        """The requests since the last time."""
+    def take_log(self) -> list[LoggedRequest]:
+        """Return the requests since the last call."""
         self.log, log = [], self.log
         return log
 
     def stop(self) -> None:
-        """The hub is down."""
+        """Shut the server down."""
         self.server.shutdown()
         self.server.server_close()
 
 
 def client(home: Path) -> dict[str, str]:
-    """Variables of a process whose cache is in `home`: no proxies, no other protocols, no patience."""
+    """Return environment variables: the cache in `home`, no proxies, no other protocols, short timeouts."""
     return {'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
             'HF_HUB_ETAG_TIMEOUT': '5', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'no_proxy': '*', 'NO_PROXY': '*'}
 
 
 def process(function: Callable[[Path], None], work: Path, **env: str) -> None:
     """Run a function of a test file in a process of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_'))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_'))}
     module, name = function.__module__.rpartition('.')[2], function.__name__
     code = f'import sys, {module}; from pathlib import Path; {module}.{name}(Path(sys.argv[1]))'
     done = subprocess.run([sys.executable, '-c', code, str(work)], capture_output=True, text=True, cwd=work, env={
-        **kept, **client(work / 'home'), 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
+        **inherited, **client(work / 'home'),
+        'PYTHONPATH': os.pathsep.join(map(str, (ROOT, ROOT / 'tests', Path(function.__code__.co_filename).parent))),
         'OMP_NUM_THREADS': '1', **env})
     assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-6000:]}'
 
 
 def serve(work: Path) -> Hub:
-    """The hub of this process, which has not imported huggingface_hub yet, with all that `work` has for it."""
+    """Start the hub in a process that has not imported huggingface_hub yet, with the folders of `work`/served."""
     assert 'huggingface_hub' not in sys.modules
     hub = Hub()
     os.environ['HF_ENDPOINT'] = hub.address
@@ -136,22 +137,22 @@ def serve(work: Path) -> Hub:
     return hub
 
 
-def fetched(log: Sequence[Asked], repo: str) -> list[str]:
-    """The files of which content came, sorted."""
+def fetched(log: Sequence[LoggedRequest], repo: str) -> list[str]:
+    """Return the files whose content was downloaded, sorted."""
     return sorted(a.what for a in log if a.repo == repo and a.method == 'GET' and a.kind != 'api' and a.sent)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request; a connection of its own for each, so that none outlives the server."""
+    """Answer a request, each in a connection of its own, so that none outlives the server."""
 
     hub: Hub
 
     def log_message(self, *_: Any) -> None:
-        """Quiet; the requests are in the hub's log."""
+        """Print nothing; the requests are in the hub's log."""
 
     def answer(self, status: int, body: bytes = b'', kind: str = 'api', repo: str = '', what: str = '',
                **headers: Any) -> None:
-        """Send, with headers such as X_Error_Code, and write the log."""
+        """Send, with headers such as X_Error_Code, and log the request."""
         cuts = next((c for end, c in self.hub.cuts.items() if what.endswith(end) and c), [])
         part = body[:cuts.pop(0)] if cuts and self.command == 'GET' and kind != 'api' else body
         self.send_response(status)
@@ -160,17 +161,17 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name.replace('_', '-'), str(value))
         self.end_headers()
         sent = 0 if self.command == 'HEAD' else len(part)
-        self.hub.log.append(Asked(self.command, kind, repo, what, sent, self.headers.get('Range'),
-                                  self.headers.get('Authorization')))
+        self.hub.log.append(LoggedRequest(self.command, kind, repo, what, sent, self.headers.get('Range'),
+                                          self.headers.get('Authorization')))
         if sent:
             self.wfile.write(part)
 
-    def say(self, content: Any, **where: Any) -> None:
+    def send_json(self, content: Any, **where: Any) -> None:
         """Send JSON."""
         self.answer(200, json.dumps(content).encode(), Content_Type='application/json', **where)
 
     def refuse(self, status: int, code: str, **where: Any) -> None:
-        """The hub's refusals, by their codes."""
+        """Refuse as the hub does, with its error code."""
         self.answer(status, b'{}', X_Error_Code=code, X_Error_Message=f'{code}: {where.get("what")}', **where)
 
     def do_HEAD(self) -> None:
@@ -178,50 +179,50 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        """API, file or storage."""
+        """Answer requests of the API, of files and of the storage."""
         path = urlsplit(self.path).path
-        if found := re.fullmatch(r'/api/models/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/(.+))?)?', path):
-            self.api(found[1], found[2] or 'revision', unquote(found[3] or 'main'))
-        elif found := re.fullmatch(r'/(storage/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
-            self.file(found[2], unquote(found[3]), unquote(found[4]), stored=bool(found[1]))
+        if match := re.fullmatch(r'/api/models/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/(.+))?)?', path):
+            self.api(match[1], match[2] or 'revision', unquote(match[3] or 'main'))
+        elif match := re.fullmatch(r'/(storage/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
+            self.file(match[2], unquote(match[3]), unquote(match[4]), stored=bool(match[1]))
         else:
             self.refuse(404 if '/' in path.strip('/') else 401, 'RepoNotFound', what=path)
 
     def opened(self, repo: str, kind: str, what: str) -> Repository | None:
-        """The repository, if the token opens it; else it has been refused."""
-        found, token = self.hub.repos.get(repo), (self.headers.get('Authorization') or '').removeprefix('Bearer ')
+        """Return the repository if the token opens it; else refuse and return None."""
+        repository, token = self.hub.repos.get(repo), (self.headers.get('Authorization') or '').removeprefix('Bearer ')
         where = {'kind': kind, 'repo': repo, 'what': what}
-        if found is not None and kind == 'storage':
-            return found  # its links are signed; they take no token
-        if found is None or found.private not in (None, token):
-            self.refuse(401, 'RepoNotFound', **where)  # 401 as on the hub, which does not tell which of the two it is
-        elif found.gated not in (None, token) and kind == 'file':
-            self.refuse(403 if token else 401, 'GatedRepo', **where)  # what there is may be seen
+        if repository is not None and kind == 'storage':
+            return repository  # its links are signed and need no token
+        if repository is None or repository.private not in (None, token):
+            self.refuse(401, 'RepoNotFound', **where)  # 401, as the hub does not reveal whether it exists
+        elif repository.gated not in (None, token) and kind == 'file':
+            self.refuse(403 if token else 401, 'GatedRepo', **where)  # listing it is allowed
         else:
-            return found
+            return repository
         return None
 
     def api(self, repo: str, what: str, revision: str) -> None:
-        """Files and commit of a revision, in two forms, or the branches and tags."""
-        found, where = self.opened(repo, 'api', what), {'repo': repo, 'what': what}
-        if found is None:
+        """Answer with files and commit of a revision, in two forms, or the branches and tags."""
+        repository, where = self.opened(repo, 'api', what), {'repo': repo, 'what': what}
+        if repository is None:
             return
         if what in self.hub.down:
             self.answer(500, b'{"error": "Internal"}', **where)
             return
         if what == 'refs':
-            refs = [{'name': n, 'ref': f'refs/{"tags" if n in found.tags else "heads"}/{n}',
-                     'targetCommit': found.commit(n)} for n in found.folders]
-            self.say({'branches': [r for r in refs if '/heads/' in str(r['ref'])], 'converts': [],
+            refs = [{'name': n, 'ref': f'refs/{"tags" if n in repository.tags else "heads"}/{n}',
+                     'targetCommit': repository.commit(n)} for n in repository.folders]
+            self.send_json({'branches': [r for r in refs if '/heads/' in str(r['ref'])], 'converts': [],
                       'tags': [r for r in refs if '/tags/' in str(r['ref'])]}, **where)
             return
-        commit = found.commit(revision)
+        commit = repository.commit(revision)
         if commit is None:
             self.refuse(404, 'RevisionNotFound', **where)
             return
-        files = found.files(commit)
+        files = repository.files(commit)
         if what == 'revision':
-            self.say({'_id': '0', 'id': repo, 'modelId': repo, 'sha': commit, 'private': False, 'tags': [],
+            self.send_json({'_id': '0', 'id': repo, 'modelId': repo, 'sha': commit, 'private': False, 'tags': [],
                       'siblings': [{'rfilename': name} for name in files]}, **where)
         else:
             entries = []
@@ -229,19 +230,19 @@ class Handler(BaseHTTPRequestHandler):
                 entry = {'type': 'file', 'path': name, 'size': file.stat().st_size, 'oid': digest(file, 'sha1')}
                 large = {'lfs': {'oid': digest(file), 'size': file.stat().st_size, 'pointerSize': 130}}
                 entries.append(entry | (large if name.endswith(LARGE) else {}))
-            self.say(entries, **where)
+            self.send_json(entries, **where)
 
     def file(self, repo: str, revision: str, name: str, stored: bool) -> None:
-        """A file, whole or from a byte on; a large one is behind a redirect."""
+        """Answer with a file or a range of it; redirect for a large one."""
         kind = 'storage' if stored else 'file'
-        found, where = self.opened(repo, kind, name), {'kind': kind, 'repo': repo, 'what': name}
-        if found is None:
+        repository, where = self.opened(repo, kind, name), {'kind': kind, 'repo': repo, 'what': name}
+        if repository is None:
             return
-        commit = found.commit(revision)
+        commit = repository.commit(revision)
         if commit is None:
             self.refuse(404, 'RevisionNotFound', **where)
             return
-        path = found.files(commit).get(name)
+        path = repository.files(commit).get(name)
         if path is None:
             self.answer(404, b'', X_Error_Code='EntryNotFound', X_Repo_Commit=commit, **where)
             return
@@ -262,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
                         Content_Range=f'bytes {begin[1]}-{size - 1}/{size}', **head)
 
     def do_POST(self) -> None:
-        """Make a repository, ask how files are to come, and commit them."""
+        """Create a repository, negotiate uploads, and commit files."""
         path = urlsplit(self.path).path
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if self.headers.get('Authorization') is None:
@@ -271,37 +272,38 @@ class Handler(BaseHTTPRequestHandler):
             name = json.loads(body)
             repo = f'{name.get("organization") or "me"}/{name["name"]}'
             self.hub.uploads.setdefault(repo, {})
-            self.say({'url': f'http://127.0.0.1:{self.hub.port}/{repo}', 'name': repo, 'id': '0'}, what=path)
+            self.send_json({'url': f'http://127.0.0.1:{self.hub.port}/{repo}', 'name': repo, 'id': '0'}, what=path)
         elif path == '/api/validate-yaml':
-            self.say({'errors': [], 'warnings': []}, what=path)
-        elif found := re.fullmatch(r'/api/models/([^/]+/[^/]+)/preupload/.+', path):
+            self.send_json({'errors': [], 'warnings': []}, what=path)
+        elif match := re.fullmatch(r'/api/models/([^/]+/[^/]+)/preupload/.+', path):
             files = json.loads(body)['files']
-            self.say({'files': [{'path': f['path'], 'uploadMode': 'lfs' if f['path'].endswith(LARGE) else 'regular',
-                                 'shouldIgnore': False} for f in files]}, repo=found[1], what=path)
-        elif found := re.fullmatch(r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', path):
+            self.send_json({'files': [{'path': f['path'], 'shouldIgnore': False,
+                                       'uploadMode': 'lfs' if f['path'].endswith(LARGE) else 'regular'}
+                                      for f in files]}, repo=match[1], what=path)
+        elif match := re.fullmatch(r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', path):
             store = f'http://localhost:{self.hub.port}/put'
-            self.say({'transfer': 'basic', 'objects': [
+            self.send_json({'transfer': 'basic', 'objects': [
                 {**o, 'actions': {'upload': {'href': f'{store}/{o["oid"]}'}}} for o in json.loads(body)['objects']]},
-                repo=found[1], what=path)
-        elif found := re.fullmatch(r'/api/models/([^/]+/[^/]+)/commit/.+', path):
+                repo=match[1], what=path)
+        elif match := re.fullmatch(r'/api/models/([^/]+/[^/]+)/commit/.+', path):
             for line in map(json.loads, body.splitlines()):
                 value = line['value']
                 if line['key'] == 'file':
-                    self.hub.uploads[found[1]][value['path']] = base64.b64decode(value['content'])
+                    self.hub.uploads[match[1]][value['path']] = base64.b64decode(value['content'])
                 elif line['key'] == 'lfsFile':
-                    self.hub.uploads[found[1]][value['path']] = self.hub.uploads[''].pop(value['oid'])
-            self.say({'success': True, 'commitOid': 'c' * 40, 'hookOutput': '',
-                      'commitUrl': f'http://127.0.0.1:{self.hub.port}/{found[1]}/commit/{"c" * 40}'}, what=path)
+                    self.hub.uploads[match[1]][value['path']] = self.hub.uploads[''].pop(value['oid'])
+            self.send_json({'success': True, 'commitOid': 'c' * 40, 'hookOutput': '',
+                      'commitUrl': f'http://127.0.0.1:{self.hub.port}/{match[1]}/commit/{"c" * 40}'}, what=path)
         else:
             self.refuse(404, 'RepoNotFound', what=path)
 
     def do_PUT(self) -> None:
-        """A large file."""
+        """Receive a large file."""
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         self.hub.uploads.setdefault('', {})[self.path.rpartition('/')[2]] = body
         self.answer(200)
 
 
 def digest(path: Path, kind: str = 'sha256') -> str:
-    """Of a file."""
+    """Return a file's digest."""
     return hashlib.new(kind, path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Every kind of adapter: its config, and how its ecosystem loads what it saved. A new kind is an entry of CASES."""
+"""Every kind of adapter: its config, and how its ecosystem loads what it saves. A new kind is an entry of CASES."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ SEEDS = [4, 2]
 STEPS = 3
 #: Stands in a config for the folder of a tiny image encoder, beside the base.
 ENCODER = 'IMAGE ENCODER'
-#: Half of the prompts of the tests hold it, and nobody's tokenizer as one token.
+#: In half of the tests' prompts; not a single token of any tokenizer.
 WORD = 'circle'
 Stock = Callable[[Path, Path, Batch], Tensor]
 
@@ -29,31 +29,32 @@ class Case:
     """A kind of adapter.
 
     Attributes:
-        config: its config; where it `reads` something, random pictures stand there.
+        config: its config; a `condition_key` gets random images.
         stock: (base, exported folder, batch) -> latents of the ecosystem's own loader and pipeline, STEPS Euler steps.
-        scales: those that it can do, 0 first, which is the base.
-        windows: a window can be given to it.
-        other: what a second one of this kind must have of its own.
-        shaken: deviation of the noise that makes it look trained.
+        scales: scales that it supports, 0 first, which is the base.
+        active_ranges: whether it supports an active range.
+        other: settings by which a second adapter of this kind must differ.
+        noise: deviation of the noise that makes it look trained.
     """
 
     config: dict[str, Any]
     stock: Stock
     scales: tuple[float, ...] = (0.0, 0.5, 1.0)
-    windows: bool = True
+    active_ranges: bool = True
     other: dict[str, Any] = field(default_factory=dict)
-    shaken: float = 0.02
+    noise: float = 0.02
 
     @property
-    def reads(self) -> str | None:
+    def condition_key(self) -> str | None:
         """The condition that it takes."""
-        return self.config.get('reads')
+        return self.config.get('condition_key')
 
 
 def run(pipeline: Any, batch: Batch, **arguments: Any) -> Tensor:
     """Latents of a stock pipeline."""
     for part in ('unet', 'text_encoder', 'text_encoder_2'):
-        # What a loader added too: torch's matmul chooses another kernel for weights that require gradients.
+        # After loading, for what the loader added too: torch's matmul chooses another kernel for weights that require
+        # gradients.
         getattr(pipeline, part).requires_grad_(False)
     return pipeline(batch.text, height=64, width=64, num_inference_steps=STEPS, output_type='latent',
                     generator=generators(SEEDS[:len(batch)]), **arguments).images
@@ -82,7 +83,7 @@ def stock_lora(base: Path, folder: Path, batch: Batch) -> Tensor:
 
 
 def stock_peft(base: Path, folder: Path, batch: Batch) -> Tensor:
-    """peft's own loader, part by part, for what diffusers has no loader for."""
+    """peft's own loader, part by part, for kinds without a loader in diffusers."""
     from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
     pipeline = stock(base)
     for part in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -90,8 +91,7 @@ def stock_peft(base: Path, folder: Path, batch: Batch) -> Tensor:
         inject_adapter_in_model(PeftConfig.from_pretrained(str(part)), module, 'default')
         state = {k.removeprefix('base_model.model.'): v
                  for k, v in load_file(part / 'adapter_model.safetensors').items()}
-        found = set_peft_model_state_dict(module, state, 'default')
-        assert not found.unexpected_keys
+        assert not set_peft_model_state_dict(module, state, 'default').unexpected_keys
     return run(pipeline, batch)
 
 
@@ -113,7 +113,7 @@ def stock_ip_adapter(base: Path, folder: Path, batch: Batch) -> Tensor:
     else:
         embeds = encoder(pixels).image_embeds
         null = torch.zeros_like(embeds)
-    # The pipeline repeats them for every prompt, so that prompts cannot have images of their own: take the first copy.
+    # The pipeline repeats all of them for every prompt, so that prompts cannot have their own images: take one copy.
     pipeline.unet.encoder_hid_proj.register_forward_pre_hook(
         lambda _, args: ([x.unflatten(0, (2, len(pixels), -1))[:, 0].flatten(0, 1) for x in args[0]],))
     return run(pipeline, batch, ip_adapter_image_embeds=[torch.cat([null, embeds]).unsqueeze(1)])
@@ -136,31 +136,33 @@ def lora(**settings: Any) -> dict[str, Any]:
 
 def ip_adapter(**settings: Any) -> dict[str, Any]:
     """Config of an IP-Adapter with the tiny image encoder."""
-    return dict(type='IPAdapter', reads='reference', image_encoder=ENCODER, image_encoder_subfolder=None, **settings)
+    return dict(type='IPAdapter', condition_key='reference', image_encoder=ENCODER, image_encoder_subfolder=None,
+                **settings)
 
 
 EVERYWHERE = ['unet', 'text_encoder', 'text_encoder_2']
 CASES: dict[str, Case] = {
-    't2i_adapter': Case(dict(type='T2IAdapter', reads='conditioning_image'), stock_t2i),
-    'controlnet': Case(dict(type='ControlNet', reads='conditioning_image'), stock_controlnet),
+    't2i_adapter': Case(dict(type='T2IAdapter', condition_key='conditioning_image'), stock_t2i),
+    'controlnet': Case(dict(type='ControlNet', condition_key='conditioning_image'), stock_controlnet),
     'ip_adapter': Case(ip_adapter(), stock_ip_adapter),
-    'ip_adapter_plus': Case(ip_adapter(variant='plus', depth=4, ff_mult=4), stock_ip_adapter),
-    'lora': Case(lora(), stock_lora, shaken=0.1),
-    'lora_everywhere': Case(lora(alpha=8, parts=EVERYWHERE, targets=['to_q', 'conv1', 'ff.net.0.proj', 'q_proj',
-                                                                     'fc1']), stock_lora, windows=False, shaken=0.1),
-    'dora': Case(lora(kind='dora'), stock_lora, shaken=0.1),
-    'dora_everywhere': Case(lora(kind='dora', parts=EVERYWHERE), stock_peft, windows=False, shaken=0.1),
-    'loha': Case(lora(kind='loha'), stock_peft, shaken=0.1),
-    'lokr': Case(lora(kind='lokr'), stock_peft, shaken=0.1),
-    'oft': Case(lora(kind='oft'), stock_peft, scales=(0.0, 1.0), shaken=0.1),
+    'ip_adapter_plus': Case(ip_adapter(architecture='plus', depth=4, ff_mult=4), stock_ip_adapter),
+    'lora': Case(lora(), stock_lora, noise=0.1),
+    'lora_everywhere': Case(
+        lora(alpha=8, parts=EVERYWHERE, targets=['to_q', 'conv1', 'ff.net.0.proj', 'q_proj', 'fc1']), stock_lora,
+        active_ranges=False, noise=0.1),
+    'dora': Case(lora(kind='dora'), stock_lora, noise=0.1),
+    'dora_everywhere': Case(lora(kind='dora', parts=EVERYWHERE), stock_peft, active_ranges=False, noise=0.1),
+    'loha': Case(lora(kind='loha'), stock_peft, noise=0.1),
+    'lokr': Case(lora(kind='lokr'), stock_peft, noise=0.1),
+    'oft': Case(lora(kind='oft'), stock_peft, scales=(0.0, 1.0), noise=0.1),
     'textual_inversion': Case(dict(type='TextualInversion', token=WORD, num_vectors=2, init='red'), stock_word,
-                              scales=(0.0, 1.0), windows=False, other=dict(token='blue')),
+                              scales=(0.0, 1.0), active_ranges=False, other=dict(token='blue')),
 }
 
 
 def conditions(*configs: dict[str, Any], num: int = 2) -> dict[str, Tensor]:
-    """Pictures for everything that is read: of the picture's size, which is also the tiny image encoder's."""
-    return {c['reads']: images(num, seed=i) for i, c in enumerate(configs) if c.get('reads')}
+    """Images for every condition, of the output's size, which is also the tiny image encoder's."""
+    return {c['condition_key']: images(num, seed=i) for i, c in enumerate(configs) if c.get('condition_key')}
 
 
 def build(base: Path, adapters: dict[str, Any], **settings: Any) -> SDXL:
@@ -173,18 +175,18 @@ def build(base: Path, adapters: dict[str, Any], **settings: Any) -> SDXL:
     return SDXL(pretrained=str(base), adapters=configs, objective=dict(type='Denoise'), **settings)
 
 
-def pictures(model: SDXL, given: dict[str, Tensor], rows: Sequence[int] = (0, 1), steps: int = STEPS) -> Tensor:
-    """Latents of two pictures, or of one of them."""
-    cut = {name: tensor[list(rows)] for name, tensor in given.items()}
-    batch = picture_batch([PROMPTS[i] for i in rows], [SEEDS[i] for i in rows], conditions=cut)
+def sample(model: SDXL, conditions: dict[str, Tensor], rows: Sequence[int] = (0, 1), steps: int = STEPS) -> Tensor:
+    """Latents of two images, or of one of them."""
+    batch = picture_batch([PROMPTS[i] for i in rows], [SEEDS[i] for i in rows],
+                          conditions={name: tensor[list(rows)] for name, tensor in conditions.items()})
     return sampler(steps=steps)(model, batch)
 
 
 def shaken(model: SDXL, *cases: Case) -> SDXL:
-    """The model with trained-looking adapters: none may be an identity, as a fresh LoRA is."""
+    """Make the adapters look trained; a fresh LoRA would be an identity."""
     with torch.no_grad():
         for (name, parameters), case in zip(sorted(model.trainables().items()), cases, strict=True):
             for i, (_, parameter) in enumerate(parameters):
                 noise = torch.randn(parameter.shape, generator=rng.generator('shaken', name, i))
-                parameter.add_(case.shaken * noise.to(parameter.dtype))
+                parameter.add_(case.noise * noise.to(parameter.dtype))
     return model

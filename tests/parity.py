@@ -1,4 +1,4 @@
-"""What the parity tests share: a batch, an SDXL of ours, and stock pipelines and a loop by hand to compare it with."""
+"""Shared by the parity tests: batches, our SDXL, and stock pipelines and a loop by hand to compare with."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from diffengine_sdxl.structures import Batch
 
 PROMPTS = ['a red circle', 'two blue squares on a very long sheet of paper', '']
 SIZE = (64, 64)
-#: The solvers of the issue: of first and second order, with memory, with noise in every step.
+#: Solvers of first and second order, multistep, and with noise in every step.
 SOLVERS: dict[str, dict[str, Any]] = {
     'euler': dict(type='EulerDiscreteScheduler'), 'ancestral': dict(type='EulerAncestralDiscreteScheduler'),
     'ddim': dict(type='DDIMScheduler'), 'dpm++ 2m': dict(type='DPMSolverMultistepScheduler'),
@@ -24,12 +24,12 @@ SOLVERS: dict[str, dict[str, Any]] = {
 
 
 def images(num: int, size: tuple[int, int] = SIZE, channels: int = 3, seed: int = 5) -> Tensor:
-    """Random pictures, [num, channels, H, W] in [0, 1]."""
+    """Random images, [num, channels, H, W] in [0, 1]."""
     return torch.rand((num, channels, *size), generator=torch.Generator().manual_seed(seed))
 
 
 def make_batch(num: int = 2, size: tuple[int, int] = SIZE, **changes: Any) -> Batch:
-    """`num` samples with images, control images, and time ids of their own; `changes` replace fields."""
+    """`num` samples with images, conditions and time ids; `changes` replace fields."""
     ids = [[float(size[0] + 8 * i), float(size[1] + 24 * i), float(i), float(2 * i), *map(float, size)]
            for i in range(num)]
     fields: dict[str, Any] = dict(
@@ -40,7 +40,7 @@ def make_batch(num: int = 2, size: tuple[int, int] = SIZE, **changes: Any) -> Ba
 
 
 def picture_batch(prompts: list[str], seeds: list[int], size: tuple[int, int] = SIZE, **changes: Any) -> Batch:
-    """What is asked of a sampler: no images, the picture's size as original and target size."""
+    """A batch for a sampler: no images, the output size as original and target size."""
     num = len(prompts)
     fields: dict[str, Any] = dict(
         text=prompts, time_ids=torch.tensor([[*size, 0, 0, *size]] * num, dtype=torch.float32), size=size,
@@ -49,21 +49,22 @@ def picture_batch(prompts: list[str], seeds: list[int], size: tuple[int, int] = 
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
-    """As a user of the stock pipelines makes them."""
+    """One generator per seed, as for stock pipelines."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def sampler(scheduler: str = 'EulerDiscreteScheduler', steps: int = 4, scale: float = 5.0, eta: float = 0.0,
-            window: tuple[float, float] = (0.0, 1.0), **settings: Any) -> Sampler:
-    """Ours, with classifier-free guidance."""
-    return Sampler({'type': scheduler, **settings}, steps, [dict(type='CFG', scale=scale, window=window)], eta)
+            active_range: tuple[float, float] = (0.0, 1.0), **settings: Any) -> Sampler:
+    """Our sampler, with classifier-free guidance."""
+    guidance = dict(type='CFG', scale=scale, active_range=active_range)
+    return Sampler({'type': scheduler, **settings}, steps, [guidance], eta)
 
 
 def stock(base: Path, cls: str = 'StableDiffusionXLPipeline', **parts: Any) -> Any:
     """A stock pipeline of `base`, quiet, its base frozen as ours is.
 
     torch's matmul chooses another kernel for weights that require gradients, even under `no_grad`: at some sizes
-    (latents of 4 x 6) stock's own pictures differ by 1e-6 between frozen and unfrozen weights.
+    (latents of 4 x 6) stock's own images differ by 1e-6 between frozen and unfrozen weights.
     """
     import diffusers
     pipeline = getattr(diffusers, cls).from_pretrained(base, **parts)
@@ -113,7 +114,7 @@ def load_adapters(pipeline: Any, model: SDXL, folder: Path) -> None:
 
 
 def image_embeds(encoder: Path, pixels: Tensor, plus: bool) -> tuple[Tensor, Tensor]:
-    """Of no picture, and of pictures [B, 3, S, S] in [0, 1], by transformers' own encoder: [B, 1, (T,) E]."""
+    """Embeddings of no image, and of images [B, 3, S, S] in [0, 1], by transformers: [B, 1, (T,) E]."""
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     net = CLIPVisionModelWithProjection.from_pretrained(encoder).requires_grad_(False)
     settings = CLIPImageProcessorPil.from_pretrained(encoder)
@@ -130,10 +131,10 @@ def image_embeds(encoder: Path, pixels: Tensor, plus: bool) -> tuple[Tensor, Ten
 
 
 def first_copies(pipeline: Any, num: int) -> Any:
-    """Let prompts have image prompts of their own: a hook's handle.
+    """Give each prompt its own image prompt; return the hook's handle.
 
-    The pipelines repeat all embeddings for each of `num` prompts, which mixes them up; here the first copy is taken,
-    of the unconditional half and of the other.
+    The pipelines repeat all embeddings for each of `num` prompts, which mixes them up; the hook takes the first copy
+    of each half.
     """
     return pipeline.unet.encoder_hid_proj.register_forward_pre_hook(
         lambda _, args: ([x.unflatten(0, (2, num, -1))[:, 0].flatten(0, 1) for x in args[0]],))
@@ -149,7 +150,7 @@ def with_t2i(base: Path, **settings: Any) -> SDXL:
 
 
 def grads(model: SDXL, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and the gradient of everything that has one."""
+    """The loss and all gradients."""
     model.train()
     model.zero_grad(set_to_none=True)
     loss = model(batch, mode='loss')['loss']
@@ -162,8 +163,8 @@ def grads(model: SDXL, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
     """The same names, and values that are bitwise equal, or differ by `tolerance` in the norm of each tensor.
 
-    Tensors that are nothing but rounding (the bias of attention's keys has no gradient, as softmax doesn't see it)
-    are measured by the largest one's norm.
+    Tensors that are rounding errors only (softmax cancels the bias of attention's keys) are compared with the largest
+    norm.
     """
     assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())[:5]
     floor = max(float(t.double().norm()) for t in b.values()) * 1e-7
@@ -175,7 +176,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0
 
 #: The self-attention whose map steers SAG.
 MIDDLE = 'mid_block.attentions.0.transformer_blocks.0.attn1'
-#: A scale and its window.
+#: A scale and its active_range.
 Act = tuple[float, tuple[float, float]]
 OFF: Act = (0.0, (0.0, 1.0))
 
@@ -188,7 +189,7 @@ class ByHand:
         pipeline: stock's, with its scheduler, LoRAs and IP-Adapters.
         prompts: B texts; null: those of the unconditional rows, None for stock's zeros.
         time_ids: [B, N] of the conditional and of the unconditional rows.
-        controls: for each T2I-Adapter its features of B rows, and its scale and window.
+        controls: for each T2I-Adapter its features of B rows, and its scale and active_range.
         embeds: for each IP-Adapter what `image_embeds` gives; masks: likewise, [1, 1, H, W] or None.
         channels: [B, 5, h, w] beside the latents.
         margin: how close to its threshold SAG's map has come.
@@ -230,7 +231,7 @@ class ByHand:
 
     def _unet(self, x: Tensor, t: Tensor, rows: str, text: tuple[Tensor, ...], part: tuple[float, float]
               ) -> tuple[Tensor, Tensor]:
-        """The UNet's output, and of the first of `rows` how much attention each place of the middle gets."""
+        """The UNet's output, and how much attention each position of the middle gets in the first of `rows`."""
         from diffusers.models.attention_processor import (
             PAGCFGIdentitySelfAttnProcessor2_0,
             PAGIdentitySelfAttnProcessor2_0,
@@ -296,7 +297,7 @@ def _acting(act: Act, part: tuple[float, float]) -> float:
 
 
 def alpha_bar(scheduler: Any, t: Tensor) -> float:
-    """Of the UNet's input: by the deviation of the noise where a scheduler counts in it (Euler, Heun), else by t."""
+    """Alpha-bar of the UNet's input: by sigma for schedulers that use it (Euler, Heun), else by t."""
     if scheduler.init_noise_sigma != 1:
         return float(1 / (1 + scheduler.sigmas[scheduler.step_index].double() ** 2))
     return float(scheduler.alphas_cumprod[int(t)])

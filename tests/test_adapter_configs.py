@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine.helpers import train, weights
 from kinds import CASES, build, shaken
+from runs import train, weights
 
-from diffengine_sdxl.engine import config
+from diffengine_sdxl import config
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
 TRAINED = {

@@ -1,4 +1,4 @@
-"""The T2I-Adapter configs: they share all but a few keys, and the transforms of each make a sample."""
+"""The T2I-Adapter configs share all but a few keys, and the transforms of each produce a sample."""
 
 import json
 import sys
@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffengine_sdxl import config
+from diffengine_sdxl.config.references import differences
 from diffengine_sdxl.datasets import HFDataset
-from diffengine_sdxl.engine import config
-from diffengine_sdxl.engine.identity import differences
 from diffengine_sdxl.registry import DATASETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ def name_of(variant: str) -> str:
 
 
 def changed(one: str, other: str) -> set[str]:
-    """The dotted keys in which two configs differ, as they are written, references unresolved."""
+    """Return the dotted keys in which two configs differ, with references unresolved."""
     lines = differences(*(config.to_plain(config.load(name)) for name in (one, other)))
     return {line.partition(' was ')[0] for line in lines}
 
@@ -54,14 +54,14 @@ def test_a_variant_is_a_few_lines(variant: str) -> None:
 
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imagefolder of two captioned pictures without conditions."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imagefolder of two captioned images without conditions."""
     folder = tmp_path_factory.mktemp('captioned')
     rows = []
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 255, (80, 96, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f'{i}.png')
-        rows.append(json.dumps({'file_name': f'{i}.png', 'text': f'picture {i}'}))
+        rows.append(json.dumps({'file_name': f'{i}.png', 'text': f'image {i}'}))
     (folder / 'metadata.jsonl').write_text('\n'.join(rows) + '\n')
     return folder
 
@@ -80,7 +80,7 @@ def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def detectors(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A stand-in for the optional package controlnet_aux: its detectors' signatures, and a list of their calls."""
+    """Replace the optional package controlnet_aux by its detectors' signatures; return the list of their calls."""
     calls: list[dict[str, Any]] = []
 
     class Detector:
@@ -123,9 +123,9 @@ def detectors(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_the_transforms_of_a_variant_make_a_sample(variant: str, pictures: Path, depth_model: Path,
+def test_the_transforms_of_a_variant_produce_a_sample(variant: str, image_folder: Path, depth_model: Path,
                                                    detectors: list[dict[str, Any]]) -> None:
-    options = ['resolution=64', f'train_dataloader.dataset.source={pictures}']
+    options = ['resolution=64', f'train_dataloader.dataset.source={image_folder}']
     if variant == 'depth':
         options.append(f'condition.model={depth_model}')
     cfg = config.resolve(config.load(name_of(variant), options))
@@ -133,7 +133,7 @@ def test_the_transforms_of_a_variant_make_a_sample(variant: str, pictures: Path,
     assert isinstance(dataset, HFDataset)
     sample = dataset[1]
     condition = sample['conditioning_image']
-    assert condition.shape == sample['img'].shape == (3, 64, 64) and sample['text'] == 'picture 1'
+    assert condition.shape == sample['img'].shape == (3, 64, 64) and sample['text'] == 'image 1'
     assert condition.min() >= 0 and condition.max() == 1
     assert sample['time_ids'].tolist() == [80, 96, 0, 6, 64, 64]
     if variant in DETECTORS:
@@ -146,9 +146,9 @@ def test_the_transforms_of_a_variant_make_a_sample(variant: str, pictures: Path,
 
 
 @pytest.mark.parametrize('variant', DETECTORS)
-def test_a_missing_package_is_named(variant: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(variant: str, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'controlnet_aux', None)
-    options = ['resolution=64', f'train_dataloader.dataset.source={pictures}']
+    options = ['resolution=64', f'train_dataloader.dataset.source={image_folder}']
     cfg = config.resolve(config.load(name_of(variant), options))
     with pytest.raises(ValueError, match='controlnet_aux'):
         DATASETS.build(dict(cfg.train_dataloader.dataset))[0]

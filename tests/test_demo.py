@@ -1,4 +1,4 @@
-"""The demo removes demos only, and reads its options before it removes anything; tests/test_docs.py runs it whole."""
+"""The demo removes only demos, and checks its options first; tests/test_docs.py runs it."""
 
 import runpy
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffengine_sdxl.engine import launch
+from diffengine_sdxl import errors
+from diffengine_sdxl.errors import run_command
 
 DEMO = str(Path(__file__).resolve().parents[1] / 'tools' / 'demo.py')
 
@@ -28,10 +29,9 @@ def test_a_training_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "is not a demo's folder" in capsys.readouterr().err and (training / 'run.json').is_file()
 
 
-def test_a_mistyped_option_costs_no_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_mistyped_option_removes_no_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ('train', 'test', 'scales'):
-        monkeypatch.setattr(launch, name, lambda args: 0)
+    monkeypatch.setattr(errors, 'run_command', lambda name, args: 0)
     assert demo(monkeypatch, '--work-dir', str(tmp_path / 'D')) == 0
     (tmp_path / 'D' / 'kept').write_text('')
     assert demo(monkeypatch, '--work-dir', str(tmp_path / 'D'), '--cfg-options', 'train_cfg.max_itres=3') == 1
@@ -44,5 +44,5 @@ def test_a_sheet_without_an_export_is_a_sentence(tmp_path: Path, capsys: pytest.
     from types import SimpleNamespace
     args = SimpleNamespace(config='shapes_t2i_adapter', work_dir=str(tmp_path), cfg_options=None, adapter='adapter',
                            scales=[1.0])
-    assert launch.scales(args) == 1
-    assert 'holds no exported adapter' in capsys.readouterr().err
+    assert run_command('scales', args) == 1
+    assert "has no exported adapter 'adapter'" in capsys.readouterr().err

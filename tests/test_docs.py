@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from diffengine_sdxl.engine import config, launch
+from diffengine_sdxl import config, errors
+from diffengine_sdxl.commands.common import load_config
+from diffengine_sdxl.commands.test import to_test_config
+from diffengine_sdxl.errors import run_command
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
@@ -60,17 +63,15 @@ def files() -> set[str]:
 
 def test_the_readmes_tree_is_that_of_the_files() -> None:
     text, = (b for b in blocks('README.md', 'text') if b.startswith('diffengine_sdxl/'))
-    named = tree(text)
-    leaves = {p for p in named if not any(o != p and o.startswith(p) for o in named)}
-    collapsed = tuple(p for p in leaves if p.endswith('/'))
-    existing = files()
-    missing = sorted(p for p in existing if p not in named and not p.startswith(collapsed or ('//',)))
-    surplus = sorted(p for p in leaves if p not in existing and not (
+    named, existing = tree(text), files()
+    described = tuple(path for path, words in named.items() if path.endswith('/') and words)
+    missing = sorted(p for p in existing if p not in named and not p.startswith(described))
+    surplus = sorted(p for p in named if p not in existing and not (
         p.endswith('/') and any(e.startswith(p) for e in existing)))
     assert not missing and not surplus, (
         'The tree in README.md is not that of the files.\n'
         + ''.join(f'  add     {p}\n' for p in missing) + ''.join(f'  remove  {p}\n' for p in surplus))
-    assert not [p for p in leaves if not named[p]], 'each file of the tree has a line'
+    assert not [p for p, words in named.items() if not words and p not in ('diffengine_sdxl/', 'configs/')]
 
 
 def test_links_lead_somewhere() -> None:
@@ -141,7 +142,7 @@ def parsed(tool: str, arguments: list[str]) -> argparse.Namespace:
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [tool, *arguments])
-        patch.setattr(launch, tool.removesuffix('.py'), lambda args: found.append(args) or 0)
+        patch.setattr(errors, 'run_command', lambda name, args: found.append(args) or 0)
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
     assert found, f'{tool} does not take {arguments}'
@@ -154,7 +155,7 @@ def train(arguments: list[str], place: Path) -> None:
         at = arguments.index('--gpus')
         del arguments[at:at + 2]
     args = parsed('train.py', arguments)
-    launch.prepare(args)
+    load_config(args)
     if args.launcher != 'none':
         return
     steps = 4 if args.resume else 2
@@ -176,8 +177,8 @@ def train(arguments: list[str], place: Path) -> None:
         if 'depth' in args.config:
             return  # needs a depth model; tests/test_configs.py runs the variants' transforms
     args.cfg_options = [*(args.cfg_options or []), *own]
-    work_dir = launch.prepare(args).work_dir
-    assert launch.train(args) == 0
+    work_dir = load_config(args).work_dir
+    assert run_command('train', args) == 0
     exported = place / work_dir / f'step{steps}'
     assert (exported / 'manifest.json').is_file()
     assert any((exported / name).is_file() for name in (
@@ -196,13 +197,13 @@ def evaluate(arguments: list[str], place: Path) -> None:
     args = parsed('test.py', arguments)
     args.checkpoint = re.sub(r'step\d+', 'step2', args.checkpoint)
     args.cfg_options = [re.sub(r'step\d+', 'step2', option) for option in args.cfg_options or []]
-    launch.prepare_test(args)
+    to_test_config(load_config(args), args.checkpoint)
     if args.launcher != 'none':
         return
     args.cfg_options = [*(args.cfg_options or []), 'test_dataloader.dataset.length=4',
                         'model.sampler.num_inference_steps=2']
-    work_dir = launch.prepare_test(args).work_dir
-    assert launch.test(args) == 0
+    work_dir = to_test_config(load_config(args), args.checkpoint).work_dir
+    assert run_command('test', args) == 0
     found = json.loads((place / work_dir / 'metrics.json').read_text())
     assert list(found) == (['base'] if args.checkpoint == 'none' else ['base', 'adapted'])
 
@@ -216,7 +217,7 @@ def make_pictures(arguments: list[str], place: Path) -> None:
         own = ['model.pretrained=BASE', 'model.vae=None', 'mixed_precision=no'] if sdxl else []
         args.cfg_options = [*(args.cfg_options or []), *own]
         args.height, args.width = args.height and 64, args.width and 64
-    assert launch.infer(args) == 0
+    assert run_command('infer', args) == 0
     if args.out:
         assert (place / args.out / 'index.html').is_file() and any((place / args.out).glob('00000-*.png'))
 
@@ -248,10 +249,10 @@ def test_commands_of(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) ->
     (folder / 'PROMPTS.jsonl').write_text('{"prompt": "a castle", "seed": 3}\n')
     monkeypatch.chdir(folder)
     for command in (c for p, c in COMMANDS if p == page):
-        run_command(shlex.split(command), folder)
+        run_shell_line(shlex.split(command), folder)
 
 
-def run_command(words: list[str], folder: Path) -> None:
+def run_shell_line(words: list[str], folder: Path) -> None:
     while words and re.fullmatch(r'\w+=\S+', words[0]):
         words = words[1:]
     if words[0] in ('torchrun', 'srun', 'mpirun'):
@@ -298,7 +299,7 @@ def trained(place: Path) -> Path:
                                f'model.pretrained={place / "BASE"}', 'model.vae=None', 'resolution=64',
                                f'train_dataloader.dataset.source={place / "DATA"}', 'train_cfg.max_iters=1',
                                'train_dataloader.num_workers=0', 'mixed_precision=no'])
-    assert launch.train(args) == 0
+    assert run_command('train', args) == 0
     work_dir = place / 'work_dirs' / FILL50K
     shutil.copytree(work_dir / 'step1', work_dir / 'step15000')
     return work_dir

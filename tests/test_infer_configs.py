@@ -1,4 +1,4 @@
-"""The configs of configs/infer: each says what its guide says, and makes bitwise what the guide's pipelines make."""
+"""The configs of configs/infer: each has its guide's settings, and makes bitwise the image of the guide's pipelines."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from kinds import CASES, build, shaken
 from parity import images, stock
 from torch import Tensor
 
-from diffengine_sdxl.engine import config
-from diffengine_sdxl.engine.inference.inferencer import SDXLInferencer
-from diffengine_sdxl.engine.inference.request import Request
-from diffengine_sdxl.pictures import to_pil
+from diffengine_sdxl import config
+from diffengine_sdxl.images import to_pil
+from diffengine_sdxl.inference.inferencer import SDXLInferencer
+from diffengine_sdxl.request import Request
 from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_refiner, write_tiny_sdxl
 
 TEXT, IMAGE, INPAINT = (f'StableDiffusionXL{kind}Pipeline' for kind in ('', 'Img2Img', 'Inpaint'))
@@ -201,7 +201,7 @@ def test_a_config_says_what_its_guide_says(name: str) -> None:
             told |= {'denoising_start': own['denoising_end'], 'num_inference_steps': own['num_inference_steps']}
         # Its image are the base's latents, and the mask is the base's too.
         assert full(guide.second, asked(cfg, sampler, told)) == full(guide.second, guide.then)
-        assert cfg.refiner.pretrained == guide.refiner and cfg.refiner.shared == ['text_encoder_2', 'vae']
+        assert cfg.refiner.pretrained == guide.refiner and cfg.refiner.shared_components == ['text_encoder_2', 'vae']
 
 
 # What they make
@@ -238,7 +238,7 @@ def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp('world')
     kinds = {'lora': CASES['lora_everywhere'], 'lora2': CASES['lora'], 'ip': CASES['ip_adapter_plus'],
              't2i': CASES['t2i_adapter'], 't2i2': CASES['t2i_adapter']}
-    model = shaken(build(tiny_base, {name: {**case.config, 'reads': name} if case.reads else case.config
+    model = shaken(build(tiny_base, {name: {**case.config, 'condition_key': name} if case.condition_key else case.config
                                      for name, case in kinds.items()}), *(kinds[name] for name in sorted(kinds)))
     for name, adapter in model.adapters.items():
         adapter.save(folder / name)

@@ -60,7 +60,7 @@ def expected(checkout: Path) -> set[str]:
 def test_the_wheel_holds_all(checkout: Path, wheel: Path) -> None:
     names = names_in_wheel(wheel)
     assert names == expected(checkout)
-    assert {f'{NAME}/models/sdxl_files/tokenizer_2/merges.txt', f'{NAME}/models/sdxl_files/unet/config.json',
+    assert {f'{NAME}/loading/sdxl_files/tokenizer_2/merges.txt', f'{NAME}/loading/sdxl_files/unet/config.json',
             f'{NAME}/.mim/configs/probes/{PROBE}', f'{NAME}/.mim/model-index.yml'} <= names
 
 
@@ -97,7 +97,7 @@ def test_mim_finds_configs_and_tools(checkout: Path, wheel: Path, pythons: Path,
     assert found[3] == "'--launcher', 'none', '--work-dir', 'W'"
     code = (f'import {NAME}, pathlib; from mim.commands.search import load_metadata_from_local as load; '
             f'print([m.name for m in load({NAME!r}).models]); here = pathlib.Path({NAME}.__file__).parent; '
-            'print(here.resolve(), (here / "models/sdxl_files/tokenizer/vocab.json").stat().st_size)')
+            'print(here.resolve(), (here / "loading/sdxl_files/tokenizer/vocab.json").stat().st_size)')
     models, place = run([python, '-c', code], tmp_path).splitlines()[-2:]
     assert 'stable_diffusion_xl_t2i_adapter_fill50k' in models
     assert Path(place.split()[0]).is_relative_to(home) and int(place.split()[1]) > 800_000

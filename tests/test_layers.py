@@ -1,4 +1,4 @@
-"""What holds for every file: imports go down only, sizes, docstrings, nothing that runs what others wrote."""
+"""Rules for every file: imports go down only, sizes, docstrings, no untrusted code is run."""
 
 import ast
 import re
@@ -13,71 +13,85 @@ PACKAGE = 'diffengine_sdxl'
 FILES = sorted(p for folder in (PACKAGE, 'tools') for p in (ROOT / folder).rglob('*.py') if '.mim' not in p.parts)
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 
-# From the bottom up. The names of one line don't import each other; a name stands for all below it, unless a longer
-# one is given.
-LAYERS = (
-    ('registry', 'structures', 'rng', 'schedule', 'pictures', 'hub', 'weight_names', 'weights',
-     'shapes'),
-    ('models.attention', 'models.text', 'models.weighting', 'models.single_file', 'adapters', 'objectives', 'samplers',
-     'datasets', 'evaluation'),
+# From the ground up; the modules of one storey don't import each other. A folder stands for all files in it.
+STOREYS = (
+    ('errors',),
+    ('atomic_files', 'versions', 'registry', 'rng', 'structures', 'images'),
+    ('noise_schedule', 'attention', 'request', 'shapes'),
+    ('protocols',),
+    ('config',),
+    ('loading',),
+    ('adapters', 'objectives', 'samplers', 'datasets', 'evaluation'),
     ('models',),
-    ('engine',),
+    ('engine', 'inference'),
+    ('commands',),
+    ('testing',),  # the tiny models of the tests and of tools/make_shapes_base.py
     ('tools',),
 )
-# The pairs of siblings: the attention slots have one owner, and adapters ask it for theirs; `models.weighting` is the
-# half of `models.text` that knows compel.
-ALLOWED = {('adapters', 'models.attention'), ('models.text', 'models.weighting')}
-# The lowest layer stands on itself: a keyed draw, a batch and a picture may use one another.
-BOTTOM = 0
 
 
 def name_of(path: Path) -> str:
-    """'diffengine_sdxl/models/text.py' -> 'models.text'; 'tools/train.py' -> 'tools.train'; '' for the package."""
+    """'diffengine_sdxl/models/sdxl.py' -> 'models.sdxl'; 'tools/train.py' -> 'tools.train'; '' for the package."""
     parts = path.relative_to(ROOT).with_suffix('').parts
     parts = parts[1:] if parts[0] == PACKAGE else parts
     return '.'.join(parts[:-1] if parts[-1:] == ('__init__',) else parts)
 
 
 def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """The modules of ours that a file imports, anywhere in it, without the package's name."""
+    """Yield the modules of the package and of tools that a file imports, anywhere in it, without the package's name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ''
             if node.level:
-                own = f'{PACKAGE}.{module}'.rstrip('.').split('.')
-                base = '.'.join(own[:len(own) - node.level + is_package] + ([base] if base else []))
-            found = [f'{base}.{alias.name}' for alias in node.names]
+                parts = f'{PACKAGE}.{module}'.rstrip('.').split('.')
+                base = '.'.join(parts[:len(parts) - node.level + is_package] + ([base] if base else []))
+            names = [f'{base}.{alias.name}' for alias in node.names]
         else:
             continue
-        for name in found:
+        for name in names:
             if name.split('.')[0] in (PACKAGE, 'tools'):
                 yield name.removeprefix(PACKAGE).lstrip('.')
 
 
-def layer(name: str) -> tuple[int, str] | None:
-    """The layer and the longest entry of LAYERS that `name` lies in; None for the package itself and `testing`."""
-    hits = [(len(entry), level, entry) for level, entries in enumerate(LAYERS) for entry in entries
-            if name == entry or name.startswith(f'{entry}.')]
-    return max(hits)[1:] if hits else None
+def storey(name: str) -> tuple[int, str] | None:
+    """Return the number of the storey of `name` and its entry there, or None if it has none."""
+    return next(((number, entry) for number, entries in enumerate(STOREYS) for entry in entries
+                 if f'{name}.'.startswith(f'{entry}.')), None)
 
 
 def fault(module: str, imported: str) -> str | None:
-    """Why `module` may not import `imported`, or None if it may."""
-    if imported.split('.')[0] == 'testing':
-        allowed = module in ('testing', 'tools.make_shapes_base')
-        return None if allowed else f'{module} imports testing, which is for tests'
-    if module == 'testing':
+    """Return why `module` must not import `imported`, or None if it may."""
+    if imported in ('', '__version__'):
         return None
-    here, there = layer(module), layer(imported)
-    if there is None:
-        return None if imported in ('', '__version__') else f'{imported} has no layer; name it in LAYERS'
-    if here is None:
-        return f'{module} has no layer; name it in LAYERS'
-    if here[0] > there[0] or here[1] == there[1] or (here[1], there[1]) in ALLOWED or here[0] == there[0] == BOTTOM:
+    here, target = storey(module), storey(imported)
+    if here is None or target is None:
+        return f'{module if here is None else imported} is in no storey; name it in STOREYS'
+    if here[0] > target[0] or here[1] == target[1]:
         return None
-    return f'{module} imports {imported}, which is {"beside" if here[0] == there[0] else "above"} it'
+    return f'{module} imports {imported}, which is {"beside" if here[0] == target[0] else "above"} it'
+
+
+def graph() -> dict[str, set[str]]:
+    """Return each file of the package with the files of the package that it imports, anywhere in it."""
+    names = {name_of(path) for path in FILES}
+    edges: dict[str, set[str]] = {}
+    for path in FILES:
+        module = name_of(path)
+        targets = {name if name in names else name.rpartition('.')[0]
+                   for name in imports(parse(path), module, path.name == '__init__.py')}
+        edges[module] = {name for name in targets if name in names and name not in ('', module)}
+    return edges
+
+
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Return the names on or before cycles: what is left after removing those that lead nowhere, again and again."""
+    left = {name: set(targets) for name, targets in edges.items()}
+    while ends := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in ends:
+            del left[name]
+    return [sorted(left)] if left else []
 
 
 def parse(path: Path) -> ast.Module:
@@ -85,45 +99,56 @@ def parse(path: Path) -> ast.Module:
 
 
 @pytest.mark.parametrize(('module', 'imported', 'allowed'), [
-    ('engine.loops', 'models.sdxl.SDXL', True), ('models.sdxl', 'engine.loops', False),
-    ('adapters.t2i_adapter', 'models.attention.Slots', True), ('adapters.t2i_adapter', 'models.text', False),
-    ('adapters.t2i_adapter', 'models.sdxl', False), ('models.attention', 'adapters.base', False),
-    ('models.loading', 'models.single_file', True), ('models.single_file', 'models.loading', False),
+    ('engine.train_loop', 'models.sdxl.SDXL', True), ('models.sdxl', 'engine.train_loop', False),
+    ('adapters.t2i_adapter', 'attention', True), ('adapters.t2i_adapter', 'models.text_encoders', False),
+    ('attention', 'adapters.base', False), ('adapters.formats.kohya', 'adapters.lora', True),
     ('samplers.sampler', 'objectives.noises', False), ('samplers.sampler', 'samplers.guidance', True),
-    ('pictures', 'rng', True), ('pictures', 'datasets', False), ('tools.train', 'engine.launch', True),
-    ('engine.launch', 'tools.train', False), ('tools.make_shapes_base', 'testing', True),
-    ('engine.hooks.x', 'testing', False), ('tools.demo', 'testing', False),
+    ('images', 'rng', False), ('noise_schedule', 'registry', True), ('engine.runner', 'inference.inferencer', False),
+    ('inference.inferencer', 'engine.export', False), ('commands.train', 'engine.runner', True),
+    ('engine.runner', 'commands.train', False), ('tools.train', 'commands.train', True),
     ('datasets.x', 'newfile', False), ('newfile', 'rng', False), ('tools.train', '__version__', True),
+    ('tools.make_shapes_base', 'testing', True),
+    ('engine.hooks.x', 'testing', False),
 ])
 def test_the_rules_themselves(module: str, imported: str, allowed: bool) -> None:
     assert (fault(module, imported) is None) == allowed
 
 
 def test_relative_imports_are_resolved() -> None:
-    tree = ast.parse('from . import a\nfrom ..rng import b\nimport torch, diffengine_sdxl.schedule\n'
+    tree = ast.parse('from . import a\nfrom ..rng import b\nimport torch, diffengine_sdxl.noise_schedule\n'
                      'def f():\n    from diffengine_sdxl.engine import c\n')
-    assert list(imports(tree, 'models.text', False)) == ['models.a', 'rng.b', 'schedule', 'engine.c']
+    assert list(imports(tree, 'models.text_encoders', False)) == ['models.a', 'rng.b', 'noise_schedule', 'engine.c']
     assert list(imports(ast.parse('from . import a'), 'models', True)) == ['models.a']
 
 
 def test_imports_go_down_only() -> None:
     assert FILES
-    # An __init__ only fills its folder's registry; whoever imports a part of the folder runs it, whatever the layer.
-    faults = {found for path in FILES if path.name != '__init__.py' for module in [name_of(path)]
-              for imported in imports(parse(path), module, False) if (found := fault(module, imported))}
+    # An __init__ fills its folder's registry, and runs with any import from the folder.
+    faults = {reason for path in FILES if path.name != '__init__.py' for module in [name_of(path)]
+              for imported in imports(parse(path), module, False) if (reason := fault(module, imported))}
     assert not faults, '\n'.join(sorted(faults))
+
+
+def test_no_import_cycles() -> None:
+    """Also inside a folder. An __init__ runs with any file of its folder, so it is excluded."""
+    assert cycles({'a': {'b'}, 'b': {'c'}, 'c': set()}) == []
+    assert cycles({'a': {'b'}, 'b': {'c'}, 'c': {'b'}, 'd': set()}) == [['a', 'b', 'c']]
+    inits = {name_of(path) for path in FILES if path.name == '__init__.py'}
+    edges = graph()
+    assert len(edges) > 100 and edges['commands.train']
+    assert cycles({name: targets - inits for name, targets in edges.items() if name not in inits}) == []
 
 
 def test_an_init_imports_from_its_own_folder_only() -> None:
     faults = [f'{name_of(path)}: {imported}' for path in FILES if path.name == '__init__.py'
               for imported in imports(parse(path), name_of(path), True)
-              # The package itself is named '', and all lies in its folder.
+              # The package itself is named '', and every file is in its folder.
               if name_of(path) and not f'{imported}.'.startswith(f'{name_of(path)}.')]
     assert not faults, faults
 
 
 def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring."""
+    """Count the lines of a function without its docstring."""
     assert node.end_lineno is not None
     total = node.end_lineno - node.lineno + 1
     first = node.body[0]
@@ -151,7 +176,7 @@ def test_a_docstring_is_not_counted() -> None:
 
 
 def undocumented(tree: ast.Module) -> Iterator[str]:
-    """Public or registered functions and classes at the top of a file without a docstring."""
+    """Yield public or registered functions and classes at the top of a file without a docstring."""
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
@@ -170,43 +195,43 @@ def test_public_things_have_docstrings() -> None:
 
 
 def unsafe(tree: ast.Module) -> Iterator[str]:
-    """Calls that run code which came with data, or a shell."""
+    """Yield calls that may run code from data, or a shell."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if given.get('trust_remote_code', 'False') != 'False':
+        name, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if keywords.get('trust_remote_code', 'False') != 'False':
             yield f'{node.lineno}: trust_remote_code'
-        if name == 'torch.load' and given.get('weights_only') != 'True':
+        if name == 'torch.load' and keywords.get('weights_only') != 'True':
             yield f'{node.lineno}: torch.load without weights_only=True'
-        if given.get('shell', 'False') != 'False' or name in ('os.system', 'os.popen', 'eval', 'exec'):
+        if keywords.get('shell', 'False') != 'False' or name in ('os.system', 'os.popen', 'eval', 'exec'):
             yield f'{node.lineno}: {name} runs a shell or code'
         if re.fullmatch(r'(c?[pP]ickle|dill|joblib|yaml)\.(loads?|unsafe_load|Unpickler)', name):
             yield f'{node.lineno}: {name}'
 
 
-def test_nothing_runs_what_came_with_data() -> None:
-    found = [f'{path.relative_to(ROOT)}:{what}' for path in FILES for what in unsafe(parse(path))]
-    assert not found, '\n'.join(found)
+def test_no_code_from_data_is_run() -> None:
+    calls = [f'{path.relative_to(ROOT)}:{what}' for path in FILES for what in unsafe(parse(path))]
+    assert not calls, '\n'.join(calls)
 
 
 @pytest.mark.parametrize('line', [
     'load_dataset(x, trust_remote_code=True)', 'torch.load(x)', 'torch.load(x, weights_only=False)',
     'subprocess.run(x, shell=True)', 'os.system(x)', 'pickle.load(x)', 'eval(x)'])
-def test_the_unsafe_is_seen(line: str) -> None:
+def test_unsafe_calls_are_recognised(line: str) -> None:
     assert list(unsafe(ast.parse(line)))
     assert not list(unsafe(ast.parse('torch.load(x, weights_only=True); model.eval(); yaml.safe_load(x)')))
 
 
-def twice(configs: list[Path], others: list[Path]) -> list[str]:
-    """Names of configs (not of pieces in `_base_`) that another file has too."""
+def duplicates(configs: list[Path], others: list[Path]) -> list[str]:
+    """Return names of configs (not of pieces in `_base_`) that another file has too."""
     count = Counter(p.name for p in [*configs, *others])
     return sorted({p.name for p in configs if '_base_' not in p.parts and count[p.name] > 1})
 
 
 def test_config_names_are_unique() -> None:
     """mim finds a config by its base name, among all files of the package."""
-    assert twice(CONFIGS, FILES) == []
+    assert duplicates(CONFIGS, FILES) == []
     a, b, piece = Path('configs/x/a.py'), Path('configs/y/a.py'), Path('configs/_base_/x/a.py')
-    assert twice([a, b], []) == twice([a, piece], []) == twice([a], [Path('tools/a.py')]) == ['a.py']
-    assert twice([a, piece.with_name('b.py'), piece.parents[1] / 'y/b.py'], []) == []
+    assert duplicates([a, b], []) == duplicates([a, piece], []) == duplicates([a], [Path('tools/a.py')]) == ['a.py']
+    assert duplicates([a, piece.with_name('b.py'), piece.parents[1] / 'y/b.py'], []) == []

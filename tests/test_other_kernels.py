@@ -12,9 +12,9 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.parametrize(('file', 'name', 'expected'), [
     ('adapters/test_cases.py', 'test_scale_zero_is_the_base', True),  # torch.equal
-    ('engine/test_resume.py', 'test_of_every_kind', True),  # by a helper of tests/engine/helpers.py
+    ('engine/test_resume.py', 'test_of_every_kind', True),  # by a helper of tests/runs.py
     ('engine/test_optim.py', 'test_rates_are_bitwise_those_of_diffusers', True),  # it says so
-    ('samplers/test_sampler.py', 'test_a_picture_does_not_depend_on_its_place', False),  # close
+    ('samplers/test_sampler.py', 'test_an_image_does_not_depend_on_its_place', False),  # close
     ('test_layers.py', 'test_imports_go_down_only', False)])
 def test_what_claims_bitwise_equality(file: str, name: str, expected: bool) -> None:
     assert f'def {name}(' in (TESTS / file).read_text()

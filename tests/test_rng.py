@@ -1,4 +1,4 @@
-"""Keyed draws: what each number depends on, and what it does not."""
+"""Keyed draws: what each number depends on and what it does not."""
 
 import hashlib
 import random
@@ -13,7 +13,7 @@ from diffengine_sdxl import rng
 
 
 def documented(*key: str | int) -> torch.Generator:
-    """The generator of a key, by what the docstrings say."""
+    """Return the generator of a key by the documented formula."""
     text = '\x1f'.join(f'{type(k).__name__}:{k}' for k in key)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, 'big') // 2)
@@ -24,7 +24,7 @@ def draws(seeds: list[int], keys: list[str], epochs: list[int]) -> rng.Draws:
 
 
 def test_a_row_is_its_keys_own_generator() -> None:
-    """(seed, key, epoch, stream), in this order, fp32; on every machine the same."""
+    """The key is (seed, key, epoch, stream), in this order; fp32, the same on every machine."""
     got = draws([1, 2], ['a', 'b'], [3, 4])
     expected = torch.stack([torch.randn((4, 8, 8), generator=documented(s, k, e, 'noise'))
                             for s, k, e in ((1, 'a', 3), (2, 'b', 4))])
@@ -45,8 +45,8 @@ def test_each_part_of_a_key_matters() -> None:
     assert not torch.equal(draws([1], ['a'], [3]).normal('vae', (5,)), reference)
 
 
-def test_rows_do_not_see_each_other() -> None:
-    """Any order, any split, any draws before."""
+def test_rows_are_independent() -> None:
+    """Of order, split and earlier draws."""
     seeds, keys, epochs = [1, 1, 7, 7], list('abca'), [0, 1, 1, 0]
     whole = draws(seeds, keys, epochs)
     reference = whole.normal('noise', (3, 2))
@@ -79,7 +79,7 @@ def global_numbers() -> tuple[float, float, float]:
 
 
 def test_fork_leaves_no_trace() -> None:
-    """Inside, all three generators follow the key; outside they go on as if nothing had been, also after an error."""
+    """All three generators follow the key inside and are restored outside, also after an error."""
     rng.seed_all('x', 1)
     before = [global_numbers() for _ in range(2)]
     rng.seed_all('x', 1)

@@ -1,4 +1,4 @@
-"""The data that flows: stacking, rows, windows, and what the UNet is handed."""
+"""Batches, conditioning rows, active ranges, and the UNet's arguments."""
 
 from dataclasses import fields
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from parity import images, make_batch
 from torch import Tensor
 
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.structures import Batch, Conditioning, UNetCall, to_device, where
 
 
@@ -26,7 +27,7 @@ def call(num: int = 2, **kwargs: Any) -> UNetCall:
 
 
 def test_rows_of_a_conditioning() -> None:
-    """Of every tensor, also those of adapters and of a UNet with more inputs; what is not there stays so."""
+    """Of every tensor, also of adapters and of optional UNet inputs; None stays None."""
     row = torch.arange(5.0)
     both = conditioning(5, channels=row.view(5, 1, 1, 1), timestep_cond=row.view(5, 1))
     for index in (slice(2, 5), torch.tensor([2, 3, 4]), torch.tensor([False, False, True, True, True])):
@@ -39,30 +40,30 @@ def test_rows_of_a_conditioning() -> None:
 
 @pytest.mark.parametrize('shape', [(3,), (3, 4), (3, 2, 2, 2)])
 def test_where_touches_no_number(shape: tuple[int, ...]) -> None:
-    """Rows are taken whole: NaN and infinity of the row that is not taken stay out."""
-    other, kept = torch.full(shape, float('nan')), torch.randn(shape)
+    """Rows are selected without arithmetic: NaN and infinity of the other row have no effect."""
+    null, value = torch.full(shape, float('nan')), torch.randn(shape)
     drop = torch.tensor([False, True, False])
-    got = where(drop, other, kept)
-    assert torch.equal(got[~drop], kept[~drop]) and got[drop].isnan().all()
-    assert torch.equal(where(drop, torch.zeros(shape), other.fill_(float('inf')))[drop], torch.zeros(shape)[drop])
+    rows = where(drop, null, value)
+    assert torch.equal(rows[~drop], value[~drop]) and rows[drop].isnan().all()
+    assert torch.equal(where(drop, torch.zeros(shape), null.fill_(float('inf')))[drop], torch.zeros(shape)[drop])
 
 
-@pytest.mark.parametrize(('window', 'begin', 'end', 'inside'), [
+@pytest.mark.parametrize(('active_range', 'begin', 'end', 'inside'), [
     ((0.2, 0.6), 0.2, 0.4, True), ((0.2, 0.6), 0.4, 0.6, True), ((0.2, 0.6), 0.1, 0.3, False),
     ((0.2, 0.6), 0.5, 0.7, False), ((0.0, 0.7), 0.6, 0.7, True), ((0.0, 1 / 3), 0.0, 1 / 3, True),
     ((0.7, 1.0), 0.7, 0.8, True), ((0.5, 1.0), 0.4, 0.5, False)])
-def test_a_step_is_inside_when_it_begins_and_ends_inside(window: tuple[float, float], begin: float, end: float,
+def test_a_step_is_inside_when_it_begins_and_ends_inside(active_range: tuple[float, float], begin: float, end: float,
                                                          inside: bool) -> None:
-    """The bounds belong to the window, though progress is fp32 and windows are not."""
+    """Both bounds are included, though progress is fp32 and ranges are not."""
     progress = torch.tensor([[begin, end]]).expand(2, 2)
-    gate = call(progress=progress).gate(window)
+    gate = call(progress=progress).gate(active_range)
     assert gate is None if inside else gate is not None and gate.tolist() == [0, 0]
-    training = call(progress=progress, training=True).gate(window)
+    training = call(progress=progress, training=True).gate(active_range)
     assert training is not None and training.tolist() == [float(inside)] * 2 and training.dtype == torch.float32
 
 
 def test_gates_of_each_row() -> None:
-    """In training rows lie at different places; without a window there is no gate at all."""
+    """In training, rows have different timesteps; the full range has no gate."""
     progress = torch.tensor([[0.1, 0.1], [0.5, 0.5], [0.9, 0.9]])
     for training in (True, False):
         one = call(3, progress=progress, training=training)
@@ -81,24 +82,23 @@ def test_feature_maps_sum_and_are_fresh_each_call() -> None:
     one = call(sample=torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16))
     assert 'down_intrablock_additional_residuals' not in one.kwargs()
     one.check_consumed()
-    given = features()
-    one.add_residuals(given)
+    added = features()
+    one.add_residuals(added)
     one.add_residuals(features(0.5))
     for _ in range(2):
         passed = one.kwargs()['down_intrablock_additional_residuals']
         assert [float(f.mean()) for f in passed] == [1.5, 3.0] and passed[0].dtype == torch.bfloat16
         passed.clear()
         one.check_consumed()
-    assert [float(f.mean()) for f in given] == [1, 2]
-    with pytest.raises(ValueError, match=r'feature maps of different shapes: \[\(2, 2, 4, 4\).*\(2, 5, 4, 4\)'):
+    assert [float(f.mean()) for f in added] == [1, 2]
+    with pytest.raises(UserError, match=r'feature maps of different shapes: \[\(2, 2, 4, 4\).*\(2, 5, 4, 4\)'):
         one.add_residuals(features(width=5))
     one.kwargs()['down_intrablock_additional_residuals'].pop(0)
-    with pytest.raises(ValueError, match=r'used 1 of 2 feature maps; those of shape \[\(3, 2, 2\)\].*\(8, 8\)'):
+    with pytest.raises(UserError, match=r'used 1 of 2 feature maps; those of shape \[\(3, 2, 2\)\].*\(8, 8\)'):
         one.check_consumed()
 
 
-def test_what_the_unet_is_handed() -> None:
-    """The arguments of UNet2DConditionModel.forward."""
+def test_the_arguments_of_the_unet() -> None:
     import inspect
 
     from diffusers import UNet2DConditionModel
@@ -112,7 +112,7 @@ def test_what_the_unet_is_handed() -> None:
 
 
 def test_to_device() -> None:
-    """Every tensor moves, also in dicts, but those that key the draws; the batch itself stays as it was."""
+    """Every tensor moves, also in dicts, except the keys of draws; the batch itself is unchanged."""
     batch = make_batch(2, drop={'text': torch.tensor([True, False])}, weight=torch.ones(2), mask=torch.ones(2, 1, 8, 8))
     moved = to_device(batch, 'meta')
     for name in ('time_ids', 'img', 'weight', 'mask'):

@@ -1,4 +1,4 @@
-"""Train a T2I-Adapter on the shapes base, measure it and show it, in work_dirs/demo. What `make demo` runs."""
+"""Train, test and show a T2I-Adapter on the shapes base, in work_dirs/demo (`make demo`)."""
 
 import argparse
 import shutil
@@ -11,30 +11,32 @@ MARK = '.demo'
 
 
 def main() -> int:
-    """Train, test, draw the contact sheet, name the pictures."""
+    """Train, test, draw the contact sheet and print where the images are."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', default='work_dirs/demo', help='folder, made anew (default: %(default)s)')
+    parser.add_argument('--work-dir', default='work_dirs/demo',
+                        help='folder; an earlier demo in it is removed (default: %(default)s)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override keys of the config')
     args = parser.parse_args()
-    from diffengine_sdxl.engine import config, launch
+    from diffengine_sdxl import config
+    from diffengine_sdxl.errors import UserError, run_command
     work_dir, options = Path(args.work_dir), ['test_cfg.seeds=1', *(args.cfg_options or ())]
     shared = {'config': CONFIG, 'work_dir': str(work_dir), 'launcher': 'none', 'cfg_options': options}
     try:
-        config.load(CONFIG, options)  # before an earlier demo goes
+        config.load(CONFIG, options)  # before an earlier demo is removed
         if work_dir.exists() and not (work_dir / MARK).is_file():
-            raise ValueError(f"'{work_dir}' exists and is not a demo's folder; choose another --work-dir.")
-    except ValueError as error:
+            raise UserError(f"'{work_dir}' exists and is not a demo's folder; choose another --work-dir.")
+    except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     shutil.rmtree(work_dir, ignore_errors=True)
     work_dir.mkdir(parents=True)
     (work_dir / MARK).write_text('tools/demo.py may remove this folder.\n')
-    code = (launch.train(argparse.Namespace(**shared, resume=None))
-            or launch.test(argparse.Namespace(**shared, checkpoint=str(work_dir)))
-            or launch.scales(argparse.Namespace(**shared, adapter='adapter', scales=SCALES)))
+    code = (run_command('train', argparse.Namespace(**shared, resume=None))
+            or run_command('test', argparse.Namespace(**shared, checkpoint=str(work_dir)))
+            or run_command('scales', argparse.Namespace(**shared, adapter='adapter', scales=SCALES)))
     if code == 0:
         print(f'The adapter: {work_dir}/step*/adapter (loads in diffusers). Figures: {work_dir}/metrics.json\n'
-              f'Pictures: {work_dir}/contact_sheet.png, {work_dir}/test/pictures.png, {work_dir}/curves.png')
+              f'Images: {work_dir}/contact_sheet.png, {work_dir}/test/pictures.png, {work_dir}/curves.png')
     return code
 
 

@@ -1,4 +1,4 @@
-"""Write one adapter for other tools: python tools/export.py CONFIG OUT --checkpoint X; read again and compared."""
+"""Export one adapter for other tools, and verify it: python tools/export.py CONFIG OUT --checkpoint X."""
 
 import argparse
 import sys
@@ -6,21 +6,21 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Parse, build, write, compare. Heavy imports come after parsing, so that -h answers at once."""
+    """Parse the options and export. Import heavy modules afterwards, so that -h answers at once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='path of a config, or base name of an installed one')
     parser.add_argument('out', type=Path, help='folder to write, or for kohya a file *.safetensors; must not exist')
-    parser.add_argument('--checkpoint', help='a step<N>.pth; a work dir, for its latest; an exported step<N>/ or '
+    parser.add_argument('--checkpoint', help='a step<N>.pth; a work dir (its latest); an exported step<N>/ or '
                                              "adapter's folder (default: the adapter's `weights` in the config)")
-    parser.add_argument('--adapter', help='its name in the config; needed where there are several')
+    parser.add_argument('--adapter', help='its name in the config; required if there are several')
     parser.add_argument('--format', choices=('diffusers', 'peft', 'kohya', 'original'),
                         help="default: that of the adapter's own ecosystem")
     parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'),
-                        help='round the weights to it (default: as they are)')
+                        help='dtype of the written weights (default: unchanged)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override keys of the config')
     args = parser.parse_args()
-    from diffengine_sdxl.engine import launch
-    return launch.export(args)
+    from diffengine_sdxl.errors import run_command
+    return run_command('export', args)
 
 
 if __name__ == '__main__':

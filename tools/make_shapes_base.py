@@ -1,4 +1,4 @@
-"""Make the tiny base of the shapes world: its components, its VAE, and the folder that ships; see docs/shapes.md."""
+"""Make the tiny base of the shapes world: its components, its VAE, and the shipped folder; see docs/shapes.md."""
 
 import argparse
 import itertools
@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# One vocabulary for both encoders: the words of the captions, each a token, and every byte for what is not among them.
+# Both encoders share a vocabulary: a token for each word of the captions, and for each byte.
 SEQUENCE = 32
 WIDTHS = (32, 64, 128)
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens and merges of a byte-level BPE in which every word of the captions is one token.
+    """Return tokens and merges of a byte-level BPE in which every word of the captions is one token.
 
-    Source: Sennrich et al. 2016; merged until no word is left in parts, in the order of frequency.
+    Source: Sennrich et al. 2016; merged in the order of frequency until every word is one token.
     """
     from collections import Counter
 
@@ -49,7 +49,7 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def components() -> dict[str, Any]:
-    """The parts of the base with random weights, of the classes that SDXL has."""
+    """Return the components of the base with random weights, of SDXL's classes."""
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -74,13 +74,13 @@ def components() -> dict[str, Any]:
             WIDTHS, cross_attention_dim=128, pooled=64, sample_size=16, transformer_layers_per_block=(1, 1, 1),
             attention_head_dim=tuple(c // 16 for c in WIDTHS), addition_time_embed_dim=16,
             projection_class_embeddings_input_dim=16 * 6 + 64),
-        # Zero terminal SNR, v and trailing steps: on so small a latent the mean of the noise would tell the colours.
+        # Zero terminal SNR, v and trailing steps: in so small a latent the noise's mean would reveal the colours.
         scheduler=testing.sdxl_scheduler(prediction_type='v_prediction', rescale_betas_zero_snr=True,
                                          timestep_spacing='trailing', steps_offset=0))
 
 
 def write_components(folder: Path) -> None:
-    """The configs and tokenizers of the base, without weights: what `model.config` makes random weights from."""
+    """Write the configs and tokenizers of the base without weights, for `model.config`."""
     from diffusers import StableDiffusionXLPipeline
     StableDiffusionXLPipeline(**components(), add_watermarker=False).save_pretrained(str(folder))
     for weights in folder.glob('*/*.safetensors'):
@@ -88,7 +88,7 @@ def write_components(folder: Path) -> None:
 
 
 def take_vae(export: Path, folder: Path, num_images: int = 2048) -> None:
-    """Put the trained VAE of `export` (step<N>) into `folder`/vae, scaled so that latents have a deviation of 1."""
+    """Write the trained VAE of `export` (step<N>) to `folder`/vae, scaled to latents with standard deviation 1."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -106,9 +106,9 @@ def take_vae(export: Path, folder: Path, num_images: int = 2048) -> None:
 
 
 def record(export: Path) -> dict[str, Any]:
-    """What the base's manifest keeps of the run that `export` came from."""
+    """Return the entries of the base's manifest for the run of `export`."""
     text = (export / 'manifest.json').read_text()
-    # Where the runs lay on one machine is nothing to anybody else.
+    # Remove the machine's own paths.
     folders = {str(export.resolve().parents[1]): 'work_dirs', str(Path(__file__).resolve().parents[1]) + '/': ''}
     for folder, name in folders.items():
         text = text.replace(folder, name)
@@ -126,17 +126,17 @@ def record(export: Path) -> dict[str, Any]:
 
 
 def assemble(folder: Path, runs: dict[str, Path]) -> None:
-    """Write the trained parts to `folder` as fp16, and how they came about; refuses more than 20 MB.
+    """Write the trained components to `folder` as fp16, with a manifest; at most 20 MB.
 
     Args:
-        runs: 'vae', 'decoder', 'pretrain', 'unet', 'image_encoder' -> exports (step<N>), of which 'unet' and
-            'image_encoder' are taken; the VAE is in `folder` already.
+        runs: 'vae', 'decoder', 'pretrain', 'unet', 'image_encoder' -> exports (step<N>); 'unet' and 'image_encoder'
+            are copied, the others only recorded (the VAE is in `folder` already).
     """
     import torch
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-    from diffengine_sdxl.engine.export import git_commit
-    from diffengine_sdxl.models import loading
+    from diffengine_sdxl.loading import base as loading
+    from diffengine_sdxl.versions import git_commit
     for name in ('unet', 'text_encoder', 'text_encoder_2'):
         model = loading.module_class(name).from_pretrained(runs['unet'] / 'pipeline', subfolder=name)
         model.to(torch.float16).save_pretrained(str(folder / name))
@@ -152,27 +152,27 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
                      feature_extractor=['transformers', 'CLIPImageProcessor'])
     (folder / 'model_index.json').write_text(json.dumps(dict(sorted(index.items())), indent=2) + '\n')
     for config in folder.glob('*/config.json'):
-        # transformers loads in the dtype that the config names, diffusers in fp32: together they must agree.
+        # transformers loads in the config's dtype, diffusers in fp32: make them agree.
         values = json.loads(config.read_text())
         if 'dtype' in values:
             config.write_text(json.dumps({**values, 'dtype': 'float32'}, indent=2) + '\n')
-    notes = {'what': 'a tiny SDXL of the shapes world, trained by this package (docs/shapes.md)',
-             'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'put_together_at': git_commit(),
-             'runs': {name: record(path) for name, path in runs.items()}}
-    (folder / 'manifest.json').write_text(json.dumps(notes, indent=1) + '\n')
+    manifest = {'what': 'a tiny SDXL of the shapes world, trained by this package (docs/shapes.md)',
+                'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'put_together_at': git_commit(),
+                'runs': {name: record(path) for name, path in runs.items()}}
+    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1) + '\n')
     size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
-    assert size < 20e6, f'{folder} has {size / 1e6:.1f} MB, more than the 20 that a package may bring'
+    assert size < 20e6, f'{folder} has {size / 1e6:.1f} MB, more than 20'
     print(f'{folder}: {size / 1e6:.1f} MB')
 
 
 def main() -> int:
-    """Parse and do one of the steps."""
+    """Run one of the steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
-    helps = {'components': 'write configs and tokenizers, without weights', 'vae': 'take in a trained VAE',
-             'assemble': 'take in all that was trained, as fp16, with a manifest'}
-    for name, words in helps.items():
-        command = commands.add_parser(name, help=words)
+    helps = {'components': 'write configs and tokenizers, without weights', 'vae': 'copy a trained VAE',
+             'assemble': 'copy all trained components as fp16, with a manifest'}
+    for name, help_text in helps.items():
+        command = commands.add_parser(name, help=help_text)
         command.add_argument('folder', type=Path, help='the base')
         if name != 'components':
             command.add_argument('--vae', type=Path, required=True, help='export (step<N>) of shapes_vae')

@@ -1,4 +1,4 @@
-"""Pictures of the guides, at the addresses that these name."""
+"""Images of the guides, at the addresses that these name."""
 pictures = dict(
     # The pipelines guide's.
     astronaut='https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/diffusers/'

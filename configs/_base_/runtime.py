@@ -1,4 +1,4 @@
-"""Logs, checkpoints, pictures on the way."""
+"""Logs, checkpoints, images on the way."""
 default_scope = 'diffengine_sdxl'
 runner_type = 'ExperimentRunner'
 default_hooks = dict(

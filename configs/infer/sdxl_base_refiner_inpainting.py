@@ -4,7 +4,7 @@ infer_cfg = dict(
     prompt='A majestic tiger sitting on a bench',
     image=_base_.pictures.bench,
     mask_image=_base_.pictures.bench_mask,
-    # Size and guidance are those of diffusers' inpainting pipeline; the picture is of 512 x 512.
+    # Size and guidance are those of diffusers' inpainting pipeline; the image is of 512 x 512.
     height=1024,
     width=1024,
     num_inference_steps=75,

@@ -4,9 +4,9 @@ It repaints the castle of Refiners' guide where a mask of the pipelines guide is
 """
 _base_ = ['sdxl_refiners_t2i_adapter.py', '../_base_/models/sdxl_refiner.py']
 model = dict(adapters=dict(
-    # It acts in the first half of the way. Under a name of its own it could read another map than `depth`.
-    midas=dict(_base_.t2i_adapter, reads='midas', weights='TencentARC/t2i-adapter-depth-midas-sdxl-1.0',
-               trainable=False, scale=0.4, window=(0.0, 0.5))))
+    # It acts in the first half of denoising. Under a name of its own it could read another map than `depth`.
+    midas=dict(_base_.t2i_adapter, condition_key='midas', weights='TencentARC/t2i-adapter-depth-midas-sdxl-1.0',
+               trainable=False, scale=0.4, active_range=(0.0, 0.5))))
 refiner = dict(sampler=dict(_base_.sampler, guidances=[dict(type='CFG', scale=5.0)]))
 infer_cfg = dict(
     image=_base_.pictures.castle,

@@ -1,4 +1,4 @@
-"""Inpainting by a UNet that sees mask and picture beside the latents, as its model card has it."""
+"""Inpainting by a UNet that sees mask and image beside the latents, as its model card has it."""
 _base_ = ['sdxl_text_to_image.py', '../_base_/pictures.py']
 model = dict(pretrained='diffusers/stable-diffusion-xl-1.0-inpainting-0.1')
 infer_cfg = dict(

@@ -1,4 +1,4 @@
-"""And an image prompt, 1024 x 1024 from here on: "Multiple LoRAs + IP-Adapter" of Refiners' guide."""
+"""LoRAs and an image prompt, 1024 x 1024 from here on: "Multiple LoRAs + IP-Adapter" of Refiners' guide."""
 _base_ = ['sdxl_refiners_two_loras.py', '../_base_/adapters/ip_adapter_plus.py', '../_base_/pictures.py']
 model = dict(adapters=dict(
     scifi=dict(scale=1.5), pixel_art=dict(scale=1.55),

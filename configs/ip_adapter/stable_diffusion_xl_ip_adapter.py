@@ -4,7 +4,7 @@ _base_ = [
     '../_base_/samplers/euler.py', '../_base_/datasets/image_prompts.py', '../_base_/schedules/adamw_15k.py',
     '../_base_/runtime.py'
 ]
-# The recipe drops captions to '', so '' is also what stands for no text when pictures are made.
-model = dict(adapters=dict(ip=_base_.ip_adapter), objective=_base_.objective, sampler=_base_.sampler, null_text='empty')
+# The recipe drops captions to '', so '' is also what stands for no text when images are made.
+model = dict(adapters=dict(ip=_base_.ip_adapter), objective=_base_.objective, sampler=_base_.sampler, null_prompt='empty')
 train_cfg = dict(max_iters=100000)
 optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1e-4))

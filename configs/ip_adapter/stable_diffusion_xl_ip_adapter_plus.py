@@ -5,6 +5,6 @@ _base_ = [
     '../_base_/runtime.py'
 ]
 model = dict(
-    adapters=dict(ip=_base_.ip_adapter_plus), objective=_base_.objective, sampler=_base_.sampler, null_text='empty')
+    adapters=dict(ip=_base_.ip_adapter_plus), objective=_base_.objective, sampler=_base_.sampler, null_prompt='empty')
 train_cfg = dict(max_iters=100000)
 optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1e-4))

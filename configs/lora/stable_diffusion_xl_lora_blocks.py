@@ -1,4 +1,4 @@
-"""Rank and learning rate by block: what a picture shows and how it is painted are learned in two blocks.
+"""Rank and learning rate by block: what an image shows and how it is painted are learned in two blocks.
 
 Frenkel et al. 2024, B-LoRA, arXiv:2403.14572: the first and second attention of the first up block.
 """

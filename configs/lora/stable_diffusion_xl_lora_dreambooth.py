@@ -1,4 +1,4 @@
-"""A LoRA that learns one thing from a few pictures, with prior preservation (Ruiz et al. 2023, arXiv:2208.12242)."""
+"""A LoRA that learns one thing from a few images, with prior preservation (Ruiz et al. 2023, arXiv:2208.12242)."""
 _base_ = [
     '../_base_/models/sdxl_base.py', '../_base_/adapters/lora.py', '../_base_/objectives/denoise.py',
     '../_base_/samplers/euler.py', '../_base_/datasets/dreambooth.py', '../_base_/schedules/adamw_15k.py',

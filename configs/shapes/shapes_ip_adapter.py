@@ -1,4 +1,4 @@
-"""An IP-Adapter on the shapes base: the colours of another picture, without a word of them in the prompt."""
+"""An IP-Adapter on the shapes base: the colours of another image, not mentioned in the prompt."""
 _base_ = ['../_base_/models/shapes.py', '../_base_/adapters/ip_adapter.py', '../_base_/objectives/denoise.py',
           '../_base_/samplers/shapes.py', '../_base_/datasets/shapes.py', '../_base_/evaluation/shapes.py',
           '../_base_/schedules/adamw_15k.py', '../_base_/runtime.py']

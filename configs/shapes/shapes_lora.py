@@ -18,7 +18,7 @@ model = dict(
                 'unet.conv_out': dict(rank=4, alpha=8)})),
     objective=_base_.objective,
     sampler=_base_.sampler)
-# Part of the captions are empty, so that the style comes without a word for it too.
+# Part of the captions are empty, so that the style comes without being named, too.
 proportion_empty_prompts = 0.1
 train_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None))
 test_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None))

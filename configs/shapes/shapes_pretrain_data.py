@@ -1,4 +1,4 @@
-"""The pictures that the base of the shapes world is trained on: what tools/cache.py encodes for shapes_pretrain."""
+"""The images that the base of the shapes world is trained on: what tools/cache.py encodes for shapes_pretrain."""
 _base_ = ['../_base_/models/shapes.py', '../_base_/datasets/shapes.py']
 model = dict(pretrained=None, config='diffengine_sdxl::shapes/base', vae='diffengine_sdxl::shapes/base/vae')
 train_dataloader = dict(

@@ -1,4 +1,4 @@
-"""A new word for one thing, learned from a few pictures (Gal et al. 2022, arXiv:2208.01618)."""
+"""A new token for one thing, learned from a few images (Gal et al. 2022, arXiv:2208.01618)."""
 _base_ = [
     '../_base_/models/sdxl_base.py', '../_base_/adapters/textual_inversion.py', '../_base_/objectives/denoise.py',
     '../_base_/samplers/euler.py', '../_base_/datasets/captions.py', '../_base_/schedules/adamw_15k.py',

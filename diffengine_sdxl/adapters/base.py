@@ -1,4 +1,4 @@
-"""What an adapter is: one object that knows how it attaches, what it trains, what it reads and what it adds."""
+"""The interface of an adapter: how it attaches, what it trains, which condition it takes and what it contributes."""
 
 from __future__ import annotations
 
@@ -12,49 +12,54 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffengine_sdxl.structures import Batch, UNetCall, checked_window
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.protocols import AdapterHost
+from diffengine_sdxl.structures import Batch, UNetCall, checked_range
 
 Tensors = dict[str, Tensor]
 
 
 class Adapter(nn.Module):
-    """One adapter of a base. Every method has a default; a kind overrides what it needs.
+    """An adapter of a base model. Every method has a default; a kind overrides what it needs.
 
-    The model calls, in this order: `attach` for every adapter (in the order of their names; those with `in_base`
-    last), `ready` for every adapter, then for each batch `words`, `encode`, `project` and `contribute`. No adapter
-    knows of another.
+    The model calls `attach` for every adapter (by name; those with `modifies_base` last), then for each batch
+    `new_tokens`, `encode`, `project` and `contribute`. Adapters don't know of each other.
 
     Args:
-        reads: name of the batch's condition that it takes; None if it takes none.
+        condition_key: the batch's condition that it takes; None if it takes none.
         weights: folder, hub id or file to start from; None for fresh weights.
         trainable: whether its parameters train.
-        scale: how strongly it acts; 0 is the base alone.
-        window: part of the way from noise (0) to image (1) in which it acts.
+        scale: its strength; 0 gives the base's output.
+        active_range: the part of sampling, from noise (0) to image (1), in which it acts.
     """
 
-    #: Sides of its images must be divisible by this.
+    #: Sides of the output images must be divisible by this, in pixels.
     size_divisor = 1
-    #: Whether it changes modules of the base itself (LoRA), which others may want to see as they were.
-    in_base = False
-    #: Whether what it reads lies over the picture, pixel by pixel: such a condition says how large a picture is.
-    of_picture_size = False
-    #: Where it is attached, in words.
-    place = 'beside the base'
+    #: Whether it changes modules of the base itself (LoRA), which other adapters may need unchanged.
+    modifies_base = False
+    #: Whether its condition is aligned with the output image pixel by pixel, and so sets the output's size.
+    condition_has_image_size = False
+    #: Where it attaches, for the model's summary.
+    attach_point = 'beside the base'
+    #: The formats that `save` writes, the default first.
+    file_formats: tuple[str, ...] = ('original',)
+    #: How stock diffusers loads what `save` writes to {out}; '' if it cannot.
+    diffusers_call = ''
 
-    def __init__(self, reads: str | None = None, weights: str | None = None, trainable: bool = True,
-                 scale: float = 1.0, window: Sequence[float] = (0.0, 1.0)) -> None:
+    def __init__(self, condition_key: str | None = None, weights: str | None = None, trainable: bool = True,
+                 scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0)) -> None:
         super().__init__()
         self.name = ''
-        self.reads, self.weights, self.trainable = reads, weights, trainable
+        self.condition_key, self.weights, self.trainable = condition_key, weights, trainable
         self.scale = scale
-        self.window = window  # type: ignore[assignment]
+        self.active_range = active_range  # type: ignore[assignment]
 
     @property
     def scale(self) -> float:
-        """How strongly it acts.
+        """Its strength.
 
         Raises:
-            ValueError: when set, to one that the kind cannot do.
+            UserError: on setting, if this kind doesn't support the value.
         """
         return self._scale
 
@@ -62,103 +67,105 @@ class Adapter(nn.Module):
     def scale(self, scale: float) -> None:
         self._check_scale(float(scale))
         self._scale = float(scale)
+        self._apply_scale()
 
     def _check_scale(self, scale: float) -> None:
-        """Refuse a scale that this kind cannot do."""
+        """Refuse a scale that this kind doesn't support."""
+
+    def _apply_scale(self) -> None:
+        """Pass a new scale on to modules that hold a copy of it."""
 
     @property
-    def window(self) -> tuple[float, float]:
-        """Part of the way from noise (0) to image (1) in which it acts.
+    def active_range(self) -> tuple[float, float]:
+        """The part of sampling, from noise (0) to image (1), in which it acts.
 
         Raises:
-            ValueError: when set, to one that is none, or that the kind cannot do.
+            UserError: on setting, if the range is invalid or this kind doesn't support it.
         """
-        return self._window
+        return self._active_range
 
-    @window.setter
-    def window(self, window: Sequence[float]) -> None:
-        checked = checked_window(window)
-        self._check_window(checked)
-        self._window = checked
+    @active_range.setter
+    def active_range(self, active_range: Sequence[float]) -> None:
+        checked = checked_range(active_range)
+        self._check_active_range(checked)
+        self._active_range = checked
 
-    def _check_window(self, window: tuple[float, float]) -> None:
-        """Refuse a window that this kind cannot do."""
+    def _check_active_range(self, active_range: tuple[float, float]) -> None:
+        """Refuse an active range that this kind doesn't support."""
 
     @property
-    def mask_name(self) -> str:
-        """The condition that says where in the picture it acts.
+    def mask_key(self) -> str:
+        """The condition that masks where in the image it acts.
 
         Raises:
-            ValueError: this kind acts everywhere.
+            UserError: this kind takes no mask.
         """
-        raise ValueError(f"Adapter '{self.name}' ({self.kind}) takes no mask; image prompts (IPAdapter) do.")
+        raise UserError(f"Adapter '{self.name}' ({self.kind}) takes no mask; only image prompts (IPAdapter) do.")
 
     @property
     def kind(self) -> str:
-        """What it is, in a word."""
+        """Its kind, for the summary and for errors."""
         return type(self).__name__
 
-    def attach(self, model: Any) -> None:
-        """Make the parts whose widths depend on `model` (an SDXL) and hook them in. Called with keyed randomness."""
+    def attach(self, model: AdapterHost) -> None:
+        """Build the modules whose widths depend on `model` and hook them in. Called with keyed randomness."""
 
-    def ready(self, model: Any) -> None:
-        """Called once all adapters are attached."""
-
-    def detach(self, model: Any) -> None:
+    def detach(self, model: AdapterHost) -> None:
         """Undo `attach`: the base's outputs are bitwise what they were."""
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Inside, what `attach` put into the base does nothing; the model leaves out `encode` and all after it."""
+        """Disable what `attach` put into the base; the model skips `encode` and everything after it."""
         return nullcontext()
 
     def trainables(self) -> list[nn.Parameter]:
-        """The parameters that train, wherever they live; empty if the adapter is frozen."""
+        """Return the parameters that train, wherever they live; none if the adapter is frozen."""
         return list(self.parameters()) if self.trainable else []
 
-    def owned(self) -> list[nn.Parameter]:
-        """All its parameters, frozen ones too, wherever they live."""
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return all its parameters, frozen ones too, wherever they live."""
         return list(self.parameters())
 
-    def inside(self, part: str) -> Iterable[nn.Parameter]:
-        """Those of its own parameters that compute within a call of `part` ('unet', 'text_encoder', ...)."""
+    def parameters_in(self, part: str) -> Iterable[nn.Parameter]:
+        """Return those of the module's own parameters that compute within a call of `part` ('unet', ...)."""
         return ()
 
-    def words(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
-        """New words for prompts: word -> its vectors [n, D] for each text encoder; None where one has none."""
+    def new_tokens(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
+        """Return new words for prompts: word -> its vectors [n, D] for each text encoder, None where it has none."""
         return {}
 
     def read_image(self, image: Image.Image | Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-        """A condition from a person's RGB picture (several, where a kind takes several), without the batch's B.
+        """Turn the user's RGB image (or images, if this kind takes several) into a condition, without the batch axis.
 
-        Here a control image, [3, H, W] in [0, 1], resized straight to the picture's `size` (H, W) with Lanczos, as in
-        diffusers' pipelines.
+        Returns:
+            By default a control image, [3, H, W] in [0, 1], resized to the output's `size` (H, W) with Lanczos, as in
+            diffusers' pipelines.
 
         Raises:
-            ValueError: several pictures where one is wanted.
+            UserError: the number of images is wrong.
         """
         if not isinstance(image, Image.Image):
-            raise ValueError(f"Adapter '{self.name}' takes one picture for a prompt; it got {len(image)}.")
+            raise UserError(f"Adapter '{self.name}' takes one image per prompt; it got {len(image)}.")
         resized = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255).permute(2, 0, 1)
 
     def encode(self, batch: Batch) -> Tensors:
-        """The frozen part: what no step of training changes, so it may be cached.
+        """Run the frozen part, which training doesn't change, so that its output may be cached.
 
         Raises:
-            ValueError: the batch lacks the condition that this adapter reads.
+            UserError: the batch lacks this adapter's condition.
         """
-        return {'condition': self._condition(batch)} if self.reads else {}
+        return {'condition': self._condition(batch)} if self.condition_key else {}
 
     def null(self, tensors: Tensors) -> Tensors:
-        """What stands in for a dropped input; the same shapes as `tensors`."""
+        """Return what replaces a dropped condition, of the same shapes as `tensors`."""
         return {k: torch.zeros_like(v) for k, v in tensors.items()}
 
     def uncond(self, tensors: Tensors) -> Tensors:
-        """Its rows in the unconditional branch of guidance."""
+        """Return its rows in guidance's unconditional branch."""
         return self.null(tensors)
 
     def project(self, tensors: Tensors) -> Tensors:
-        """The trained part that doesn't depend on the denoiser's input: once per training step or sampling loop."""
+        """Run the trained part that doesn't depend on the UNet's input: once a training step or sampling loop."""
         return tensors
 
     def expand(self, tensors: Tensors, branches: Sequence[str]) -> Tensors:
@@ -167,45 +174,83 @@ class Adapter(nn.Module):
         return self.project({k: torch.cat([r[k] for r in rows]) for k in tensors})
 
     def contribute(self, call: UNetCall, tensors: Tensors) -> None:
-        """Add this adapter's part, with its scale and window, to a call of the UNet."""
+        """Add this adapter's part to a call of the UNet, subject to its scale and active range."""
 
     def save(self, folder: str | Path) -> None:
         """Write the weights in the format of the adapter's ecosystem."""
-        raise NotImplementedError(f'{type(self).__name__} does not say how it is saved')
+        raise NotImplementedError(f'{type(self).__name__}.save')
 
     def load(self, source: str | Path) -> None:
         """Read what `save` wrote, in place.
 
         Raises:
-            ValueError: keys or widths don't fit; which ones.
+            UserError: keys or shapes don't fit; which ones.
         """
-        raise NotImplementedError(f'{type(self).__name__} does not say how it is loaded')
+        raise NotImplementedError(f'{type(self).__name__}.load')
 
-    def to_stock(self, stock: Any) -> None:
-        """Add itself, with its weights as they are, to a stock pipeline in the making (a `models.pipeline.Stock`).
+    def add_to_pipeline(self, stock: Any) -> None:
+        """Add itself, with its current weights, to a pipeline (`models.diffusers_pipeline.PipelineBuilder`).
 
         Raises:
-            ValueError: stock diffusers has nothing for it, or cannot do one of its settings.
+            UserError: diffusers has no such adapter, or doesn't support one of its settings.
         """
-        self._not_in_stock(f'it has nothing for {type(self).__name__}')
+        self._unsupported_by_diffusers(f'it does not support {type(self).__name__}')
 
-    def _not_in_stock(self, why: str) -> NoReturn:
-        raise ValueError(f"Adapter '{self.name}' cannot be part of a stock diffusers pipeline: {why}.")
+    def _unsupported_by_diffusers(self, why: str) -> NoReturn:
+        raise UserError(f"Adapter '{self.name}' cannot be part of a diffusers pipeline: {why}.")
 
-    def _without_window(self) -> None:
-        """Refuse a window that stock diffusers has no argument for."""
-        if self.window != (0, 1):
-            self._not_in_stock(f'it acts in the window {self.window}, and there it would act all the way. Set '
-                               'window=(0, 1), or sample here')
+    def _refuse_active_range(self) -> None:
+        """Refuse an active range that diffusers has no argument for."""
+        if self.active_range != (0, 1):
+            self._unsupported_by_diffusers(f'there it would ignore active_range={self.active_range}. Set '
+                                           'active_range=(0, 1), or sample here')
 
     def _condition(self, batch: Batch) -> Tensor:
-        if self.reads not in batch.conditions:
-            raise ValueError(f"Adapter '{self.name}' reads '{self.reads}', but the samples hold "
-                             f'{sorted(batch.conditions) or "no conditions"}. Name the column in the data set '
-                             '(conditioning_image_column, extra_columns) or compute it with a transform.')
-        return batch.conditions[self.reads]
+        if self.condition_key not in batch.conditions:
+            raise UserError(f"Adapter '{self.name}' reads '{self.condition_key}', but the samples hold "
+                            f'{sorted(batch.conditions) or "no conditions"}. Name the column in the data set '
+                            '(conditioning_image_column, extra_columns) or compute it with a transform.')
+        return batch.conditions[self.condition_key]
+
+    def _check_same(self, source: str | Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+        """Refuse a source whose settings differ from `ours`, before its weights are copied."""
+        differences = [f'{k}={theirs.get(k)} instead of {v}' for k, v in ours.items() if theirs.get(k) != v]
+        if differences:
+            raise UserError(f"'{source}' does not fit adapter '{self.name}' ({self.kind}): it has "
+                            f'{", ".join(differences)}.')
 
     def _fixed_scale(self, call: UNetCall, rows: int) -> Tensor | float:
-        """Scale times window: a float, or [rows, 1, 1, 1] where the window tells rows apart."""
-        gate = call.gate(self.window)
+        """Scale times active range: a float, or [rows, 1, 1, 1] if only some rows are active."""
+        gate = call.gate(self.active_range)
         return self.scale if gate is None else (self.scale * gate).view(rows, 1, 1, 1)
+
+
+class ControlAdapter(Adapter):
+    """An adapter with a network of diffusers, `net`, that reads a control image of the output's size, in [0, 1]."""
+
+    condition_has_image_size = True
+    net: Any
+
+    def detach(self, model: AdapterHost) -> None:
+        """Drop the network, which is all there is."""
+        del self.net
+
+    def _control_image(self, batch: Batch, channels: int) -> Tensor:
+        """Return the control image, [B, channels, H, W].
+
+        Raises:
+            UserError: it is missing, or has other channels.
+        """
+        image = self._condition(batch)
+        if image.dim() != 4 or image.shape[1] != channels:
+            raise UserError(f"Adapter '{self.name}' takes images of {channels} channels, [B, {channels}, H, W]; "
+                            f"'{self.condition_key}' has shape {tuple(image.shape)}.")
+        return image
+
+    def uncond(self, tensors: Tensors) -> Tensors:
+        """Return the control image: it steers both branches of guidance, as in diffusers."""
+        return tensors
+
+    def save(self, folder: str | Path) -> None:
+        """Write diffusers' folder: config.json and diffusion_pytorch_model.safetensors."""
+        self.net.save_pretrained(str(folder), safe_serialization=True)

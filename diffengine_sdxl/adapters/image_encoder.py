@@ -1,4 +1,6 @@
-"""An image encoder of its own: it learns to see what captions say, and an IP-Adapter reads it later."""
+"""A CLIP image encoder that learns to match captions; an IP-Adapter can read images through it later."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading.strict import load_pretrained, shipped
+from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import Batch
-from diffengine_sdxl.weights import load_pretrained, shipped
 
 #: Of CLIP's image processor (Radford et al. 2021).
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -27,7 +31,7 @@ class ImageEncoder(Adapter):
         image_size, patch_size, hidden_size, num_hidden_layers, num_attention_heads: of fresh weights.
 
     Raises:
-        ValueError: in `attach`, if `weights` are no CLIP image encoder or project to another width than the base's
+        UserError: in `attach`, if `weights` are not a CLIP image encoder or project to another width than the base's
             second text encoder.
     """
 
@@ -40,7 +44,7 @@ class ImageEncoder(Adapter):
                       'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads,
                       'intermediate_size': 4 * hidden_size}
 
-    def attach(self, model: Any) -> None:
+    def attach(self, model: AdapterHost) -> None:
         """Build the encoder; fresh weights depend on (seed, adapter name) alone."""
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
         width = model.text_encoder_2.config.projection_dim
@@ -49,23 +53,23 @@ class ImageEncoder(Adapter):
         else:
             self.net = CLIPVisionModelWithProjection(CLIPVisionConfig(**self.shape, projection_dim=width))
         if self.net.config.projection_dim != width:
-            raise ValueError(f"'{self.weights}' projects images to {self.net.config.projection_dim} numbers; the "
-                             f"base's text_encoder_2 has {width}. Take the one that was trained with it.")
+            raise UserError(f"'{self.weights}' projects images to {self.net.config.projection_dim} numbers; the "
+                            f"base's text_encoder_2 has {width}. Use the encoder that was trained with it.")
 
-    def detach(self, model: Any) -> None:
-        """Nothing of it lives in the base."""
+    def detach(self, model: AdapterHost) -> None:
+        """Drop the encoder, which is all there is."""
         del self.net
 
     def embed(self, batch: Batch) -> Tensor:
-        """The images' embeddings [B, P], P the width of the base's pooled text.
+        """Return the images' embeddings [B, P], P the width of the base's pooled text.
 
-        Source: transformers' CLIPImageProcessor (scaled by the shorter side, the middle cut out), in floats.
+        Source: transformers' CLIPImageProcessor (shorter side resized, center crop), in floats.
 
         Raises:
-            ValueError: the batch has no image.
+            UserError: the batch has no image.
         """
         if batch.img is None:
-            raise ValueError("The samples hold no 'img'; an image encoder cannot learn from cached latents.")
+            raise UserError("The samples hold no 'img'; an image encoder cannot learn from cached latents.")
         size = self.net.config.image_size
         pixels = batch.img.to(torch.promote_types(self.net.dtype, torch.float32)) * 0.5 + 0.5
         short = min(pixels.shape[-2:])
@@ -78,8 +82,8 @@ class ImageEncoder(Adapter):
         embeds: Tensor = self.net(((pixels - mean) / std).to(self.net.dtype)).image_embeds
         return embeds
 
-    def to_stock(self, stock: Any) -> None:
-        """Nothing: it takes no part in making pictures."""
+    def add_to_pipeline(self, stock: Any) -> None:
+        """Nothing: it takes no part in sampling."""
 
     def save(self, folder: str | Path) -> None:
         """Write transformers' folder, with the settings of the image processor that prepares its input."""
@@ -93,12 +97,9 @@ class ImageEncoder(Adapter):
         """Read transformers' folder, in place.
 
         Raises:
-            ValueError: a key is missing or misnamed, or it is of other widths.
+            UserError: a key is missing or unknown, or the widths differ.
         """
         loaded = load_pretrained(type(self.net), str(source))
         theirs, ours = loaded.config.to_dict(), self.net.config.to_dict()
-        faults = [f'{k}={theirs.get(k)} instead of {ours.get(k)}' for k in (*self.shape, 'projection_dim')
-                  if theirs.get(k) != ours.get(k)]
-        if faults:
-            raise ValueError(f"'{source}' does not fit the image encoder '{self.name}': it has {', '.join(faults)}.")
+        self._check_same(source, theirs, {k: ours[k] for k in (*self.shape, 'projection_dim')})
         self.net.load_state_dict(loaded.state_dict())

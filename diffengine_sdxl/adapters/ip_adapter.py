@@ -1,4 +1,4 @@
-"""IP-Adapter: pictures as prompts, by keys and values of their own in every cross-attention of the UNet.
+"""IP-Adapter: images as prompts, by decoupled keys and values in every cross-attention of the UNet.
 
 Ye et al. 2023, arXiv:2308.06721. The arithmetic is that of diffusers' IPAdapterAttnProcessor2_0, the files are
 tencent-ailab/IP-Adapter's (see `formats.ip_adapter`).
@@ -6,7 +6,7 @@ tencent-ailab/IP-Adapter's (see `formats.ip_adapter`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,74 +15,70 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffengine_sdxl import rng
 from diffengine_sdxl.adapters.base import Adapter, Tensors
 from diffengine_sdxl.adapters.formats import files
 from diffengine_sdxl.adapters.formats import ip_adapter as layout
-from diffengine_sdxl.adapters.projectors import VARIANTS, PictureEncoder, load_encoder, projector
-from diffengine_sdxl.models.attention import (
-    block_scales,
-    cross_attention_names,
-    plain_layer,
-    release,
-    use_image_prompts,
-)
-from diffengine_sdxl.pictures import clip_pixels
+from diffengine_sdxl.adapters.frozen_image_encoder import FrozenImageEncoder, release_encoder, share_encoder
+from diffengine_sdxl.adapters.image_projection import NUM_TOKENS, image_projection
+from diffengine_sdxl.attention import block_scales, cross_attention_names, plain_layer, release, use_image_prompts
+from diffengine_sdxl.errors import UserError, one_of
+from diffengine_sdxl.images import clip_pixels
+from diffengine_sdxl.loading.strict import log_loaded
+from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import Batch, ImageTokens, UNetCall
-from diffengine_sdxl.weights import told
-
-SEVERAL = ('concat', 'average')
 
 
 @ADAPTERS.register_module()
 class IPAdapter(Adapter):
-    """Pictures as prompts. Trained are a projector and, for each cross-attention, keys and values of its tokens.
+    """Images as prompts. It trains a projection to tokens and, for each cross-attention, the tokens' keys and values.
 
-    It reads pictures as its image encoder takes them, but not normalised: [B, 3, S, S] in [0, 1], or [B, n, 3, S, S]
-    for n pictures a sample; the transform ImagePrompt makes them. A data set may deliver what the encoder would compute
-    as '<reads>_embeds': [B, E] or [B, n, E], for plus [B, T, E] or [B, n, T, E]. No picture is a zero embedding, for
-    plus the hidden states of zero pixels; so is the unconditional branch, as in diffusers.
+    Its condition is images as its image encoder takes them, but not normalized: [B, 3, S, S] in [0, 1], or
+    [B, n, 3, S, S] for n images a sample; the transform ImagePrompt makes them. A data set may instead deliver the
+    encoder's output as '<condition_key>_embeds': [B, E] or [B, n, E], for plus [B, T, E] or [B, n, T, E]. No image is
+    a zero embedding, for plus the hidden states of zero pixels; so is the unconditional branch, as in diffusers.
 
     Args:
-        reads, weights, trainable, scale, window: see Adapter.
-        mask: name of the condition that says where in the picture it acts (None: everywhere, unless the samples hold
-            '<reads>_mask'): [B, H, W] or [B, 1, H, W] in [0, 1], of the
-            picture's size; [B, n, H, W] for n pictures. A gray picture packed as RGB counts as one.
-        subfolder, weight_name, revision: of `weights`, when it is a folder or hub id ('h94/IP-Adapter': 'sdxl_models',
+        condition_key, weights, trainable, scale, active_range: see Adapter.
+        mask: the condition that masks where in the image it acts, [B, H, W] or [B, 1, H, W] in [0, 1], of the output's
+            size; [B, n, H, W] for n images. A gray image packed as RGB counts as one. None: '<condition_key>_mask' if
+            the samples hold it, else everywhere.
+        subfolder, weight_name, revision: of `weights`, a folder or hub id ('h94/IP-Adapter': 'sdxl_models',
             'ip-adapter_sdxl_vit-h.safetensors').
         image_encoder, image_encoder_subfolder: folder or hub id of a vision model that transformers loads.
-        variant: 'base', tokens from one embedding of the picture; or 'plus', from all its patches.
-        num_tokens: for a picture; None takes the weights', or 4 (plus: 16).
-        several: what n pictures are: 'concat', n times the tokens, or 'average', the mean of their embeddings.
+        architecture: 'base', tokens from one embedding of the image; or 'plus', from all its patches.
+        num_tokens: per image; None for the weights', or 4 (plus: 16).
+        multi_image: n images give n times the tokens ('concat'), or one mean embedding ('average').
         blocks: where it acts: None for everywhere, 'style', 'layout' or 'style_layout' (InstantStyle), or scales as in
             diffusers' `set_ip_adapter_scale`: {'up': {'block_0': [0.0, 1.0, 0.0]}}. Keys and values that act nowhere
             don't train.
-        hidden, depth, heads, dim_head, ff_mult: of the resampler of plus; None takes the weights', or what suits the
-            base (SDXL: 1280, 20 heads). Stock diffusers reads depth=4, dim_head=64 and ff_mult=4 only, and of base
+        hidden, depth, heads, dim_head, ff_mult: of the resampler of plus; None for the weights', or what suits the
+            base (SDXL: 1280, 20 heads). diffusers reads depth=4, dim_head=64 and ff_mult=4 only, and of base
             num_tokens=4 only.
 
     Raises:
-        ValueError: an option is unknown; in `attach`, if the encoder or `weights` cannot be loaded, or don't fit.
+        UserError: an option is unknown; in `attach`, if the encoder or `weights` cannot be loaded, or don't fit.
     """
 
-    place = 'cross-attentions'
+    attach_point = 'cross-attentions'
+    file_formats = ('original', 'diffusers')  # h94's layout, which diffusers shares
+    diffusers_call = ("pipeline.load_ip_adapter('{out}', subfolder='', weight_name='ip_adapter.safetensors', "
+                      'image_encoder_folder=None), the pipeline with its image_encoder')
     projector: Any
     to_k: Any
     to_v: Any
 
-    def __init__(self, reads: str = 'reference', mask: str | None = None, weights: str | None = None,
-                 trainable: bool = True, scale: float = 1.0, window: Sequence[float] = (0.0, 1.0),
+    def __init__(self, condition_key: str = 'reference', mask: str | None = None, weights: str | None = None,
+                 trainable: bool = True, scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0),
                  subfolder: str | None = None, weight_name: str | None = None, revision: str | None = None,
                  image_encoder: str = 'h94/IP-Adapter', image_encoder_subfolder: str | None = 'models/image_encoder',
-                 variant: str = 'base', num_tokens: int | None = None, several: str = 'concat',
+                 architecture: str = 'base', num_tokens: int | None = None, multi_image: str = 'concat',
                  blocks: str | Mapping[str, Any] | None = None, hidden: int | None = None, depth: int = 4,
                  heads: int | None = None, dim_head: int = 64, ff_mult: float = 4) -> None:
-        super().__init__(reads, weights, trainable, scale, window)
-        for key, value, known in (('variant', variant, VARIANTS), ('several', several, SEVERAL)):
-            if value not in known:
-                raise ValueError(f'IPAdapter: {key}={value!r} is not known; choose of {", ".join(map(repr, known))}.')
-        self.mask, self.variant, self.several, self.blocks = mask, variant, several, blocks
+        super().__init__(condition_key, weights, trainable, scale, active_range)
+        one_of('architecture', architecture, NUM_TOKENS)
+        one_of('multi_image', multi_image, ('concat', 'average'))
+        self.mask, self.architecture, self.multi_image, self.blocks = mask, architecture, multi_image, blocks
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
         self.encoder_source = (image_encoder, image_encoder_subfolder)
         self.shape: dict[str, Any] = {'num_tokens': num_tokens, 'hidden': hidden, 'depth': depth, 'heads': heads,
@@ -96,92 +92,90 @@ class IPAdapter(Adapter):
     @property
     def plus(self) -> bool:
         """Whether it reads hidden states."""
-        return self.variant == 'plus'
+        return self.architecture == 'plus'
 
     @property
-    def mask_name(self) -> str:
-        """The condition that is its mask: `mask`, or without one '<reads>_mask', where the samples hold that."""
-        return self.mask or f'{self.reads}_mask'
+    def mask_key(self) -> str:
+        """The condition that is its mask: `mask`, or '<condition_key>_mask'."""
+        return self.mask or f'{self.condition_key}_mask'
 
     @property
-    def encoder(self) -> PictureEncoder:
-        """The image encoder, which belongs to the model: another IP-Adapter may read through it too."""
+    def encoder(self) -> FrozenImageEncoder:
+        """The image encoder, which belongs to the model: other IP-Adapters may read through it too."""
         return self._encoder[0]
 
-    def attach(self, model: Any) -> None:
-        """Build projector, keys and values for `model`'s widths; fresh keys and values are the base's own."""
-        found: dict[str, Any] = {}
+    def attach(self, model: AdapterHost) -> None:
+        """Build projection, keys and values for `model`'s widths; fresh keys and values are the base's own."""
+        settings: dict[str, Any] = {}
         token_dim = model.unet.config.cross_attention_dim
         if self.weights is not None:
-            path = files.find(self.weights, layout.NAMES, **self.source)
-            tensors = layout.flat(files.read(path))
-            found = self._fitting(path, tensors, token_dim)
-        # In a tuple, or it would be registered here too, and again in every other adapter that reads through it.
-        self._encoder = (_shared_encoder(model, *self.encoder_source, user=self.name),)
+            path, tensors, settings = self._read(self.weights, token_dim, **self.source)
+        # In a tuple, or torch would register it here too, and again in every adapter that reads through it.
+        self._encoder = (share_encoder(model, *self.encoder_source, user=self.name),)
         embed_dim = self.encoder.width(self.plus)
-        if found.get('embed_dim', embed_dim) != embed_dim:
-            raise ValueError(f"'{self.weights}' reads embeddings of {found['embed_dim']} numbers; the image encoder "
-                             f"'{self.encoder.source}' gives {embed_dim}. Name the one that it was trained with.")
+        if settings.get('embed_dim', embed_dim) != embed_dim:
+            raise UserError(f"'{self.weights}' reads embeddings of {settings['embed_dim']} numbers; the image encoder "
+                            f"'{self.encoder.source}' gives {embed_dim}. Use the encoder that it was trained with.")
         # What trains stays in fp32 beside a half-precision base, but an fp64 model is fp64 throughout.
-        base = model.unet_weight
-        dtype = torch.promote_types(base.dtype, torch.float32) if self.trainable else base.dtype
-        shape = {**self.shape, **{k: v for k, v in found.items() if k in self.shape}}
-        self.projector = projector(self.variant, embed_dim, token_dim, **shape).to(base.device, dtype)
+        weight = model.unet_weight
+        dtype = torch.promote_types(weight.dtype, torch.float32) if self.trainable else weight.dtype
+        shape = {k: settings.get(k, v) for k, v in self.shape.items()}
+        self.projector = image_projection(self.architecture, embed_dim, token_dim, **shape).to(weight.device, dtype)
         self.layers, self.vae_factor = cross_attention_names(model.unet), model.vae_factor
-        self.acts = block_scales(model.unet, self.blocks)
-        self.to_k, self.to_v = (nn.ModuleList(_like(model.unet.get_submodule(f'{name}.{layer}'), dtype)
+        self.block_scales = block_scales(model.unet, self.blocks)
+        self.to_k, self.to_v = (nn.ModuleList(_copy_linear(model.unet.get_submodule(f'{name}.{layer}'), dtype)
                                               for name in self.layers) for layer in ('to_k', 'to_v'))
         if self.weights is not None:
             self._fill(path, tensors)
         use_image_prompts(model.unet, self.name)
 
-    def detach(self, model: Any) -> None:
-        """Put the base's attention processors back, and let the image encoder go if no other adapter reads by it."""
+    def detach(self, model: AdapterHost) -> None:
+        """Restore the base's attention processors; drop the image encoder if no other adapter uses it."""
         release(model.unet, self.name)
-        _release_encoder(model, self.encoder, self.name)
+        release_encoder(model, self.encoder, self.name)
         del self.projector, self.to_k, self.to_v, self._encoder
 
     def trainables(self) -> list[nn.Parameter]:
-        """The projector, and the keys and values of the blocks in which it acts."""
+        """Return the projection, and the keys and values of the blocks in which it acts."""
         if not self.trainable:
             return []
-        acting = [p for name, *own in zip(self.layers, self.to_k, self.to_v, strict=True) if name in self.acts
-                  for layer in own for p in layer.parameters()]
+        acting = [p for name, *layers in zip(self.layers, self.to_k, self.to_v, strict=True)
+                  if name in self.block_scales for layer in layers for p in layer.parameters()]
         return [*self.projector.parameters(), *acting]
 
-    def inside(self, part: str) -> Iterable[nn.Parameter]:
-        """Keys and values compute in the UNet."""
+    def parameters_in(self, part: str) -> Iterable[nn.Parameter]:
+        """Return the keys and values for the UNet."""
         return [*self.to_k.parameters(), *self.to_v.parameters()] if part == 'unet' else ()
 
     def read_image(self, image: Image.Image | Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-        """Pictures as the image encoder takes them, [n, 3, S, S] in [0, 1], whatever the `size` of what is made."""
+        """Return images as the image encoder takes them, [n, 3, S, S] in [0, 1], whatever the output's `size`."""
         images = [image] if isinstance(image, Image.Image) else list(image)
         if not images:
-            raise ValueError(f"Adapter '{self.name}' takes one picture or several for a prompt; it got none.")
-        how = self.encoder.preparation
+            raise UserError(f"Adapter '{self.name}' takes one or more images per prompt; it got none.")
+        how = self.encoder.preprocessing
         return torch.stack([clip_pixels(i, how.size, how.resample, how.short_edge, how.stretch) for i in images])
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensors:
-        """Embeddings [B, n, E] or hidden states [B, n, T, E] of the pictures, and the mask [B, n, H, W].
+        """Return the images' embeddings [B, n, E] or hidden states [B, n, T, E], and the mask [B, n, H, W].
 
         Raises:
-            ValueError: picture or mask is missing, or of another size or number.
+            UserError: images or mask are missing, or of a wrong size or number.
         """
-        embeds = batch.conditions.get(f'{self.reads}_embeds')
-        embeds = self._look(self._condition(batch)) if embeds is None else self._given(embeds)
-        if self.several == 'average':
+        embeds = batch.conditions.get(f'{self.condition_key}_embeds')
+        embeds = self._embed(self._condition(batch)) if embeds is None else self._check_embeds(embeds)
+        if self.multi_image == 'average':
             embeds = embeds.mean(1, keepdim=True)
-        masked = self.mask or self.mask_name in batch.conditions
+        masked = self.mask or self.mask_key in batch.conditions
         return {'embeds': embeds, **({'mask': self._mask(batch, embeds.shape[1])} if masked else {})}
 
     def null(self, tensors: Tensors) -> Tensors:
-        """No picture; a mask stays, as in diffusers."""
+        """Return the embeddings of no image; the mask stays, as in diffusers."""
         embeds = tensors['embeds']
         return {**tensors, 'embeds': self.encoder.null(self.plus, embeds.shape[1]).expand_as(embeds)}
 
     def project(self, tensors: Tensors) -> Tensors:
-        """Embeddings to tokens [B, n, T, D]."""
+        """Project embeddings to tokens [B, n, T, D]."""
         embeds = tensors['embeds']
         tokens = self.projector(embeds.flatten(0, 1).to(next(self.projector.parameters()).dtype))
         return {'tokens': tokens.unflatten(0, embeds.shape[:2]), **{k: v for k, v in tensors.items() if k == 'mask'}}
@@ -190,48 +184,54 @@ class IPAdapter(Adapter):
         """Add the tokens with their layers and scales.
 
         Raises:
-            ValueError: the mask has another size than the picture.
+            UserError: the mask hasn't the output's size.
         """
         mask = tensors.get('mask')
         size = tuple(side * self.vae_factor for side in call.sample.shape[-2:])
         if mask is not None and tuple(mask.shape[-2:]) != size:
-            raise ValueError(f"The mask '{self.mask_name}' of adapter '{self.name}' is {mask.shape[-2]} x "
-                             f'{mask.shape[-1]}; it must have the size of the picture, {size[0]} x {size[1]}.')
+            raise UserError(f"The mask '{self.mask_key}' of adapter '{self.name}' is {mask.shape[-2]} x "
+                            f"{mask.shape[-1]}; it must have the output's size, {size[0]} x {size[1]}.")
         scale = self._fixed_scale(call, len(call.sample))
         if isinstance(scale, Tensor):
             scale = scale.view(-1, 1, 1)
-        # In training it is multiplied, whatever it is, so that the graph is always the same.
+        # Training multiplies by any scale, 0 too, so that the graph is always the same.
         if not call.training and not (bool(scale.any()) if isinstance(scale, Tensor) else scale):
             return
-        scales = {name: scale if weight == 1 else scale * weight for name, weight in self.acts.items()}
-        to_k, to_v = (dict(zip(self.layers, own, strict=True)) for own in (self.to_k, self.to_v))
+        scales = {name: scale if weight == 1 else scale * weight for name, weight in self.block_scales.items()}
+        to_k, to_v = self._layers_by_name()
         call.add_image_tokens(self.name, ImageTokens(tensors['tokens'], to_k, to_v, scales, mask))
 
-    def to_stock(self, stock: Any) -> None:
-        """An image prompt with its projector, keys and values; masks and pictures are arguments of the call.
+    def _layers_by_name(self) -> Iterator[dict[str, nn.Module]]:
+        """Yield to_k and to_v, each by the name of its cross-attention."""
+        return (dict(zip(self.layers, layers, strict=True)) for layers in (self.to_k, self.to_v))
+
+    def add_to_pipeline(self, stock: Any) -> None:
+        """Add an image prompt with its projection, keys and values; masks and images are arguments of the call.
 
         Raises:
-            ValueError: it has a window, averages pictures, or its encoder gives no `image_embeds`.
+            UserError: it has an active range, averages images, or its encoder gives no `image_embeds`.
         """
         from transformers import CLIPImageProcessorPil
-        self._without_window()
-        if self.several == 'average':
-            self._not_in_stock("several='average', and there pictures are put side by side (several='concat')")
-        net, how = self.encoder.net, self.encoder.preparation
+        self._refuse_active_range()
+        if self.multi_image == 'average':
+            self._unsupported_by_diffusers("multi_image='average', and diffusers concatenates the images' tokens "
+                                           "(multi_image='concat')")
+        net, how = self.encoder.net, self.encoder.preprocessing
         if not self.plus and not hasattr(net, 'visual_projection'):
-            self._not_in_stock(f'{type(net).__name__} gives no image_embeds, which it asks of an image encoder')
-        # As `read_image` does it: on PIL; the one on torchvision filters otherwise.
-        short = how.short_edge or how.size
+            self._unsupported_by_diffusers(f'its image encoder must give image_embeds, and {type(net).__name__} does '
+                                           'not')
+        # PIL's, as in `read_image`; the one on torchvision filters differently.
         extractor = CLIPImageProcessorPil(
-            size={'height': how.size, 'width': how.size} if how.stretch else {'shortest_edge': short},
+            size={'height': how.size, 'width': how.size} if how.stretch else
+            {'shortest_edge': how.short_edge or how.size},
             crop_size={'height': how.size, 'width': how.size}, resample=Image.Resampling[how.resample.upper()],
             image_mean=list(how.mean), image_std=list(how.std))
-        to_k, to_v = (dict(zip(self.layers, own, strict=True)) for own in (self.to_k, self.to_v))
-        scale = {name: self.scale if weight == 1 else self.scale * weight for name, weight in self.acts.items()}
+        scale = {name: self.scale if weight == 1 else self.scale * weight for name, weight in self.block_scales.items()}
+        to_k, to_v = self._layers_by_name()
         stock.add_image_prompt(self.name, net, extractor, self.projector, to_k, to_v, scale)
 
     def save(self, folder: str | Path) -> None:
-        """Write `ip_adapter.safetensors`, which stock's `load_ip_adapter` reads; the image encoder is not in it."""
+        """Write `ip_adapter.safetensors`, which diffusers' `load_ip_adapter` reads; without the image encoder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {key: value.detach().cpu().contiguous() for key, value in self._file().items()}
         save_file(tensors, Path(folder) / layout.NAME, metadata={'format': 'pt'})
@@ -240,26 +240,27 @@ class IPAdapter(Adapter):
         """Read an IP-Adapter file, or the folder that holds it, in place.
 
         Raises:
-            ValueError: it is of another kind, a key is missing or misnamed, or widths are another base's.
+            UserError: it is of another architecture, a key is missing or unknown, or widths are another base's.
         """
-        path = files.find(source, layout.NAMES)
-        tensors = layout.flat(files.read(path))
-        self._fitting(path, tensors, self.to_k[0].in_features)
+        path, tensors, _ = self._read(source, self.to_k[0].in_features)
         self._fill(path, tensors)
 
-    def _fitting(self, path: Path, tensors: Mapping[str, Tensor], token_dim: int) -> dict[str, Any]:
-        """What the file says of itself, if that can be this adapter on this base."""
-        found = layout.settings(tensors, token_dim, self.shape['dim_head'])
-        if found.get('variant', self.variant) != self.variant:
-            raise ValueError(f"'{path}' is an IP-Adapter {found['variant']}; the config says variant='{self.variant}'.")
-        if found.get('token_dim', token_dim) != token_dim:
-            raise ValueError(f"'{path}' makes tokens of {found['token_dim']} numbers; the base's text has {token_dim}. "
-                             'It was made for another base.')
-        wanted = self.shape['num_tokens']
-        if wanted and found.get('num_tokens', wanted) != wanted:
-            raise ValueError(f"'{path}' makes {found['num_tokens']} tokens of a picture; the config says "
-                             f'num_tokens={wanted}.')
-        return found
+    def _read(self, source: str | Path, token_dim: int, **where: Any) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+        """Return a file, its tensors and its settings, which must be possible for this adapter on this base."""
+        path = files.find(source, layout.NAMES, **where)
+        tensors = layout.flat(files.read(path))
+        settings = layout.settings(tensors, token_dim, self.shape['dim_head'])
+        if settings.get('architecture', self.architecture) != self.architecture:
+            raise UserError(f"'{path}' is an IP-Adapter with architecture='{settings['architecture']}'; the config has "
+                            f"'{self.architecture}'.")
+        if settings.get('token_dim', token_dim) != token_dim:
+            raise UserError(f"'{path}' makes tokens of {settings['token_dim']} numbers; the base's text has "
+                            f'{token_dim}. It was made for another base.')
+        num_tokens = self.shape['num_tokens']
+        if num_tokens and settings.get('num_tokens', num_tokens) != num_tokens:
+            raise UserError(f"'{path}' makes {settings['num_tokens']} tokens per image; the config has "
+                            f'num_tokens={num_tokens}.')
+        return path, tensors, settings
 
     def _file(self) -> Tensors:
         return layout.to_file(self.projector.state_dict(), [layer.weight for layer in self.to_k],
@@ -267,75 +268,56 @@ class IPAdapter(Adapter):
 
     @torch.no_grad()
     def _fill(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a file's tensors, once it is clear that all of them fit."""
+        """Copy a file's tensors, once all of them are known to fit."""
         layout.check(path, tensors, self._file())
         state, to_k, to_v = layout.from_file(tensors)
         self.projector.load_state_dict(state)
         for layers, weights in ((self.to_k, to_k), (self.to_v, to_v)):
             for layer, weight in zip(layers, weights, strict=True):
                 layer.weight.copy_(weight)
-        told(f"IP-Adapter '{self.name}'", path, len(tensors))
+        log_loaded(f"IP-Adapter '{self.name}'", path, len(tensors))
 
-    def _look(self, pixels: Tensor) -> Tensor:
-        """[B, n, E] or [B, n, T, E] of pictures."""
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """Return [B, n, E] or [B, n, T, E] for images."""
         pixels = pixels.unsqueeze(1) if pixels.dim() == 4 else pixels
-        side = self.encoder.preparation.size
+        side = self.encoder.preprocessing.size
         if pixels.dim() != 5 or tuple(pixels.shape[2:]) != (3, side, side):
-            raise ValueError(f"'{self.reads}' of adapter '{self.name}' is {tuple(pixels.shape[2:])}; its image encoder "
-                             f"takes (3, {side}, {side}). Put dict(type='ImagePrompt', key='{self.reads}', "
-                             f'size={side}) before the other transforms.')
-        embeds = self.encoder.embed(self.encoder.normalised(pixels.flatten(0, 1)), self.plus)
+            raise UserError(f"'{self.condition_key}' of adapter '{self.name}' is {tuple(pixels.shape[2:])}; its image "
+                            f"encoder takes (3, {side}, {side}). Put dict(type='ImagePrompt', "
+                            f"key='{self.condition_key}', size={side}) before the other transforms.")
+        embeds = self.encoder.embed(self.encoder.normalize(pixels.flatten(0, 1)), self.plus)
         return embeds.unflatten(0, pixels.shape[:2])
 
-    def _given(self, embeds: Tensor) -> Tensor:
-        """The same, from what the data set delivers."""
-        single = 3 if self.plus else 2
-        shaped = embeds.unsqueeze(1) if embeds.dim() == single else embeds
+    def _check_embeds(self, embeds: Tensor) -> Tensor:
+        """Return the data set's embeddings as [B, n, E] or [B, n, T, E], in the encoder's dtype."""
+        num_dims = 3 if self.plus else 2
+        batched = embeds.unsqueeze(1) if embeds.dim() == num_dims else embeds
         width = self.encoder.width(self.plus)
-        if shaped.dim() != single + 1 or shaped.shape[-1] != width:
+        if batched.dim() != num_dims + 1 or batched.shape[-1] != width:
             shape = f'[B, n, T, {width}]' if self.plus else f'[B, n, {width}]'
-            raise ValueError(f"'{self.reads}_embeds' is {tuple(embeds.shape)}; adapter '{self.name}' takes {shape} of "
-                             f"the image encoder '{self.encoder.source}'.")
-        return shaped.to(self.encoder.net.dtype)
+            raise UserError(f"'{self.condition_key}_embeds' is {tuple(embeds.shape)}; adapter '{self.name}' takes "
+                            f"{shape} of the image encoder '{self.encoder.source}'.")
+        return batched.to(self.encoder.net.dtype)
 
     def _mask(self, batch: Batch, num_images: int) -> Tensor:
-        mask = batch.conditions.get(self.mask_name)
+        mask = batch.conditions.get(self.mask_key)
         if mask is None:
-            raise ValueError(f"Adapter '{self.name}' acts within the mask '{self.mask_name}', but the samples hold "
-                             f'{sorted(batch.conditions) or "no conditions"}.')
+            raise UserError(f"Adapter '{self.name}' needs the mask '{self.mask_key}', but the samples hold "
+                            f'{sorted(batch.conditions) or "no conditions"}.')
         mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
         if num_images == 1 and mask.shape[1] == 3:
             mask = mask.mean(1, keepdim=True)
         if mask.dim() != 4 or mask.shape[1] != num_images:
-            raise ValueError(f"The mask '{self.mask_name}' is {tuple(mask.shape)}; adapter '{self.name}' takes "
-                             f'[B, {num_images}, H, W], one for each of its {num_images} images.')
+            raise UserError(f"The mask '{self.mask_key}' is {tuple(mask.shape)}; adapter '{self.name}' takes "
+                            f'[B, {num_images}, H, W], one for each of its {num_images} images.')
         return mask
 
 
-def _like(layer: Any, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer of its own, with the weight of the base's `layer` as it is without LoRA."""
+def _copy_linear(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """Return a new linear layer with the weight of the base's `layer`, without LoRAs."""
     weight = plain_layer(layer).weight
     new: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device=weight.device,
                                         dtype=dtype)
     with torch.no_grad():
         new.weight.copy_(weight)
     return new
-
-
-def _shared_encoder(model: Any, source: str, subfolder: str | None, user: str) -> PictureEncoder:
-    """The image encoder of that source, loaded once for all adapters of `model`, in whose `shared` it is registered."""
-    if not hasattr(model, 'shared'):
-        model.shared = nn.ModuleDict()
-    name = f'image_encoder_{rng.key_seed(source, subfolder or "")}'
-    if name not in model.shared:
-        model.shared[name] = load_encoder(source, subfolder, model.unet_weight.dtype).to(model.unet_weight.device)
-    encoder: PictureEncoder = model.shared[name]
-    encoder.users.append(user)
-    return encoder
-
-
-def _release_encoder(model: Any, encoder: PictureEncoder, user: str) -> None:
-    encoder.users.remove(user)
-    if not encoder.users:
-        for name in [n for n, shared in model.shared.items() if shared is encoder]:
-            del model.shared[name]

@@ -1,32 +1,52 @@
-"""A LoRA's options as people write them: what is no list, and what is no number."""
+"""Checks of a LoRA's arguments."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-def check_lists(**given: Any) -> None:
-    """Refuse options that must be lists of at least one entry, or None.
-
-    Raises:
-        ValueError: one is a bare word, or empty.
-    """
-    for key, value in given.items():
-        if isinstance(value, str) or value is not None and not len(value):
-            example = value or ('unet' if key == 'parts' else 'to_q')
-            raise ValueError(f"{key}={value!r} of a LoRA must be a list of at least one entry, as {key}=['{example}'].")
+from diffengine_sdxl.adapters.formats.lora_weights import KINDS, PARTS
+from diffengine_sdxl.errors import UserError, one_of
 
 
-def check_numbers(alpha: Any, blocks: Mapping[str, Any] | None) -> None:
-    """Refuse alphas that are not above 0 and scales that are no numbers.
+def check_arguments(kind: str, init: bool | str, rank: Any, alpha: Any, dropout: Any, parts: Sequence[str] | None,
+                    targets: Sequence[str] | None, blocks: Any) -> None:
+    """Check the arguments that don't depend on the base.
 
     Raises:
-        ValueError: which.
+        UserError: an argument is invalid; which one.
     """
-    settings = [v for v in (blocks or {}).values() if isinstance(v, Mapping)]
-    for key, value in [('alpha', alpha), *((k, v.get(k)) for v in settings for k in ('alpha', 'scale'))]:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and (not number or key == 'alpha' and value <= 0):
-            raise ValueError(f'{key}={value!r} of a LoRA must be a number' + (' above 0.' if key == 'alpha' else '.'))
+    for key, names in (('parts', parts), ('targets', targets)):
+        if isinstance(names, str) or names is not None and not len(names):
+            example = names or ('unet' if key == 'parts' else 'to_q')
+            raise UserError(f"{key}={names!r} of a LoRA must be a list of at least one entry, as {key}=['{example}'].")
+    one_of('kind', kind, KINDS)
+    one_of('init', init, ('gaussian', True))
+    for part in parts or ():
+        one_of('parts', part, PARTS)
+    if not isinstance(blocks, Mapping | None) or any(
+            not isinstance(block, Mapping | None) or block and block.keys() - {'rank', 'alpha', 'scale'}
+            for block in (blocks or {}).values()):
+        raise UserError(f'blocks={blocks} must map beginnings of layer names to None or to a dict with rank, alpha, '
+                        'scale.')
+    block_settings = [(key, value) for block in (blocks or {}).values() if block for key, value in block.items()]
+    for key, value in [('rank', rank), ('alpha', alpha), ('dropout', dropout), *block_settings]:
+        # In a block, alpha=None stands for the block's rank.
+        optional = key == 'alpha' or (key, value) not in block_settings
+        if not (value is None and optional) and (allowed := _violated(key, value)):
+            raise UserError(f'{key}={value!r} of a LoRA must be {allowed}.')
+    if kind == 'oft' and (alpha is not None or dropout or any(key != 'scale' for key, _ in block_settings)):
+        raise UserError("kind='oft' has no alpha, no dropout (peft ignores it) and one rank for all blocks; leave them "
+                        'out.')
+
+
+def _violated(key: str, value: Any) -> str | None:
+    """Return what `value` must be, if it is not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    valid, allowed = {
+        'rank': (isinstance(value, int) and is_number and value > 0, 'a whole number above 0'),
+        'alpha': (is_number and value > 0, 'a number above 0'),
+        'dropout': (is_number and 0 <= value < 1, 'a number in [0, 1)'),
+        'scale': (is_number, 'a number')}[key]
+    return None if valid else allowed

@@ -1,4 +1,4 @@
-"""What every data set does with a row: read it, pass over it if it is unreadable, key it, transform it."""
+"""What all data sets share: load a row, skip it if its image is unreadable, set its key, run the transforms."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,48 +8,52 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.datasets.images import BadImageError
-from diffengine_sdxl.datasets.sampler import Draw
+from diffengine_sdxl.datasets.data_sampler import Draw
+from diffengine_sdxl.datasets.image_files import BadImageError
+from diffengine_sdxl.errors import UserError, one_of, whole_number
 from diffengine_sdxl.registry import TRANSFORMS
 
 Sample = dict[str, Any]
-"""As read: img, conditioning_image, ... RGB pictures; text str; key str (the row's identity in its source);
-epoch, seed, num_skipped int.
-After the transforms: img float32 [3, H, W] in [-1, 1]; conditions float32 [3, H, W] in [0, 1]; time_ids float32 [6]."""
+"""The dict made of a row. Before the transforms: img, conditioning_image, ... RGB images; text str; key str (the row's
+identity in its source); epoch, seed, num_skipped int. After them: img float32 [3, H, W] in [-1, 1]; conditions float32
+[3, H, W] in [0, 1]; time_ids float32 [6]."""
 
 OnBadImage = Literal['raise', 'skip']
 Transform = Callable[[Sample], Sample]
+Transforms = Sequence[dict[str, Any] | Transform]
 
 
-class SampleMaker:
-    """The part that map-style and streamed data sets share.
+class SampleBuilder:
+    """What map-style and streamed data sets share.
 
     Args:
         transforms: configs of `TRANSFORMS`, or callables, applied in order.
-        on_bad_image: 'raise' stops at an unreadable image; 'skip' takes the next readable row, with a warning
-            that names the row once, and counts in 'num_skipped'.
+        on_bad_image: 'raise' stops at an unreadable image; 'skip' takes the next readable row, warns once per row, and
+            counts the skipped rows in 'num_skipped'.
+        max_samples: use only the first rows of the source; None for all.
     """
 
-    def __init__(self, transforms: Sequence[dict[str, Any] | Transform], on_bad_image: OnBadImage) -> None:
-        if on_bad_image not in ('raise', 'skip'):
-            raise ValueError(f"on_bad_image='{on_bad_image}' is neither 'raise' nor 'skip'.")
+    def __init__(self, transforms: Transforms = (), on_bad_image: OnBadImage = 'raise',
+                 max_samples: int | None = None) -> None:
+        one_of('on_bad_image', on_bad_image, ('raise', 'skip'))
         self.transforms: list[Transform] = [TRANSFORMS.build(t) if isinstance(t, dict) else t for t in transforms]
         self.on_bad_image = on_bad_image
+        self.max_samples = None if max_samples is None else whole_number('max_samples', max_samples, 1)
         self._warned: set[str] = set()
 
-    def bad(self, key: str, error: BadImageError) -> None:
-        """Raise `error`, or warn of it at the first time, as `on_bad_image` says."""
+    def handle_bad_image(self, key: str, error: BadImageError) -> None:
+        """Raise `error`, or warn once per row, as `on_bad_image` says."""
         if self.on_bad_image == 'raise':
             raise error
         if key not in self._warned:
             self._warned.add(key)
             print_log(f'Skipped: {error}', logger='current', level=logging.WARNING)
 
-    def finish(self, sample: Sample, key: str, draw: Draw, num_skipped: int) -> Sample:
-        """Write the key and run the transforms.
+    def transform(self, sample: Sample, key: str, draw: Draw, num_skipped: int) -> Sample:
+        """Set the key and run the transforms.
 
-        The transforms here draw from generators of their own; the global ones are seeded from the key as well,
-        for transforms of the user's that know no keys, and are put back afterwards.
+        Our transforms draw from their own generators. The global ones are seeded from the key too, for a user's
+        transforms, and restored afterwards.
         """
         sample.update(key=key, epoch=draw.epoch, seed=draw.seed, num_skipped=num_skipped)
         with rng.fork('transform', draw.seed, key, draw.epoch):
@@ -58,11 +62,11 @@ class SampleMaker:
         return sample
 
 
-class MapDataset(SampleMaker, Dataset[Sample]):
-    """A data set of numbered rows; a source implements `__len__`, `key` and `load`.
+class MapDataset(SampleBuilder, Dataset[Sample]):
+    """A data set of numbered rows; a subclass implements `__len__`, `key` and `load`.
 
     Attributes:
-        source: the words that name the data in errors.
+        source: how errors name the data.
     """
 
     source: str
@@ -71,23 +75,23 @@ class MapDataset(SampleMaker, Dataset[Sample]):
         raise NotImplementedError
 
     def key(self, index: int) -> str:
-        """The identity of row `index` in its source, whatever is shuffled or left out."""
+        """Return the identity of row `index` in its source; shuffling and skipping don't change it."""
         raise NotImplementedError
 
     def load(self, index: int, draw: Draw) -> Sample:
-        """Pictures and text of row `index`.
+        """Return the images and texts of row `index`.
 
         Raises:
-            BadImageError: a picture is unreadable.
+            BadImageError: an image is unreadable.
         """
         raise NotImplementedError
 
     def __getitem__(self, item: Draw | int) -> Sample:
-        """The sample of a draw; of a plain number, its row in epoch 0 with seed 0.
+        """Return the sample of a draw; a plain number is that row in epoch 0 with seed 0.
 
         Raises:
             BadImageError: an image is unreadable and `on_bad_image` is 'raise'.
-            ValueError: no row is readable, or a transform refuses the sample.
+            UserError: no row is readable, or a transform refuses the sample.
         """
         draw = item if isinstance(item, Draw) else Draw(int(item), 0, 0)
         if not 0 <= draw.index < len(self):
@@ -97,7 +101,7 @@ class MapDataset(SampleMaker, Dataset[Sample]):
             try:
                 sample = self.load(index, draw)
             except BadImageError as error:
-                self.bad(self.key(index), error)
+                self.handle_bad_image(self.key(index), error)
                 continue
-            return self.finish(sample, self.key(index), draw, num_skipped)
-        raise ValueError(f'None of the {len(self)} rows of {self.source} has a readable image.')
+            return self.transform(sample, self.key(index), draw, num_skipped)
+        raise UserError(f'None of the {len(self)} rows of {self.source} has a readable image.')

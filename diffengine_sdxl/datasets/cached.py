@@ -1,91 +1,92 @@
-"""Samples whose images were encoded once and for all: what `tools/cache.py` wrote."""
+"""CachedLatents: samples whose images tools/cache.py encoded once."""
 
 import bisect
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffengine_sdxl.datasets.base import MapDataset, Sample, Transform
-from diffengine_sdxl.datasets.sampler import Draw
+from diffengine_sdxl.datasets.base import MapDataset, Sample, Transforms
+from diffengine_sdxl.datasets.data_sampler import Draw
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading.strict import fingerprint
+from diffengine_sdxl.protocols import Components
 from diffengine_sdxl.registry import DATASETS
-from diffengine_sdxl.weights import fingerprint
 
-#: Words of the rows, and what says whose latents they are.
+#: Files of a cache: keys and texts of the rows, and which VAE and data set they come from.
 ROWS, ORIGIN = 'rows.jsonl', 'origin.json'
 
 
 @DATASETS.register_module()
 class CachedLatents(MapDataset):
-    """Rows of a cache: 'latents' [4, h, w], 'time_ids' [6], every condition [C, H, W] in [0, 1], and text.
+    """Rows of a cache: 'latents' [4, h, w], 'time_ids' [6], every condition [C, H, W] in [0, 1], and texts.
 
-    A row of the first pass keeps the key of its source, so its noise and timesteps are those of the uncached run;
-    random transforms and the VAE's own draw are those of the first epoch for ever.
+    A row of the first pass keeps the key of its source, so its noise and timesteps are those of the uncached run.
+    Random transforms and the VAE's draw are those of the first epoch, in every epoch.
 
     Args:
         source: the folder.
-        transforms: of what is left to change, as CaptionDrop; see `SampleMaker`.
-        max_samples: only the first so many.
+        transforms: what may still change, such as CaptionDrop; see `SampleBuilder`.
+        max_samples: see `SampleBuilder`.
 
     Raises:
-        ValueError: the folder is no cache, its parts don't fit together, or max_samples leaves none.
+        UserError: the folder is not a cache, or its files are damaged or don't fit together.
     """
 
-    def __init__(self, source: str | Path, transforms: Sequence[dict[str, Any] | Transform] = (),
-                 max_samples: int | None = None) -> None:
-        super().__init__(transforms, 'raise')
-        self.source, folder = str(source), Path(source).expanduser()
-        if not (folder / ROWS).is_file() or not (folder / ORIGIN).is_file():
-            raise ValueError(f"'{source}' holds no {ROWS} and {ORIGIN}, so it is no cache; write one with `python "
-                             f'tools/cache.py CONFIG {source}`.')
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f'max_samples={max_samples} leaves no sample.')
-        rows = _rows(folder / ROWS)
-        self.shards: list[Path] = sorted(folder.glob('*.safetensors'))
+    def __init__(self, source: str | Path, transforms: Transforms = (), max_samples: int | None = None) -> None:
+        super().__init__(transforms, max_samples=max_samples)
+        self.source, self.folder = str(source), Path(os.path.expanduser(source))
+        if not (self.folder / ROWS).is_file() or not (self.folder / ORIGIN).is_file():
+            raise UserError(f"'{source}' is not a cache: it lacks {ROWS} or {ORIGIN}. Write one with `python "
+                            f'tools/cache.py CONFIG {source}`.')
+        rows = _read_rows(self.folder / ROWS)
+        self.shards: list[Path] = sorted(self.folder.glob('*.safetensors'))
         #: Number of the first row after each shard.
         self.ends: list[int] = []
+        num_latents = 0
         for path in self.shards:
-            with said_open(path) as tensors:
+            with _open_shard(path) as tensors:
                 if 'latents' not in list(tensors.keys()):
-                    raise ValueError(f"The file '{path}' holds no latents, so it is no part of a cache. Take it away.")
-                count = tensors.get_slice('latents').get_shape()[0]
-            self.ends.append(count + (self.ends[-1] if self.ends else 0))
-        # All rows, also where few are wanted: without one shard the others' latents would stand in the wrong rows.
-        if not rows or len(rows) != (self.ends[-1] if self.ends else 0):
-            raise ValueError(f"The cache '{source}' is incomplete: {len(rows)} rows of text, "
-                             f'{self.ends[-1] if self.ends else 0} of latents. Write it again.')
-        self.rows = rows[:max_samples]
+                    raise UserError(f"The file '{path}' holds no latents, so it is not part of a cache. Remove it.")
+                num_latents += tensors.get_slice('latents').get_shape()[0]
+            self.ends.append(num_latents)
+        # Checked before max_samples: without one shard, texts would be paired with other rows' latents.
+        if not rows or len(rows) != num_latents:
+            raise UserError(f"The cache '{source}' is incomplete: {len(rows)} rows of text, {num_latents} of latents. "
+                            'Write it again.')
+        self.rows = rows[:self.max_samples]
         self._open: dict[Path, Any] = {}
 
-    def check_model(self, model: Any) -> None:
-        """Refuse to train `model` (an SDXL) on latents of another VAE.
+    def check_model(self, model: Components) -> None:
+        """Check that `model` has the VAE that encoded the latents.
 
         Raises:
-            ValueError: its VAE's encoder or scaling factor is another.
+            UserError: its encoder or scaling factor differs, or the cache's record is damaged.
         """
-        origin = json.loads((Path(self.source).expanduser() / ORIGIN).read_text())
-        factors = origin['scaling_factor'], model.vae.config.scaling_factor
-        if origin['encoder'] != encoder_of(model) or factors[0] != factors[1]:
-            whose = origin['vae'] or origin['pretrained']
-            raise ValueError(f"The cache '{self.source}' holds latents of another VAE ({whose}, scaling factor "
-                             f"{factors[0]}; the model's has {factors[1]}). Write the cache again.")
+        path = self.folder / ORIGIN
+        with _reading(path):
+            origin = json.loads(path.read_text(encoding='utf-8'))
+            encoder, factor, vae = origin['encoder'], origin['scaling_factor'], origin['vae'] or origin['pretrained']
+        if encoder != encoder_fingerprint(model) or factor != model.vae.config.scaling_factor:
+            raise UserError(f"The cache '{self.source}' holds latents of another VAE ({vae}, scaling factor {factor}; "
+                            f"the model's has {model.vae.config.scaling_factor}). Write the cache again.")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        """The row's key in the data set that was cached."""
         return str(self.rows[index]['key'])
 
     def load(self, index: int, draw: Draw) -> Sample:
-        """Tensors and words of row `index`; pictures are kept in 8 bits and come as floats in [0, 1]."""
         shard = bisect.bisect_right(self.ends, index)
         path = self.shards[shard]
-        if path not in self._open:  # in the worker that reads it: an open file does not travel
-            self._open[path] = said_open(path)
+        if path not in self._open:  # opened in the worker that reads it: an open file cannot be pickled
+            self._open[path] = _open_shard(path)
         tensors, row = self._open[path], index - (self.ends[shard - 1] if shard else 0)
         sample: Sample = {k: v for k, v in self.rows[index].items() if k != 'key'}
         for name in list(tensors.keys()):
@@ -97,28 +98,27 @@ class CachedLatents(MapDataset):
         return {**self.__dict__, '_open': {}}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(encoding='utf-8', newline='\n') as lines:
-            rows = [json.loads(line) for line in lines]
-        return [{**row, 'key': str(row['key']), 'text': row['text']} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The cache file '{path}' cannot be read: {type(error).__name__}: {error}. Write the cache "
-                         'again.') from error
-
-
-def encoder_of(model: Any) -> str:
-    """What tells the encoder of an SDXL's VAE from others."""
+def encoder_fingerprint(model: Components) -> str:
+    """Return a digest of the weights of a model's VAE encoder."""
     return fingerprint(model.vae, ('encoder.', 'quant_conv.'))
 
 
-def said_open(path: Path) -> Any:
-    """`safe_open`, whose errors name the file.
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    with _reading(path), path.open(encoding='utf-8', newline='\n') as lines:
+        rows = [json.loads(line) for line in lines]
+        return [{**row, 'key': str(row['key']), 'text': row['text']} for row in rows]
 
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
+
+def _open_shard(path: Path) -> Any:
+    with _reading(path):
         return safe_open(path, framework='pt')
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"The cache file '{path}' cannot be read: {error}. Write the cache again.") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Re-raise what a damaged file of a cache raises as UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"The cache file '{path}' cannot be read: {type(error).__name__}: {error}. Write the cache "
+                        'again.') from error

@@ -1,6 +1,7 @@
-"""Rows of Hugging Face `datasets`: hub id, saved folder, imagefolder, parquet, jsonl."""
+"""HFDataset: numbered rows of a hub id, saved folder, imagefolder, parquet, jsonl or csv file."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,34 +9,34 @@ import numpy as np
 import torch
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.datasets.base import MapDataset, OnBadImage, Sample, SampleMaker, Transform
-from diffengine_sdxl.datasets.images import ImageReader
-from diffengine_sdxl.datasets.sampler import Draw
-from diffengine_sdxl.datasets.sources import open_source
-from diffengine_sdxl.registry import DATASETS, nearest
+from diffengine_sdxl.datasets.base import MapDataset, OnBadImage, Sample, SampleBuilder, Transforms
+from diffengine_sdxl.datasets.data_sampler import Draw
+from diffengine_sdxl.datasets.image_files import ImageReader
+from diffengine_sdxl.datasets.sources import open_source, reading
+from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.structures import Batch
 
 TEXTS = {name for name in Batch.names() if name.endswith(('text', 'text_2'))}
 
 
-class HFRows(SampleMaker):
-    """What `HFDataset` and `HFStream` share: the source, its columns, and a row's way to a sample.
+class HFRows(SampleBuilder):
+    """What `HFDataset` and `HFStream` share: the source, its columns, and the sample that is made of a row.
 
     Args:
         source: hub id, folder or file; see `sources.open_source`.
-        split, name, data_files, cache_dir, revision: as `datasets.load_dataset` has them (`name`: the config).
-        image_column: 'img' of the sample. The cell is an image, its bytes, a path or a URL (also in the others).
-        conditioning_image_column: 'conditioning_image' of the sample; None where there is none.
-        caption_column: 'text' of the sample; where a cell holds a list, a keyed draw takes one of it. None: ''.
+        split, name, data_files, cache_dir, revision: as in `datasets.load_dataset` (`name`: the config).
+        image_column: 'img' of the sample. The cell is an image, its bytes, a path or a URL.
+        conditioning_image_column: 'conditioning_image' of the sample, as `image_column`; None: no condition.
+        caption_column: 'text' of the sample; of a list of captions, a keyed draw chooses one. None: ''.
         extra_columns: sample key -> column. Strings are text under a key that Batch has for text ('text_2',
-            'negative_text', ...) and name a picture under any other; numbers and lists become tensors.
-        max_samples: only the source's first so many rows.
-        image_root: the folder that holds the images which rows name by a path: relative paths begin there, and no
-            path may lead outside of it. By default the source's own folder; '/' allows every absolute path.
-        transforms, on_bad_image: see `SampleMaker`.
+            'negative_text', ...) and name an image under any other; numbers and lists become tensors.
+        image_root: the folder of images that rows name by a path: relative paths begin there, and no path may lead
+            outside of it. By default the source's own folder; '/' allows every absolute path.
+        transforms, on_bad_image, max_samples: see `SampleBuilder`.
 
     Raises:
-        ValueError: the source cannot be opened or is empty, or a column is missing.
+        UserError: the source cannot be opened or is empty, or a column is missing.
     """
 
     streaming = False
@@ -43,116 +44,109 @@ class HFRows(SampleMaker):
     def __init__(self, source: str | Path, split: str = 'train', name: str | None = None,
                  image_column: str = 'image', conditioning_image_column: str | None = 'conditioning_image',
                  caption_column: str | None = 'text', extra_columns: Mapping[str, str] | None = None,
-                 transforms: Sequence[dict[str, Any] | Transform] = (), data_files: Any = None,
-                 cache_dir: str | Path | None = None, revision: str | None = None, max_samples: int | None = None,
-                 on_bad_image: OnBadImage = 'raise', image_root: str | Path | None = None) -> None:
-        super().__init__(transforms, on_bad_image)
+                 transforms: Transforms = (), data_files: Any = None, cache_dir: str | Path | None = None,
+                 revision: str | None = None, max_samples: int | None = None, on_bad_image: OnBadImage = 'raise',
+                 image_root: str | Path | None = None) -> None:
+        super().__init__(transforms, on_bad_image, max_samples)
         self.source = str(source)
         cache = None if cache_dir is None else str(cache_dir)
         data = open_source(self.source, split, name, data_files, cache, revision, self.streaming)
-        pictures = {'img': image_column, 'conditioning_image': conditioning_image_column}
-        self.pictures = {key: column for key, column in pictures.items() if column is not None}
+        columns = {'img': image_column, 'conditioning_image': conditioning_image_column}
+        self.image_columns = {key: column for key, column in columns.items() if column is not None}
         self.caption_column = caption_column
-        self.extra = dict(extra_columns or {})
-        taken = {*self.pictures, 'text', 'key', 'epoch', 'seed', 'num_skipped'} & self.extra.keys()
-        if taken:
-            raise ValueError(f'extra_columns cannot write {sorted(taken)}: the sample has them already.')
-        self.data = self._select(data, max_samples)
-        self.images = ImageReader(image_root or _root(self.source), _caches(cache))
+        self.extra_columns = dict(extra_columns or {})
+        reserved = {*self.image_columns, 'text', 'key', 'epoch', 'seed', 'num_skipped'} & self.extra_columns.keys()
+        if reserved:
+            raise UserError(f'extra_columns cannot write {sorted(reserved)}: every sample has them already.')
+        self.data = self._select(data)
+        self.read_image = ImageReader(image_root or _folder_of(self.source), _caches(cache))
 
-    def _select(self, data: Any, max_samples: int | None) -> Any:
+    def _select(self, data: Any) -> Any:
+        """Keep the columns and rows that are used."""
         import datasets
-        if not self.streaming and len(data) == 0:
-            raise ValueError(f"The data set '{self.source}' is empty.")
-        wanted = {f'{key}_column' if key != 'img' else 'image_column': column for key, column in self.pictures.items()}
-        wanted |= {} if self.caption_column is None else {'caption_column': self.caption_column}
-        wanted |= {f'extra_columns.{key}': column for key, column in self.extra.items()}
-        columns = data.column_names or list(_first(data, self.source))
-        for option, column in wanted.items():
+        with reading(self.source):
+            columns = data.column_names or list(next(iter(data), {}))
+        if not columns or not self.streaming and len(data) == 0:
+            raise UserError(f"The data set '{self.source}' is empty.")
+        options = {'image_column' if key == 'img' else f'{key}_column': c for key, c in self.image_columns.items()}
+        options |= {} if self.caption_column is None else {'caption_column': self.caption_column}
+        options |= {f'extra_columns.{key}': column for key, column in self.extra_columns.items()}
+        for option, column in options.items():
             if column not in columns:
-                raise ValueError(f"The data set '{self.source}' has no column '{column}' ({option}). Its columns are "
-                                 f'{", ".join(map(repr, columns))}.{nearest(column, columns)}')
+                raise UserError(f"The data set '{self.source}' has no column '{column}' ({option}). Its columns are "
+                                f'{", ".join(map(repr, columns))}.{nearest(column, columns)}')
         for column, feature in (data.features or {}).items():
-            # Our own reader decodes: `datasets` would not tell which row and column is broken.
+            # ImageReader decodes: errors of `datasets` would not tell which row and column is broken.
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(column, datasets.Image(decode=False))
-        data = data.with_format(None).select_columns(list(dict.fromkeys(wanted.values())))
-        if max_samples is None:
+        data = data.with_format(None).select_columns(list(dict.fromkeys(options.values())))
+        if self.max_samples is None:
             return data
-        if max_samples < 1:
-            raise ValueError(f'max_samples={max_samples} leaves no sample.')
-        return data.take(max_samples) if self.streaming else data.select(range(min(max_samples, len(data))))
+        return data.take(self.max_samples) if self.streaming else data.select(range(min(self.max_samples, len(data))))
 
     def read(self, row: Mapping[str, Any], key: str, draw: Draw) -> Sample:
-        """Pictures, text and extra entries of a row.
+        """Return the images, the caption and the extra entries of a row.
 
         Raises:
-            BadImageError: a picture is unreadable.
-            ValueError: a cell holds something of another kind.
+            BadImageError: an image is unreadable.
+            UserError: a cell holds a value of another type.
         """
-        def place(column: str) -> str:
+        def what(column: str) -> str:
             return f"Column '{column}' of row {key} of '{self.source}'"
-        sample: Sample = {name: self.images(row[column], place(column)) for name, column in self.pictures.items()}
+        sample: Sample = {name: self.read_image(row[column], what(column))
+                          for name, column in self.image_columns.items()}
         sample['text'] = ''
         if self.caption_column is not None:
-            keys = draw.seed, key, draw.epoch
-            sample['text'] = _caption(row[self.caption_column], place(self.caption_column), keys)
-        for name, column in self.extra.items():
-            sample[name] = self._extra(name, row[column], place(column))
+            generator = rng.generator(draw.seed, key, draw.epoch, 'caption')
+            sample['text'] = _caption(row[self.caption_column], what(self.caption_column), generator)
+        for name, column in self.extra_columns.items():
+            sample[name] = self._extra(name, row[column], what(column))
         return sample
 
-    def _extra(self, name: str, value: Any, place: str) -> Any:
+    def _extra(self, name: str, value: Any, what: str) -> Any:
         if name in TEXTS:
             if not isinstance(value, str):
-                raise ValueError(f'{place} holds a {type(value).__name__}, no text.')
+                raise UserError(f'{what} holds a {type(value).__name__}, not text.')
             return value
         if isinstance(value, bool | int | float | list | np.ndarray):
             try:
                 array = np.asarray(value)
                 return torch.as_tensor(array.astype(np.float32) if array.dtype.kind == 'f' else array)
             except (TypeError, ValueError) as error:
-                raise ValueError(f'{place} holds no numbers of one shape: {error}') from error
-        return self.images(value, place)
+                raise UserError(f'{what} does not hold numbers of one shape: {error}') from error
+        return self.read_image(value, what)
 
 
 @DATASETS.register_module()
 class HFDataset(HFRows, MapDataset):
-    """Numbered rows of Hugging Face `datasets`; the arguments are those of `HFRows`.
+    """Numbered rows of Hugging Face `datasets`; see `HFRows` for the arguments, `HFStream` for a stream.
 
-    A row's key is its number in the source's split. For a stream, use the type `HFStream`.
+    A row's key is its number in the source's split.
     """
 
     def __len__(self) -> int:
         return len(self.data)
 
     def key(self, index: int) -> str:
-        """The row's number in the source's split: rows are only ever left out at the end."""
         return str(index)
 
     def load(self, index: int, draw: Draw) -> Sample:
-        """See `HFRows.read`."""
-        return self.read(self.data[index], self.key(index), draw)
+        with reading(self.source):
+            row = self.data[index]
+        return self.read(row, self.key(index), draw)
 
 
-def _caption(value: Any, place: str, key: tuple[rng.Key, ...]) -> str:
+def _caption(value: Any, what: str, generator: torch.Generator) -> str:
     if isinstance(value, list | tuple | np.ndarray) and len(value):
-        value = value[int(torch.randint(len(value), (), generator=rng.generator(*key, 'caption')))]
+        value = value[int(torch.randint(len(value), (), generator=generator))]
     if not isinstance(value, str):
-        raise ValueError(f'{place} should hold a caption or a list of captions, but holds {value!r:.80}.')
+        raise UserError(f'{what} must hold a caption or a list of captions; it holds {value!r:.80}.')
     return value
 
 
-def _first(data: Any, source: str) -> Mapping[str, Any]:
-    for row in data:
-        return row  # type: ignore[no-any-return]
-    raise ValueError(f"The data set '{source}' is empty.")
-
-
-def _root(source: str) -> Path | None:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    return path.absolute().parent if path.is_file() else None
+def _folder_of(source: str) -> Path | None:
+    path = Path(os.path.expanduser(source)).absolute()
+    return path if path.is_dir() else path.parent if path.is_file() else None
 
 
 def _caches(cache_dir: str | None) -> list[str]:

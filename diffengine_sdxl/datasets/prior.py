@@ -1,4 +1,4 @@
-"""Prior preservation: pictures of one thing beside pictures of its class."""
+"""PriorPreservation: images of one subject beside images of its class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from diffengine_sdxl.datasets.base import Sample
-from diffengine_sdxl.datasets.sampler import Draw
+from diffengine_sdxl.datasets.data_sampler import Draw
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.protocols import Components
 from diffengine_sdxl.registry import DATASETS
 
 
@@ -18,24 +20,24 @@ class PriorPreservation(Dataset[list[Sample]]):
 
     Ruiz et al. 2023, DreamBooth, arXiv:2208.12242. A batch of b rows has 2 b samples; the loss is the mean over them of
     2 l for an instance and 2 weight l for a prior, which is the sum of both means. (A plain mean over both halves would
-    be half of that.) The shorter data set is passed again.
+    be half of that.) The shorter data set is repeated.
 
     Args:
-        instance, prior: configs of data sets of numbered rows.
+        instance, prior: configs of map-style data sets.
         weight: of the prior's loss.
 
     Raises:
-        ValueError: one of them is a stream, or the weight is negative.
+        UserError: one of them is a stream, or the weight is negative.
     """
 
     def __init__(self, instance: Any, prior: Any, weight: float = 1.0) -> None:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float('inf'):
-            raise ValueError(f'PriorPreservation: weight={weight!r} must be a number of at least 0.')
+            raise UserError(f'PriorPreservation: weight={weight!r} must be a number of at least 0.')
         self.instance, self.prior = (DATASETS.build(dict(d)) if isinstance(d, dict) else d for d in (instance, prior))
         for name, dataset in (('instance', self.instance), ('prior', self.prior)):
             if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__') or len(dataset) == 0:
-                raise ValueError(f'PriorPreservation: {name} must be a data set of numbered rows, at least one; a '
-                                 'stream has no second sample to go with a first.')
+                raise UserError(f'PriorPreservation: {name} must be a data set of numbered rows, not empty; a '
+                                'stream cannot be paired.')
         self.weight = float(weight)
         self.source = f'PriorPreservation({getattr(self.instance, "source", "")})'
 
@@ -46,31 +48,30 @@ class PriorPreservation(Dataset[list[Sample]]):
         draw = item if isinstance(item, Draw) else Draw(int(item), 0, 0)
         if not 0 <= draw.index < len(self):
             raise IndexError(f'{self.source} has {len(self)} rows, no row {draw.index}.')
-        instance, prior = (self._sample(d, draw, len(self)) for d in (self.instance, self.prior))
+        instance, prior = (self._sample(dataset, draw) for dataset in (self.instance, self.prior))
         # Else row 0 of one and row 0 of the other would get the same noise and timestep.
         prior['key'] = f'prior/{prior["key"]}'
         for sample, weight in ((instance, 1.0), (prior, self.weight)):
             sample['weight'] = 2 * weight * float(sample.get('weight', 1.0))
-        for one, other in ((instance, prior), (prior, instance)):
-            if 'mask' in one and 'mask' not in other:  # that half counts whole
-                other['mask'] = torch.ones_like(one['mask'])
-            if 'drop' in one:  # of that half nothing is dropped
-                other['drop'] = {**dict.fromkeys(one['drop'], False), **other.get('drop', {})}
+        for sample, other in ((instance, prior), (prior, instance)):
+            if 'mask' in sample and 'mask' not in other:  # a half without masks counts fully
+                other['mask'] = torch.ones_like(sample['mask'])
+            if 'drop' in sample:  # nothing is dropped of a half without drops
+                other['drop'] = {**dict.fromkeys(sample['drop'], False), **other.get('drop', {})}
         if instance.keys() != prior.keys():
-            odd = ', '.join(map(repr, sorted(map(str, instance.keys() ^ prior.keys()))))
-            raise ValueError('PriorPreservation: instance and prior must give samples of the same entries; one alone '
-                             f'has {odd}. Let both have the same columns and transforms.')
+            difference = ', '.join(map(repr, sorted(map(str, instance.keys() ^ prior.keys()))))
+            raise UserError('PriorPreservation: instance and prior must have samples of the same keys; only one has '
+                            f'{difference}. Give both the same columns and transforms.')
         return [instance, prior]
 
-    def check_model(self, model: Any) -> None:
-        """Let both say whether `model` can be trained on them (see CachedLatents)."""
+    def check_model(self, model: Components) -> None:
+        """Check that `model` can be trained on both data sets; see `CachedLatents.check_model`."""
         for dataset in (self.instance, self.prior):
             if hasattr(dataset, 'check_model'):
                 dataset.check_model(model)
 
-    @staticmethod
-    def _sample(dataset: Any, draw: Draw, total: int) -> Sample:
-        """The draw's row; to a data set that one pass of the longer one passes several times, these are epochs."""
+    def _sample(self, dataset: Any, draw: Draw) -> Sample:
+        """Return the draw's row; repeats of a shorter data set count as its epochs."""
         num = len(dataset)
-        passes = -(-total // num)
+        passes = -(-len(self) // num)
         return dataset[Draw(draw.index % num, draw.epoch * passes + draw.index // num, draw.seed)]

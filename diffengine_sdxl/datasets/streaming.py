@@ -1,4 +1,4 @@
-"""Rows of Hugging Face `datasets` as a stream, for data that is too large to download first."""
+"""HFStream: rows of a hub id, folder or file as an endless stream, for data that is too large to download first."""
 
 import itertools
 from collections import deque
@@ -11,39 +11,41 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.datasets.base import Sample
+from diffengine_sdxl.datasets.data_sampler import Draw, check_start
 from diffengine_sdxl.datasets.huggingface import HFRows
-from diffengine_sdxl.datasets.images import BadImageError
-from diffengine_sdxl.datasets.sampler import Draw, check_start
+from diffengine_sdxl.datasets.image_files import BadImageError
+from diffengine_sdxl.datasets.sources import reading
+from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.registry import DATASETS
 
 MAX_BAD_ROWS = 1000
-"""So many unreadable rows one after the other end the run, as a stream's length is not known."""
+"""How many consecutive unreadable rows end the run, since the length of a stream is unknown."""
 
 
-class Entry(NamedTuple):
-    """A row on its way: its number in the source, how often the source was passed before, its cells."""
+class StreamedRow(NamedTuple):
+    """A row's number in the source, the number of earlier passes, and its undecoded cells."""
 
-    number: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which a row does not need
     epoch: int
-    row: dict[str, Any]
+    cells: dict[str, Any]
 
 
 @DATASETS.register_module()
 class HFStream(HFRows, IterableDataset[Sample]):
-    """The rows of Hugging Face `datasets` as an endless stream; a type of its own beside `HFDataset`.
+    """The rows of Hugging Face `datasets` as an endless stream; `HFDataset` reads them by number.
 
-    The stream has one global order, whatever reads it: process r of w takes the places with p % w == r, and the
-    workers of a process take its batches in turn. So the samples of each step do not depend on the number of
-    workers, and a resumed run sets `start`. The price: every worker reads the undecoded rows of all, and going on
-    reads again (but doesn't decode) what was passed. It takes the place of a sampler: `sampler=None`.
+    The stream has one global order: process r of w takes the positions with p % w == r, and the workers of a process
+    take its batches in turn. So the samples of a step do not depend on the number of workers, and a resumed run sets
+    `start`. In return every worker reads all undecoded rows, and resuming reads, without decoding, the rows before
+    `start`. A stream takes the place of a data sampler: `sampler=None`.
 
     Args:
         buffer_size: rows of the shuffle buffer, whose draws are keyed by (seed, epoch); 0 keeps the source's order.
         repeat: begin again at the source's end, with the next epoch.
-        seed: of the order, and handed on to the samples; None means 0.
-        start: the place of the global stream at which to begin; a multiple of the number of processes.
-        batch_size: of the loader; needed with two workers or more.
-        options: as for `HFRows`.
+        seed: of the order, and passed on to the samples; None means 0.
+        start: the global position to begin at; a multiple of the number of processes.
+        batch_size: of the loader; required with two workers or more.
+        options: see `HFRows`.
     """
 
     streaming = True
@@ -51,9 +53,9 @@ class HFStream(HFRows, IterableDataset[Sample]):
     def __init__(self, *args: Any, buffer_size: int = 1000, repeat: bool = True, seed: int | None = None,
                  start: int = 0, batch_size: int | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.buffer_size, self.repeat = buffer_size, repeat
+        self.buffer_size, self.repeat = whole_number('buffer_size', buffer_size, 0), repeat
         self.seed, self.start, self.batch_size = 0 if seed is None else seed, start, batch_size
-        # Read here and not in `__iter__`: a spawned worker knows nothing of the other processes.
+        # Here, not in `__iter__`: a spawned worker does not know the other processes.
         self.rank, self.world = get_dist_info()
 
     def __iter__(self) -> Iterator[Sample]:
@@ -61,63 +63,72 @@ class HFStream(HFRows, IterableDataset[Sample]):
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if num_workers > 1 and self.batch_size is None:
-            raise ValueError('HFStream with several workers needs the batch_size of its loader.')
+            raise UserError('HFStream with several workers needs the batch_size of its loader.')
         batch_size = self.batch_size or 1
-        entries, ahead = self.entries(), deque[Entry]()
-        for place in itertools.count():
-            if not ahead:
-                entry = next(entries, None)
-                if entry is None:
+        rows, read_ahead = self.rows(), deque[StreamedRow]()
+        for position in itertools.count():
+            if not read_ahead:
+                row = next(rows, None)
+                if row is None:
                     return
-                ahead.append(entry)
-            turn, rank = divmod(place - self.start, self.world)
-            if place >= self.start and rank == self.rank and turn // batch_size % num_workers == worker_id:
-                sample = self._first_readable(ahead, entries)
+                read_ahead.append(row)
+            turn, rank = divmod(position - self.start, self.world)
+            if position >= self.start and rank == self.rank and turn // batch_size % num_workers == worker_id:
+                sample = self._first_readable(read_ahead, rows)
                 if sample is not None:
                     yield sample
-            ahead.popleft()
+            read_ahead.popleft()
 
-    def _first_readable(self, ahead: deque[Entry], entries: Iterator[Entry]) -> Sample | None:
+    def _first_readable(self, read_ahead: deque[StreamedRow], rows: Iterator[StreamedRow]) -> Sample | None:
+        """Return the sample of the first readable row of `read_ahead` and then `rows`; None at the source's end."""
         for num_skipped in range(MAX_BAD_ROWS):
-            if len(ahead) <= num_skipped:
-                entry = next(entries, None)
-                if entry is None:
+            if len(read_ahead) <= num_skipped:
+                row = next(rows, None)
+                if row is None:
                     return None
-                ahead.append(entry)
-            number, epoch, row = ahead[num_skipped]
-            draw = Draw(number, epoch, self.seed)
+                read_ahead.append(row)
+            index, epoch, cells = read_ahead[num_skipped]
+            draw = Draw(index, epoch, self.seed)
             try:
-                sample = self.read(row, str(number), draw)
+                sample = self.read(cells, str(index), draw)
             except BadImageError as error:
-                self.bad(str(number), error)
+                self.handle_bad_image(str(index), error)
                 continue
-            return self.finish(sample, str(number), draw, num_skipped)
-        raise ValueError(f"{MAX_BAD_ROWS} rows of '{self.source}' in a row have no readable image.")
+            return self.transform(sample, str(index), draw, num_skipped)
+        raise UserError(f"{MAX_BAD_ROWS} consecutive rows of '{self.source}' have no readable image.")
 
-    def entries(self) -> Iterator[Entry]:
-        """The rows of all epochs in the order they are read, undecoded."""
+    def rows(self) -> Iterator[StreamedRow]:
+        """Iterate over the rows of all epochs in reading order."""
         for epoch in itertools.count():
             empty = True
-            for entry in self._shuffled(epoch):
+            for row in self._shuffled(epoch):
                 empty = False
-                yield entry
+                yield row
             if empty:
-                raise ValueError(f"The data set '{self.source}' is empty.")
+                raise UserError(f"The data set '{self.source}' is empty.")
             if not self.repeat:
                 return
 
-    def _shuffled(self, epoch: int) -> Iterator[Entry]:
-        # In a worker, plain iteration over `datasets` would keep this worker's shards only; `iter` keeps the order.
-        rows = ({column: cells[0] for column, cells in batch.items()} for batch in self.data.iter(batch_size=1))
-        entries = (Entry(number, epoch, row) for number, row in enumerate(rows))
+    def _in_order(self, epoch: int) -> Iterator[StreamedRow]:
+        # In a worker, plain iteration over `datasets` would keep only this worker's shards; `iter` keeps the order.
+        batches = self.data.iter(batch_size=1)
+        for index in itertools.count():
+            with reading(self.source):  # streamed files are parsed here
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield StreamedRow(index, epoch, {column: cells[0] for column, cells in batch.items()})
+
+    def _shuffled(self, epoch: int) -> Iterator[StreamedRow]:
+        rows = self._in_order(epoch)
         if not self.buffer_size:
-            yield from entries
+            yield from rows
             return
         generator = rng.generator(self.seed, 'order', epoch)
-        buffer = list(itertools.islice(entries, self.buffer_size))
-        for entry in entries:
+        buffer = list(itertools.islice(rows, self.buffer_size))
+        for row in rows:
             drawn = int(torch.randint(len(buffer), (), generator=generator))
-            buffer[drawn], entry = entry, buffer[drawn]
-            yield entry
+            buffer[drawn], row = row, buffer[drawn]
+            yield row
         for drawn in torch.randperm(len(buffer), generator=generator).tolist():
             yield buffer[drawn]

@@ -1,4 +1,3 @@
-"""The engine: configs, the runner, its loop, hooks, checkpoints, launch, and pictures on request."""
+"""Training and evaluation: the runner, its loops, optimizers, hooks, checkpoints and exports."""
 
-from . import evaluation, hooks, loops, optim, runner, schedules  # noqa: F401  (fill the registries)
-from .inference import inferencer  # noqa: F401
+from . import eval_loop, hooks, lr_schedulers, optim, runner, train_loop  # noqa: F401  (fill the registries)

@@ -1,4 +1,4 @@
-"""mmengine's Runner with our configs, our seed, plain checkpoints, and processes on CPUs too."""
+"""mmengine's Runner with our configs, seeds and checkpoints; also for several processes on CPUs."""
 
 from __future__ import annotations
 
@@ -12,32 +12,37 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from diffengine_sdxl.config.overrides import DEFAULT_HOOKS
+from diffengine_sdxl.config.references import resolve
 from diffengine_sdxl.datasets import KeyedSampler
-from diffengine_sdxl.engine import checkpoint, identity
-from diffengine_sdxl.engine.config import DEFAULT_HOOKS, resolve
-from diffengine_sdxl.engine.export import load_weights
+from diffengine_sdxl.engine import run_identity
+from diffengine_sdxl.engine.main_process import on_main_process
+from diffengine_sdxl.errors import UserError, first_line, whole_number
+from diffengine_sdxl.loading import checkpoint
+from diffengine_sdxl.loading.trained import load_trained
+from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import DATASETS, PARAM_SCHEDULERS, RUNNERS, SCOPE
 
 
 @RUNNERS.register_module()
 class ExperimentRunner(Runner):
-    """Trains, evaluates and samples what a config describes.
+    """Train, evaluate and sample what a config describes.
 
-    Built by `RUNNERS.build(config)` from a config that `engine.config.load` has read. `cfg` keeps the '$key'
-    references, so that the dumped config can be run again with another value; everything else sees them resolved.
+    `RUNNERS.build(config)` builds it from the config that `config.load.load` returns. `cfg` keeps the '$key'
+    references, so that the dumped config can be run again with another value; `resolved` holds their values.
     """
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> ExperimentRunner:
-        """Resolve, settle the seed, claim the work_dir, build.
+        """Resolve the config, claim the work_dir, determine the seed, and build the runner.
 
         Raises:
-            ValueError: the work_dir belongs to another run, or a part of the config cannot be built.
+            UserError: the work_dir belongs to another run, or a part of the config cannot be built.
         """
         from mmengine.registry import init_default_scope
         cfg = copy.deepcopy(cfg)
@@ -45,8 +50,8 @@ class ExperimentRunner(Runner):
         init_default_scope(cfg.default_scope)
         resolved = resolve(cfg)
         _fill_loops(resolved)
-        _check_needs(resolved)
-        seed = identity.claim(resolved)
+        _check_complete(resolved)
+        seed = run_identity.claim(resolved)
         randomness = {**(resolved.get('randomness') or {}), 'seed': seed}
         resolved.randomness = randomness
         if resolved.model.get('type') == 'SDXL':
@@ -64,22 +69,22 @@ class ExperimentRunner(Runner):
     optim_wrapper: Any
     _hooks: list[Any]
     _has_loaded: bool
-    #: The config with every reference resolved; what manifests record.
+    #: The config with every reference resolved; manifests record it.
     resolved: Config
-    #: Set by the EMA hook.
+    #: The EMAHook, which sets itself.
     ema: Any = None
-    #: What `load_checkpoint` loaded, in words, and the step that it is of, if that is known.
+    #: The weights that `load_checkpoint` loaded, for people, and their step if it is known.
     loaded: str | None = None
     loaded_step: int | None = None
 
     @property
-    def bare_model(self) -> nn.Module:
+    def bare_model(self) -> SDXL:
         """The model without its distributed wrapper."""
         return self.model.module if is_model_wrapper(self.model) else self.model
 
     @property
     def accumulative_counts(self) -> int:
-        """Micro-batches in an optimizer step."""
+        """Micro-batches of an optimizer step."""
         wrapper = self.optim_wrapper
         if isinstance(wrapper, dict):
             return int(wrapper.get('accumulative_counts', 1))
@@ -87,18 +92,18 @@ class ExperimentRunner(Runner):
 
     @contextmanager
     def exported_weights(self) -> Iterator[None]:
-        """Inside, the model holds what is exported and sampled: the EMA weights if there is an EMA."""
+        """Give the model the weights that are exported and sampled, the EMA's if there is an EMA; then swap back."""
         if self.ema is None:
             yield
             return
-        self.ema.swap(self)
+        self.ema.swap()
         try:
             yield
         finally:
-            self.ema.swap(self)
+            self.ema.swap()
 
     def setup_env(self, env_cfg: dict) -> None:
-        """mmengine's, and TF32 by `env_cfg.allow_tf32`."""
+        """Set up the environment; `env_cfg.allow_tf32` allows TF32."""
         env_cfg = dict(env_cfg)
         if env_cfg.pop('allow_tf32', False):
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -106,38 +111,38 @@ class ExperimentRunner(Runner):
         super().setup_env(env_cfg)
 
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
-        """mmengine's; its pages on environment, config and hooks go to the log file and not to the terminal."""
+        """Build the logger; records of several lines (environment, config, hooks) go to the log file only."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if not isinstance(handler, logging.FileHandler):
-                # A metric's name starts with whose pictures it is of, so it needs no prefix.
+                # Our metrics' names start with their image set, so they need no prefix.
                 handler.addFilter(lambda record: '\n' not in str(record.msg)
                                   and not str(record.msg).startswith('The prefix is not set in metric class'))
         return logger
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """To its device; DDP over what trains when there are several processes, on CPUs without device ids."""
+        """Move the model to its device; wrap it in DDP if several processes train, on CPUs without device ids."""
         from mmengine.device import get_device
         model = model.to(get_device())
         if not self.distributed or self._train_loop is None:
             return model
-        # Frozen weights are the same file everywhere: broadcasting SDXL's 7 GB at the start would be waste.
+        # All processes read the same frozen weights, so DDP need not broadcast SDXL's 7 GB at the start.
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
         MMDistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         ids = [torch.cuda.current_device()] if torch.cuda.is_available() else None
         with warnings.catch_warnings():
-            # Newer torch has another word for broadcast_buffers; older ones don't know it yet.
+            # Newer torch renames broadcast_buffers; older torch lacks the new name.
             warnings.simplefilter('ignore', FutureWarning)
             return MMDistributedDataParallel(module=model, device_ids=ids, broadcast_buffers=False,
                                              find_unused_parameters=self.cfg.get('find_unused_parameters', False))
 
     def _init_model_weights(self) -> None:
-        """Nothing: an SDXL is whole when it is built, and mmengine's walk takes the mean of every weight."""
+        """Do nothing: the model is initialized when built, and mmengine would take the mean of every weight."""
 
     def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
-        """mmengine's; without training those alone that have something to do in a validation or test.
+        """Register the hooks; without training only those with a validation or test stage.
 
-        The others would average, upload or save what is not there.
+        The others would average, upload or save weights that were not trained.
         """
         super().register_hooks(default_hooks, custom_hooks)
         if self._train_loop is None:
@@ -145,7 +150,7 @@ class ExperimentRunner(Runner):
                 '_val' in stage or '_test' in stage for stage in hook.get_triggered_stages())]
 
     def dump_config(self) -> None:
-        """mmengine's; without training to `<work_dir>/test/`, as the work_dir may be that of a run."""
+        """Write the config; without training to `<work_dir>/test/`, as the work_dir may hold a run's config."""
         if self._train_loop is not None:
             super().dump_config()
         elif is_main_process():
@@ -154,7 +159,7 @@ class ExperimentRunner(Runner):
             self.cfg.dump(str(folder / Path(self.cfg.filename or 'config.py').name))
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Ours in place of mmengine's; a value of None takes one out."""
+        """Register our default hooks instead of mmengine's; a value of None removes one."""
         defaults: dict[str, Any] = {name: {'type': kind} for name, kind in DEFAULT_HOOKS.items()}
         for hook in {**defaults, **(hooks or {})}.values():
             if hook is not None:
@@ -162,33 +167,42 @@ class ExperimentRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
-        """mmengine's, with our collate function and endless keyed order by default; a stream takes no sampler."""
+        """Build a data loader, by default with our collate function and KeyedSampler; a stream has no sampler.
+
+        Raises:
+            UserError: an argument of torch's DataLoader is invalid.
+        """
         if not isinstance(dataloader, dict):
             return dataloader
-        dataloader = copy.deepcopy(dataloader)
-        dataset: Any = dataloader['dataset']
+        dataloader = {'collate_fn': {'type': f'{SCOPE}.collate'}, **copy.deepcopy(dataloader)}
+        dataset: Any = dataloader.get('dataset')
+        if dataset is None:
+            raise UserError('A data loader of the config has no `dataset`.')
         if isinstance(dataset, dict):
-            dataset = DATASETS.build(dataset)
-        dataloader['dataset'] = dataset
-        dataloader.setdefault('collate_fn', {'type': f'{SCOPE}.collate'})
+            dataset = dataloader['dataset'] = DATASETS.build(dataset)
         if isinstance(dataset, torch.utils.data.IterableDataset):
             stream: Any = dataset
-            stream.seed, stream.batch_size = seed or 0, dataloader['batch_size']
+            stream.seed, stream.batch_size = seed or 0, dataloader.get('batch_size', 1)
             dataloader['sampler'] = None
         elif dataloader.get('sampler') is None:
             dataloader['sampler'] = KeyedSampler(dataset, seed=seed)
-        return Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=False)
+        try:
+            return Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=False)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(f'The data loader of {type(dataset).__name__} cannot be built: {first_line(error)}.'
+                            ) from error
 
     def build_param_scheduler(self, scheduler: Any) -> list[Any]:
-        """Schedules that count optimizer steps and end with the run unless they say otherwise."""
+        """Build learning rate schedules, which count optimizer steps and by default end with the run."""
         configs = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
         built = []
         for config in configs:
             if isinstance(config, dict):
                 config = {'by_epoch': False, 'end': self.max_iters, **config}
                 if config['by_epoch']:
-                    raise ValueError('param_scheduler: by_epoch=True is not supported; schedules count optimizer '
-                                     'steps (one iteration is one step).')
+                    raise UserError('param_scheduler: by_epoch=True is not supported; schedules count optimizer steps.')
                 if config.get('type') == 'DiffusersLR' and config.get('num_training_steps') is None:
                     config['num_training_steps'] = self.max_iters
                 config = PARAM_SCHEDULERS.build(config, default_args={'optimizer': self.optim_wrapper})
@@ -196,47 +210,40 @@ class ExperimentRunner(Runner):
         return built
 
     def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict | None = None) -> None:
-        """Learning rates times the samples of one optimizer step over `base_batch_size` (diffusers' --scale_lr)."""
+        """Multiply learning rates by samples per optimizer step / `base_batch_size` (diffusers' --scale_lr)."""
         if not auto_scale_lr or not auto_scale_lr.get('enable'):
             return
-        ratio = self.train_loop.samples_per_iter / auto_scale_lr.get('base_batch_size', 1)
-        # The defaults too: a polynomial schedule reads them.
+        base_batch_size = whole_number('auto_scale_lr.base_batch_size', auto_scale_lr.get('base_batch_size', 1), 1)
+        ratio = self.train_loop.samples_per_iter / base_batch_size
+        # The defaults too, which a polynomial schedule reads.
         for group in [optim_wrapper.optimizer.defaults, *optim_wrapper.optimizer.param_groups]:
             group['lr'] *= ratio
         self.logger.info(f'Learning rates are scaled by {ratio:g}.')
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, after `iter + 1` steps."""
+        """Return all that a resumed run needs, after `iter + 1` steps."""
         return {
             'meta': {'step': self.iter + 1, 'position': self.train_loop.position, 'seed': self.seed,
                      'samples_per_iter': self.train_loop.samples_per_iter,
-                     'identity': identity.identity(self.resolved)},
+                     'identity': run_identity.identity(self.resolved)},
             'state_dict': dict(self.bare_model.state_dict()),
             'optimizer': self.optim_wrapper.state_dict(),
             'param_schedulers': [s.state_dict() for s in self.param_schedulers or []],
-            # Without those of validations: a run with and one without leave the same checkpoints.
+            # Without those of validations, so that runs with and without one write equal checkpoints.
             'log_scalars': {k: v for k, v in self.message_hub.log_scalars.items() if not k.startswith('val/')}}
 
     def save_checkpoint(self, path: Path) -> None:  # type: ignore[override]
-        """Write the run's state to `path`, atomically; the main process alone writes, all learn if it failed.
+        """Write the run's state to `path` atomically, in the main process.
 
         Raises:
-            ValueError: it could not be written; what was saved before is untouched.
+            UserError: it cannot be written; what was saved before is untouched.
         """
-        failed: list[str | None] = [None]
         state = self.state()
         self.call_hook('before_save_checkpoint', checkpoint=state)
-        if is_main_process():
-            try:
-                checkpoint.save(Path(path), state)
-            except ValueError as error:
-                failed[0] = str(error)
-        broadcast_object_list(failed)
-        if failed[0] is not None:
-            raise ValueError(failed[0])
+        on_main_process(lambda: checkpoint.save(Path(path), state))
 
     def load_or_resume(self) -> None:
-        """Go on from the checkpoint that `resume` names or the work_dir's latest; else begin, with `load_from`."""
+        """Resume from the checkpoint that `resume` names or the work_dir's latest; else start, from `load_from`."""
         if self._has_loaded:
             return
         self._has_loaded = True
@@ -245,84 +252,89 @@ class ExperimentRunner(Runner):
             if path is not None:
                 self.resume(str(path))
                 return
-            self.logger.info(f'{self.work_dir} holds no checkpoint; the run starts at its beginning.')
+            self.logger.info(f'{self.work_dir} holds no checkpoint; the run starts from step 0.')
         if self._load_from is not None:
             self.load_checkpoint(self._load_from)
 
     def resume(self, filename: str, **_: Any) -> None:  # type: ignore[override]
-        """Restore weights, optimizer, schedules, EMA, place in the data and logged scalars, bitwise.
+        """Restore weights, optimizer, schedules, EMA, position in the data and logged scalars, bitwise.
 
         Raises:
-            ValueError: the file is damaged, of another run, or its weights don't fit.
+            UserError: the file is damaged or belongs to another run, or its weights don't fit.
         """
         state = checkpoint.load(filename)
         meta = state['meta']
-        identity.refuse_other({**meta['identity'], 'seed': meta['seed']},
-                              {**identity.identity(self.resolved), 'seed': self.seed}, f"'{filename}'")
+        run_identity.check_same_run({**meta['identity'], 'seed': meta['seed']},
+                                    {**run_identity.identity(self.resolved), 'seed': self.seed}, f"'{filename}'")
         checkpoint.load_strict(self.bare_model, state['state_dict'], filename)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self.optim_wrapper.load_state_dict(state['optimizer'])
         if len(state['param_schedulers']) != len(self.param_schedulers or []):
-            raise ValueError(f"'{filename}' was saved with {len(state['param_schedulers'])} param_scheduler, the "
-                             f'config has {len(self.param_schedulers or [])}; set the config back.')
+            raise UserError(f"'{filename}' was saved with {len(state['param_schedulers'])} param_scheduler, the "
+                            f'config has {len(self.param_schedulers or [])}; set the config back.')
         if 'ema' in state and self.ema is None:
-            raise ValueError(f"'{filename}' holds an EMA, but the config has no EMAHook any more; put it back, or "
-                             'start a new run from these weights (load_from).')
+            raise UserError(f"'{filename}' holds an EMA, but the config has no EMAHook; add it, or start a new run "
+                            'from these weights (load_from).')
         for scheduler, stored in zip(self.param_schedulers or [], state['param_schedulers'], strict=True):
             scheduler.load_state_dict(stored)
         self.train_loop.start_at(meta['step'], meta['position'])
         if meta['samples_per_iter'] != self.train_loop.samples_per_iter:
-            self.logger.warning(f'A step had {meta["samples_per_iter"]} samples and has now '
-                                f'{self.train_loop.samples_per_iter}: the run goes on, but is not the same run.')
+            self.logger.warning(f'A step had {meta["samples_per_iter"]} samples and now has '
+                                f'{self.train_loop.samples_per_iter}: the resumed run will differ.')
         for name, stored in state['log_scalars'].items():
-            self.message_hub.log_scalars[name] = checkpoint.buffer(stored)
+            self.message_hub.log_scalars[name] = checkpoint.restore_buffer(stored)
         self.call_hook('after_load_checkpoint', checkpoint=state)
         self.logger.info(f"Resumed from '{filename}' after step {meta['step']}.")
 
     def load_checkpoint(self, filename: str, **_: Any) -> None:  # type: ignore[override]
-        """Take the trained weights (the EMA's, if it has one) of a checkpoint, or of an export's folder, strictly.
+        """Load the trained weights of a checkpoint (its EMA's, if it has one) or of an exported folder, strictly.
 
         Raises:
-            ValueError: the file is damaged or its weights don't fit; which keys.
+            UserError: the file is damaged or its weights don't fit; which keys.
         """
-        step, averaged = load_weights(self.bare_model, filename)
-        self.loaded_step = step
-        self.loaded = f"'{filename}'" + (f', step {step}' if step else '') + (', EMA weights' if averaged else '')
-        self.logger.info(f'Weights were loaded from {self.loaded}.')
+        self.loaded_step, is_ema = load_trained(self.bare_model, filename)
+        step = f', step {self.loaded_step}' if self.loaded_step else ''
+        self.loaded = f"'{filename}'{step}{', EMA weights' if is_ema else ''}"
+        self.logger.info(f'Loaded weights from {self.loaded}.')
 
 
-#: The loop that evaluates where a config names data and metrics but no loop.
+#: The default types of `val_cfg` and `test_cfg`.
 LOOP_TYPES = {'val': 'ValLoop', 'test': 'TestLoop'}
 
 
 def _fill_loops(config: Config) -> None:
-    """`val_cfg` and `test_cfg`, or their types, where they are left out."""
-    for mode, kind in LOOP_TYPES.items():
+    """Fill in `val_cfg` and `test_cfg`, or their types."""
+    for mode, loop in LOOP_TYPES.items():
         if config.get(f'{mode}_cfg') is not None or config.get(f'{mode}_dataloader') is not None:
-            config[f'{mode}_cfg'] = {'type': kind, **(config.get(f'{mode}_cfg') or {})}
+            config[f'{mode}_cfg'] = {'type': loop, **(config.get(f'{mode}_cfg') or {})}
 
 
-def _check_needs(config: Config) -> None:
-    """Refuse early what would fail late."""
+def _check_complete(config: Config) -> None:
+    """Check that the config has all parts that its loops need.
+
+    Raises:
+        UserError: one is missing.
+    """
     if config.get('model') is None:
-        raise ValueError('The config has no `model`.')
+        raise UserError('The config has no `model`.')
     if config.get('work_dir') is None:
-        raise ValueError('The config has no `work_dir`; pass --work-dir.')
+        raise UserError('The config has no `work_dir`; pass --work-dir.')
+    is_sdxl = config.model.get('type') == 'SDXL'
     if config.get('train_cfg') is not None:
-        if config.model.get('type') == 'SDXL' and not config.model.get('objective'):
-            raise ValueError('The config trains, but model.objective is not set.')
+        if is_sdxl and not config.model.get('objective'):
+            raise UserError('The config trains, but model.objective is not set.')
         for key in ('train_dataloader', 'optim_wrapper'):
             if config.get(key) is None:
-                raise ValueError(f'The config trains, but has no `{key}`.')
+                raise UserError(f'The config trains, but has no `{key}`.')
         if config.train_cfg.get('val_interval') is not None and config.get('val_dataloader') is None:
-            raise ValueError('train_cfg.val_interval is set, but the config has no `val_dataloader` to validate on; '
-                             'name one (docs/evaluation.md), or set val_interval=None.')
+            raise UserError('train_cfg.val_interval is set, but the config has no `val_dataloader`; add one '
+                            '(docs/evaluation.md), or set val_interval=None.')
     for mode in LOOP_TYPES:
         keys = [f'{mode}_dataloader', f'{mode}_evaluator']
-        there = [key for key in (*keys, f'{mode}_cfg') if config.get(key) is not None]
+        present = [key for key in (*keys, f'{mode}_cfg') if config.get(key) is not None]
         missing = [key for key in keys if not config.get(key)]
-        if there and missing:
-            raise ValueError(f'The config has `{there[0]}`, but no `{missing[0]}`; an evaluation needs '
-                             f'`{keys[0]}` and `{keys[1]}` (docs/evaluation.md), or neither.')
-        if there and config.model.get('type') == 'SDXL' and not config.model.get('sampler'):
-            raise ValueError(f'The config has `{keys[0]}`, but model.sampler, which makes the pictures, is not set.')
+        if present and missing:
+            raise UserError(f'The config has `{present[0]}`, but no `{missing[0]}`; an evaluation needs '
+                            f'`{keys[0]}` and `{keys[1]}` (docs/evaluation.md), or neither.')
+        if present and is_sdxl and not config.model.get('sampler'):
+            raise UserError(f'The config has `{keys[0]}`, but model.sampler, which makes the images, is not set.')

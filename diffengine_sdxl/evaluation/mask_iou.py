@@ -1,10 +1,11 @@
-"""Does the shape lie where it was asked for, in its size?"""
+"""Does the shape have the place and size of its mask?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.evaluation import interval
 from diffengine_sdxl.evaluation.base import ShapesMetric, observed
 from diffengine_sdxl.registry import METRICS
@@ -17,19 +18,19 @@ class MaskIoU(ShapesMetric):
 
     name, needs = 'iou', ('shape_mask',)
 
-    def score(self, picture: Tensor, sample: Mapping[str, Any]) -> float:
-        """Intersection over union, 0..1; a picture without foreground has 0.
+    def score(self, image: Tensor, sample: Mapping[str, Any]) -> float:
+        """Return intersection over union, 0..1; 0 for an image without foreground.
 
         Raises:
-            ValueError: mask and picture differ in size.
+            UserError: mask and image differ in size.
         """
-        wanted, seen = (sample['shape_mask'].float().mean(dim=0) >= 0.5).cpu().numpy(), observed(picture).mask
-        if wanted.shape != seen.shape:
-            raise ValueError(f"MaskIoU: the shape_mask of sample '{sample['key']}' is {list(wanted.shape)} and its "
-                             f"picture {list(seen.shape)} (height, width); give the data set the size of the pictures.")
-        return iou(seen, wanted)
+        wanted, mask = (sample['shape_mask'].float().mean(dim=0) >= 0.5).cpu().numpy(), observed(image).mask
+        if wanted.shape != mask.shape:
+            raise UserError(f"MaskIoU: the shape_mask of sample '{sample['key']}' is {list(wanted.shape)} and its "
+                            f"image {list(mask.shape)} (height, width); set the size of the data set to the images'.")
+        return iou(mask, wanted)
 
     @staticmethod
     def estimate(values: Sequence[float], clusters: Sequence[str]) -> interval.Estimate:
-        """Mean and interval of measured values."""
+        """Return mean and interval of measured values."""
         return interval.mean(values, clusters)

@@ -1,20 +1,39 @@
-"""From what the data loader collated to a Batch on the model's device."""
+"""Turn what the data loader collated into a Batch on the model's device."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from mmengine.model import BaseDataPreprocessor
+from torch import Tensor
 
-from diffengine_sdxl.datasets.collate import pack
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import MODELS
 from diffengine_sdxl.structures import Batch, to_device
+
+#: Required fields of a Batch -> what adds them to a sample.
+SOURCES = {'text': 'a caption', 'time_ids': 'ComputeTimeIds among the transforms',
+           **dict.fromkeys(('key', 'epoch', 'seed'), 'a data set of diffengine_sdxl')}
 
 
 @MODELS.register_module()
 class BatchPreprocessor(BaseDataPreprocessor):
-    """Hands the model `{'inputs': Batch, 'data_samples': None}`, the Batch on its device."""
+    """Give the model `{'inputs': Batch, 'data_samples': None}`, the Batch on its device."""
 
     def forward(self, data: Mapping[str, Any] | Batch, training: bool = False) -> dict[str, Any]:
-        """Pack and move. A Batch is only moved."""
-        batch = data if isinstance(data, Batch) else pack(dict(data))
+        """Pack `data`, unless it is a Batch, and move it."""
+        batch = data if isinstance(data, Batch) else pack(data)
         return {'inputs': to_device(batch, self.device), 'data_samples': None}
+
+
+def pack(collated: Mapping[str, Any]) -> Batch:
+    """Make a Batch: its fields by name, every other tensor as a condition; drop the rest.
+
+    Raises:
+        UserError: a required field is missing.
+    """
+    if missing := [f"'{name}' (from {source})" for name, source in SOURCES.items() if name not in collated]:
+        raise UserError(f"The batch lacks {', '.join(missing)}; it holds {', '.join(map(repr, collated))}.")
+    names = Batch.names() - {'conditions'}
+    fields = {name: value for name, value in collated.items() if name in names}
+    conditions = {name: value for name, value in collated.items() if name not in names and isinstance(value, Tensor)}
+    return Batch(**fields, conditions=conditions)

@@ -1,5 +1,5 @@
-"""What is learned: the objective and its parts, each a registry entry of one folder."""
+"""Training objectives and their parts, each in a registry."""
 
-from . import contrast, denoise, losses, noises, reconstruct, timesteps, weightings
+from . import contrast, denoise, loss_weightings, losses, noises, reconstruct, timesteps
 
-__all__ = ['contrast', 'denoise', 'losses', 'noises', 'reconstruct', 'timesteps', 'weightings']
+__all__ = ['contrast', 'denoise', 'loss_weightings', 'losses', 'noises', 'reconstruct', 'timesteps']

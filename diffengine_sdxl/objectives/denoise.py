@@ -1,4 +1,4 @@
-"""Denoising: predict what was added to an image. The objective of every adapter and of a full fine-tune."""
+"""Denoising: the objective of every adapter and of a full fine-tune."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import LOSSES, NOISES, OBJECTIVES, TIMESTEPS, WEIGHTINGS
 from diffengine_sdxl.structures import Batch
 
@@ -15,7 +17,7 @@ from diffengine_sdxl.structures import Batch
 class Denoise:
     """mean over the batch of w(t) * loss(model(x_t, t), target), Ho et al. 2020.
 
-    Noise and timestep of a sample depend on (seed, sample key, epoch) alone.
+    A sample's noise and timestep depend on (seed, sample key, epoch) only.
 
     Args:
         noise, timesteps, weighting, loss: configs of its parts.
@@ -27,42 +29,42 @@ class Denoise:
         self.weighting = WEIGHTINGS.build(weighting or {'type': 'NoWeighting'})
         self.loss = LOSSES.build(loss or {'type': 'L2Loss'})
 
-    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """{'loss': []}: fp32, or fp64 if the model is.
+    def __call__(self, model: Denoiser, batch: Batch) -> dict[str, Tensor]:
+        """Return {'loss': []}, fp32, or fp64 if the model is.
 
         Raises:
-            ValueError: the VAE trains, or the batch has no image.
+            UserError: the VAE trains, or the batch has no image.
         """
         schedule, draws = model.schedule, rng.Draws(batch.seed, batch.key, batch.epoch)
         if 'vae' in model.trainable_parts:
-            raise ValueError("Denoise cannot train the VAE: its latents are the target, so it would learn to make them "
-                             "easy. Take 'vae' out of model.trainable.")
+            raise UserError("Denoise cannot train the VAE, whose latents are its target; remove 'vae' from "
+                            'model.trainable.')
         latents = model.latents(batch)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         noise, noise_in = self.noise(draws, tuple(latents.shape[1:]), latents.dtype, latents.device)
         t = self.timesteps(draws, schedule)
-        # 1 - t / T twice: a training step has no length. On the CPU, as windows are decided there.
+        # Start and end are equal, as a training step has no length. On the CPU, where active ranges are compared.
         progress = (1 - t / schedule.num_train_timesteps).unsqueeze(1).expand(-1, 2)
         t = t.to(latents.device)
         prediction = model.predict(schedule.add_noise(latents, noise_in, t), t, model.encode(batch), progress)
         target = schedule.target(latents, noise, t)
         loss = self.loss(prediction.to(latents.dtype), target, t, schedule)
         if batch.mask is not None:
-            loss = loss * _of_latents(batch.mask, loss)
+            loss = loss * _mask_of_latents(batch.mask, loss)
         loss = loss.mean(dim=(1, 2, 3)) * self.weighting(t, schedule)
         if batch.weight is not None:
             loss = loss * batch.weight
         return {'loss': loss.mean()}
 
 
-def _of_latents(mask: Tensor, loss: Tensor) -> Tensor:
-    """A mask of pixels, [B, 1, H, W], averaged over those of each latent: [B, 1, h, w]; one of latents as it is.
+def _mask_of_latents(mask: Tensor, loss: Tensor) -> Tensor:
+    """Average a mask of pixels, [B, 1, H, W], over each latent: [B, 1, h, w]; a mask of latents is unchanged.
 
     Raises:
-        ValueError: it is of another size than the pictures.
+        UserError: it has another size than the images.
     """
     sides = list(zip(mask.shape[-2:], loss.shape[-2:], strict=True))
     if any(large % small for large, small in sides) or len({large // small for large, small in sides}) > 1:
-        raise ValueError(f"The mask of the loss is {' x '.join(map(str, mask.shape[-2:]))} and the latents "
-                         f"{' x '.join(map(str, loss.shape[-2:]))}: it must be of the picture's size, or the latents'.")
+        raise UserError(f"The mask of the loss is {' x '.join(map(str, mask.shape[-2:]))} and the latents "
+                        f"{' x '.join(map(str, loss.shape[-2:]))}; it must have the size of the image or the latents.")
     return functional.avg_pool2d(mask.to(loss.dtype), sides[0][0] // sides[0][1])

@@ -1,7 +1,7 @@
-"""The distance of prediction and target, for each element.
+"""Losses: the distance of prediction and target, elementwise.
 
-A loss is called as `(prediction, target, t, schedule)` and returns [B, C, h, w], not reduced, in fp32 or, if an input
-is fp64, in fp64.
+A loss is called as `(prediction, target, t, schedule)` and returns unreduced [B, C, h, w] in fp32, or in fp64
+if an input is fp64.
 """
 
 import math
@@ -9,12 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-from diffengine_sdxl.registry import LOSSES, nearest
-from diffengine_sdxl.schedule import NoiseSchedule
+from diffengine_sdxl.errors import UserError, one_of
+from diffengine_sdxl.noise_schedule import NoiseSchedule
+from diffengine_sdxl.registry import LOSSES
 
 
 def _difference(prediction: Tensor, target: Tensor) -> Tensor:
-    """prediction - target, in fp32 at least: a difference of two bf16 numbers would keep 8 bits."""
+    """Return prediction - target in fp32 at least; in bf16 the difference would keep 8 bits only."""
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     return prediction.to(dtype) - target.to(dtype)
 
@@ -24,7 +25,7 @@ class L2Loss:
     """(prediction - target)^2 (Ho et al. 2020)."""
 
     def __call__(self, prediction: Tensor, target: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """[B, C, h, w]."""
+        """Return [B, C, h, w]."""
         return _difference(prediction, target).square()
 
 
@@ -33,7 +34,7 @@ class L1Loss:
     """|prediction - target|."""
 
     def __call__(self, prediction: Tensor, target: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """[B, C, h, w]."""
+        """Return [B, C, h, w]."""
         return _difference(prediction, target).abs()
 
 
@@ -48,25 +49,23 @@ class HuberLoss:
         delta: c at its smallest: at the last timestep for 'exponential', at infinite noise for 'snr'.
         schedule: how c depends on the timestep: 'constant' c = delta; 'exponential' c = delta^(t / T);
             'snr' c = (1 - delta) / (1 + sigma)^2 + delta with sigma = sqrt((1 - ab) / ab).
-        smooth_l1: without the factor c: d^2 / c for differences below c, 2 |d| for those above.
+        smooth_l1: drop the factor c: d^2 / c for differences below c, 2 |d| for those above.
 
     Raises:
-        ValueError: an unknown schedule, or delta out of range.
+        UserError: an unknown schedule, or delta out of range.
     """
 
     SCHEDULES = ('constant', 'exponential', 'snr')
 
     def __init__(self, delta: float = 0.1, schedule: str = 'constant', smooth_l1: bool = False) -> None:
-        if schedule not in self.SCHEDULES:
-            raise ValueError(f'schedule={schedule!r} of HuberLoss must be one of {", ".join(self.SCHEDULES)}.'
-                             f'{nearest(str(schedule), list(self.SCHEDULES))}')
+        one_of('HuberLoss: schedule', schedule, self.SCHEDULES)
         if not delta > 0 or (schedule != 'constant' and delta > 1):
-            raise ValueError(f'delta={delta} of HuberLoss must be above 0'
+            raise UserError(f'HuberLoss: delta={delta} must be above 0'
                              f'{"" if schedule == "constant" else f" and at most 1 with schedule={schedule!r}"}.')
         self.delta, self.schedule, self.smooth_l1 = delta, schedule, smooth_l1
 
     def width(self, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """c of each sample, fp32 [B] on t's device."""
+        """Return c of each sample, fp32 [B] on t's device."""
         if self.schedule == 'exponential':
             return torch.exp(math.log(self.delta) / schedule.num_train_timesteps * t.float())
         if self.schedule == 'snr':
@@ -76,7 +75,7 @@ class HuberLoss:
         return torch.full(t.shape, self.delta, dtype=torch.float32, device=t.device)
 
     def __call__(self, prediction: Tensor, target: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-        """[B, C, h, w]."""
+        """Return [B, C, h, w]."""
         d = _difference(prediction, target)
         c = self.width(t.to(d.device), schedule).to(d.dtype).view(-1, *[1] * (d.dim() - 1))
         # d^2 / (sqrt(d^2 + c^2) + c) is sqrt(d^2 + c^2) - c without the cancellation that loses small d in fp32

@@ -1,21 +1,23 @@
-"""The noise of each training sample.
+"""Noises of training samples.
 
 A noise is called as `(draws, shape, dtype, device)` with shape (C, h, w) and returns two tensors [B, C, h, w]: the
-noise that the target is made from, and the noise that is mixed into the input. They are one and the same tensor but
-for `InputPerturbation`. All is drawn in fp32 on the CPU from the sample's key, so that neither the device nor the
-rest of the batch changes it; the stream 'noise' is the base draw of every kind.
+noise of the target, and the noise added to the input. They are the same tensor except with `InputPerturbation`. All
+is drawn in fp32 on the CPU from the sample's key, so that it does not depend on the device or the rest of the batch;
+every kind starts from the stream 'noise'.
 
-Kinds nest by `base`: dict(type='InputPerturbation', base=dict(type='OffsetNoise', strength=0.05)).
+Kinds nest by `inner`: dict(type='InputPerturbation', inner=dict(type='OffsetNoise', strength=0.05)).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.registry import NOISES
 from diffengine_sdxl.rng import Draws, generator
 
@@ -23,53 +25,53 @@ Shape = tuple[int, int, int]
 
 
 class Noise:
-    """A noise made from another: `change` gets what `base` drew.
+    """Base of noises: `change` modifies what `inner` draws.
 
     Args:
-        base: config of the noise to start from; None for standard normal numbers.
+        inner: config of the noise to start from; None for standard normal numbers.
 
     Raises:
-        ValueError: the same kind stands twice in one nest; both would draw the very same numbers.
+        UserError: a kind is nested in itself; both would draw the same numbers.
     """
 
-    def __init__(self, base: dict[str, Any] | Noise | None = None) -> None:
-        self.base: Noise | None = NOISES.build(base) if isinstance(base, dict) else base
-        inner = self.base
+    def __init__(self, inner: dict[str, Any] | Noise | None = None) -> None:
+        self.inner: Noise | None = NOISES.build(inner) if isinstance(inner, dict) else inner
+        inner = self.inner
         while inner is not None:
             if type(inner) is type(self):
-                raise ValueError(f'{type(self).__name__} stands twice in `noise` and its `base`; each kind may stand '
-                                 'once, since both would draw the same numbers.')
-            inner = inner.base
+                raise UserError(f'{type(self).__name__} occurs twice in `noise` and its `inner`; use each kind once, '
+                                'as both would draw the same numbers.')
+            inner = inner.inner
 
     def draw(self, draws: Draws, shape: Shape) -> tuple[Tensor, Tensor]:
-        """The two noises in fp32 on the CPU, [B, C, h, w]."""
-        if self.base is not None:
-            noise, for_input = self.base.draw(draws, shape)
+        """Return both noises in fp32 on the CPU, [B, C, h, w]."""
+        if self.inner is not None:
+            noise, for_input = self.inner.draw(draws, shape)
         else:
             noise = for_input = draws.normal('noise', shape)
         return self.change(noise, for_input, draws)
 
     def change(self, noise: Tensor, for_input: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """What this kind makes of its base's two noises."""
+        """Return both noises of `inner`, changed."""
         return noise, for_input
 
     def __call__(self, draws: Draws, shape: Shape, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = 'cpu') -> tuple[Tensor, Tensor]:
-        """The noise of the target and the noise of the input, [B, C, h, w] in `dtype` on `device`."""
+        """Return the noises of target and input, [B, C, h, w] in `dtype` on `device`."""
         noise, for_input = self.draw(draws, shape)
         moved = noise.to(device=device, dtype=dtype)
         return moved, moved if for_input is noise else for_input.to(device=device, dtype=dtype)
 
 
-def _both(change: Any, noise: Tensor, for_input: Tensor) -> tuple[Tensor, Tensor]:
-    """`change` on both noises, which stay one tensor if they were."""
+def _both(change: Callable[[Tensor], Tensor], noise: Tensor, for_input: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply `change` to both noises, which stay one tensor if they are one."""
     changed = change(noise)
     return changed, changed if for_input is noise else change(for_input)
 
 
 def _not_negative(kind: str, strength: float) -> float:
     if not strength >= 0:
-        raise ValueError(f'strength={strength} of {kind} must be 0 or more.')
+        raise UserError(f'{kind}: strength={strength} must be 0 or more.')
     return strength
 
 
@@ -83,20 +85,20 @@ class PlainNoise(Noise):
 
 @NOISES.register_module()
 class OffsetNoise(Noise):
-    """noise + strength * one normal number per sample and channel: lets the mean colour drift.
+    """noise + strength * one normal number per sample and channel, so that the mean colour is learned.
 
     Nicholas Guttenberg, "Diffusion with Offset Noise" (crosslabs.org, 2023); `--noise_offset` of diffusers' scripts.
 
     Raises:
-        ValueError: a negative strength.
+        UserError: a negative strength.
     """
 
-    def __init__(self, strength: float = 0.05, base: dict[str, Any] | Noise | None = None) -> None:
-        super().__init__(base)
+    def __init__(self, strength: float = 0.05, inner: dict[str, Any] | Noise | None = None) -> None:
+        super().__init__(inner)
         self.strength = _not_negative('OffsetNoise', strength)
 
     def change(self, noise: Tensor, for_input: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Add the same offset to both."""
+        """Add the same offset to both noises."""
         offset = self.strength * draws.normal('noise_offset', (noise.shape[1], 1, 1))
         return _both(lambda n: n + offset, noise, for_input)
 
@@ -105,30 +107,27 @@ class OffsetNoise(Noise):
 class PyramidNoise(Noise):
     """noise + sum over levels i of discount^i * noise of 1 / r^i the size, divided by its standard deviation.
 
-    r is drawn once a sample and level, from 2 to 4; levels are enlarged bilinearly, and one with a side of 1 is
-    the last. Jonathan Whitaker, "Multi-Resolution Noise for Diffusion Model Training" (wandb.ai, 2023); sizes are
-    taken from the full size at each level, as sd-scripts (`--multires_noise_*`) has it. Unlike both, r and the
-    standard deviation belong to the sample and not to the batch, so that the batch size changes nothing.
+    r is drawn from 2 to 4 per sample and level; levels are upsampled bilinearly, up to the first with a side of 1.
+    Jonathan Whitaker, "Multi-Resolution Noise for Diffusion Model Training" (wandb.ai, 2023); sizes are computed from
+    the full size at each level, as in sd-scripts (`--multires_noise_*`). Unlike in both, r and the standard deviation
+    are per sample, so that the batch size changes nothing.
 
     Args:
-        discount: weight of a level against the one before, in (0, 1].
-        num_levels: how many levels at most; 1 or more.
+        discount: weight of a level relative to the one before, in (0, 1].
+        num_levels: at most; 1 or more.
 
     Raises:
-        ValueError: a value out of range.
+        UserError: a value out of range.
     """
 
-    def __init__(self, discount: float = 0.9, num_levels: int = 6, base: dict[str, Any] | Noise | None = None) -> None:
-        super().__init__(base)
+    def __init__(self, discount: float = 0.9, num_levels: int = 6, inner: dict[str, Any] | Noise | None = None) -> None:
+        super().__init__(inner)
         if not 0 < discount <= 1:
-            raise ValueError(f'discount={discount} of PyramidNoise must be above 0 and at most 1.')
-        if num_levels < 1:
-            raise ValueError(f'num_levels={num_levels} of PyramidNoise must be 1 or more.')
-        self.discount = discount
-        self.num_levels = num_levels
+            raise UserError(f'PyramidNoise: discount={discount} must be above 0 and at most 1.')
+        self.discount, self.num_levels = discount, whole_number('PyramidNoise: num_levels', num_levels, 1)
 
     def change(self, noise: Tensor, for_input: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Add the pyramid to both and divide both by the standard deviation of the target's."""
+        """Add the pyramid to both noises and divide them by the standard deviation of the target's."""
         shape = (noise.shape[1], noise.shape[2], noise.shape[3])
         pyramid = torch.stack([self._pyramid(generator(*key, 'noise_pyramid'), shape) for key in draws.keys])
         std = (noise + pyramid).std(dim=(1, 2, 3), keepdim=True)
@@ -149,19 +148,19 @@ class PyramidNoise(Noise):
 
 @NOISES.register_module()
 class InputPerturbation(Noise):
-    """The input is made with noise + strength * fresh noise, the target with the noise alone.
+    """noise + strength * fresh noise for the input; the target keeps the noise alone.
 
     Ning et al. 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models" (arXiv 2301.11706);
     `--input_perturbation` of diffusers' scripts, 0.1 there.
 
     Raises:
-        ValueError: a negative strength.
+        UserError: a negative strength.
     """
 
-    def __init__(self, strength: float = 0.1, base: dict[str, Any] | Noise | None = None) -> None:
-        super().__init__(base)
+    def __init__(self, strength: float = 0.1, inner: dict[str, Any] | Noise | None = None) -> None:
+        super().__init__(inner)
         self.strength = _not_negative('InputPerturbation', strength)
 
     def change(self, noise: Tensor, for_input: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Perturb the input's noise only."""
+        """Perturb the noise of the input only."""
         return noise, for_input + self.strength * draws.normal('noise_perturbation', noise.shape[1:])

@@ -1,15 +1,15 @@
-"""Reconstruction: what trains a VAE."""
-
-from typing import Any
+"""Reconstruction, which trains a VAE."""
 
 import torch
 from torch import Tensor
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.errors import UserError, one_of
+from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import OBJECTIVES
 from diffengine_sdxl.structures import Batch
 
-#: What the names of an AutoencoderKL's weights begin with.
+#: Prefixes of the names of an AutoencoderKL's weights.
 ENCODER, DECODER = ('encoder.', 'quant_conv.'), ('decoder.', 'post_quant_conv.')
 
 
@@ -21,36 +21,37 @@ class Reconstruct:
     al. 2022 (latent diffusion), without their perceptual and adversarial parts. The sample's noise is a keyed draw.
 
     Args:
-        kl_weight: of the KL, summed over a sample's latent and averaged over the batch.
-        power: 2 for squares, which PSNR measures, or 1.
-        decoder_only: leave the encoder, and so the latents that a UNet works on, as they are; there is no KL then.
+        kl_weight: of the KL, which is summed over a sample's latent and averaged over the batch.
+        power: p, 2 (which PSNR measures) or 1.
+        decoder_only: freeze the encoder, and so the latents that the UNet sees; there is no KL then.
 
     Raises:
-        ValueError: a number is out of range.
+        UserError: a number is out of range.
     """
 
     def __init__(self, kl_weight: float = 1e-6, power: int = 2, decoder_only: bool = False) -> None:
-        if kl_weight < 0 or power not in (1, 2):
-            raise ValueError(f'Reconstruct: kl_weight={kl_weight} must not be negative and power={power} be 1 or 2.')
+        if kl_weight < 0:
+            raise UserError(f'Reconstruct: kl_weight={kl_weight} must not be negative.')
+        one_of('Reconstruct: power', power, (1, 2))
         self.kl_weight, self.power, self.decoder_only = kl_weight, power, decoder_only
-        #: The VAE's weights that it has a gradient for begin with these.
+        #: Prefixes of the VAE's weights that get a gradient.
         self.vae_parts = DECODER if decoder_only else (*ENCODER, *DECODER)
 
-    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        """{'loss_reconstruction': [], 'loss_kl': [] (with the encoder), 'psnr': []}: means over the batch.
+    def __call__(self, model: Denoiser, batch: Batch) -> dict[str, Tensor]:
+        """Return {'loss_reconstruction': [], 'loss_kl': [] (with the encoder), 'psnr': []}: means over the batch.
 
-        PSNR is in dB and not trained on. fp32, or fp64 if the VAE is.
+        PSNR is in dB and only logged. fp32, or fp64 if the VAE is.
 
         Raises:
-            ValueError: the VAE does not train, something else does, or the batch has no image.
+            UserError: the VAE does not train, something else does, or the batch has no image.
         """
         if set(model.trainable_parts) != {'vae'} or len(model.trainables()) > 1:
-            raise ValueError(f'Reconstruct trains the VAE alone, but model.trainable is {list(model.trainable_parts)} '
+            raise UserError(f'Reconstruct trains the VAE alone, but model.trainable is {list(model.trainable_parts)} '
                              f"and {', '.join(model.trainables()) or 'nothing'} would train; set trainable=['vae'] and "
-                             'take the adapters out.')
+                             'remove the adapters.')
         if batch.img is None:
-            raise ValueError("The samples hold no 'img', which Reconstruct compares with; a VAE cannot learn from "
-                             'cached latents.')
+            raise UserError("The samples have no 'img', which Reconstruct needs; a VAE cannot learn from cached "
+                            'latents.')
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
             posterior = model.posterior(batch)
         noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', posterior.mean.shape[1:])
@@ -58,7 +59,7 @@ class Reconstruct:
         decoded = model.vae.decode(latents, return_dict=False)[0]
         dtype = torch.promote_types(decoded.dtype, torch.float32)
         error = decoded.to(dtype) - batch.img
-        with torch.no_grad():  # of images in [-1, 1]: the peak is 2
+        with torch.no_grad():  # the peak of images in [-1, 1] is 2
             psnr = (10 * torch.log10(4 / error.square().mean(dim=(1, 2, 3)).clamp_min(1e-12))).mean()
         losses = {'loss_reconstruction': error.abs().pow(self.power).mean()}
         if not self.decoder_only:

@@ -1,4 +1,4 @@
-"""Scenes to pixels: signed distances, so that any size is drawn exactly and edges cover pixels in part."""
+"""Draw scenes by signed distances, so that any size is exact and edges are antialiased."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from diffengine_sdxl.shapes.scene import Scene
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
-#: What a conditioning image can be.
+#: Kinds of conditioning images.
 CONDITIONS = ('outline', 'edge', 'mask', 'depth')
 
 
 def _regular(points: int, outer: float, inner: float, lift: float = 0.0) -> Array:
-    """Corners of a polygon with one corner at the top; `inner` radius in between for a star."""
+    """Return the corners of a polygon with one at the top, alternating between two radii (a star)."""
     angles = np.arange(2 * points) * np.pi / points
     radii = np.where(np.arange(2 * points) % 2 == 0, outer, inner)
     return np.stack([radii * np.sin(angles), lift - radii * np.cos(angles)], axis=-1)
 
 
-# Corners around the origin, y down; the areas lie between 1.7 (star) and 2.8 (circle).
+# Corners around the origin, y down; areas are between 1.7 (star) and 2.8 (circle).
 CORNERS = {'square': np.array([[-0.82, -0.82], [0.82, -0.82], [0.82, 0.82], [-0.82, 0.82]]),
            'triangle': _regular(3, 1.2, 0.6, lift=0.2), 'star': _regular(5, 1.12, 0.52, lift=0.05)}
 CIRCLE_RADIUS = 0.95
 
 
 def signed_distance(shape: str, x: Array, y: Array) -> Array:
-    """Distance to the outline, negative inside, in the units of x and y (the shape's radius is 1).
+    """Return the distance to the outline, negative inside, in the units of x and y (the shape's radius is 1).
 
-    Source for polygons: the least distance to an edge, its sign by the even-odd rule.
+    Polygons: the least distance to an edge, with the sign by the even-odd rule.
     """
     if shape == 'circle':
         return np.hypot(x, y) - CIRCLE_RADIUS
@@ -49,13 +49,13 @@ def signed_distance(shape: str, x: Array, y: Array) -> Array:
 
 
 def _coordinates(scene: Scene, size: int) -> tuple[Array, Array]:
-    """Centres of the pixels in units of the shape's radius around its centre, [size, size] twice."""
+    """Return the pixel centres, relative to the shape's centre in units of its radius, [size, size] twice."""
     places = (np.arange(size) + 0.5) / size
     return np.meshgrid((places - scene.x) / scene.radius, (places - scene.y) / scene.radius)
 
 
 def _cover(distance: Array, pixel: float) -> Array:
-    """How much of each pixel lies inside, 0..1; `pixel` is its side in the distance's units."""
+    """Return the part of each pixel that is inside, 0..1; `pixel` is its side in the units of `distance`."""
     return np.clip(0.5 - distance / pixel, 0, 1)
 
 
@@ -83,37 +83,46 @@ def _ringed(x: Array, y: Array, d: Array, pixel: float) -> Array:
     return _cover(np.abs(d + 0.3) - 0.075, pixel)
 
 
-#: Style -> how much of the accent colour lies on each point of the shape.
+#: Style -> part of the accent colour at each point of the shape.
 PATTERNS: dict[str, Callable[[Array, Array, Array, float], Array]] = {
     'flat': _plain, 'outlined': _outlined, 'striped': _striped, 'glossy': _plain, 'dotted': _dotted,
     'ringed': _ringed}
 
 
 def _shine(x: Array, y: Array) -> Array:
-    """The highlight of a glossy shape, up and to the left, 0..1."""
+    """Return the highlight of a glossy shape, at the top left, 0..1."""
     return np.exp(-(((x + 0.26) / 0.3) ** 2 + ((y + 0.2) / 0.3) ** 2))
 
 
 def paint(scene: Scene, size: int) -> Array:
-    """The picture, [size, size, 3], sRGB in 0..255 before rounding."""
+    """Draw the image, [size, size, 3], sRGB in 0..255 before rounding."""
     x, y = _coordinates(scene, size)
     d, pixel = signed_distance(scene.shape, x, y), 1 / (size * scene.radius)
     ground = np.asarray(palette.COLOURS[scene.ground], dtype=np.float64) * _texture(scene.texture, size)[..., None]
-    shape = np.broadcast_to(np.asarray(palette.COLOURS[scene.fill], dtype=np.float64), ground.shape)
-    shape = _mix(shape, np.asarray(palette.accent(scene.fill)), PATTERNS[scene.style](x, y, d, pixel))
-    if scene.style == 'glossy':
-        shine = 140.0 if scene.fill == 'white' else 255.0
-        shape = _mix(shape, np.full(3, shine), 0.9 * _shine(x, y))
-    return np.clip(_mix(ground, shape, _cover(d, pixel)), 0, 255)
+    return np.clip(_mix(ground, surface(scene.style, scene.fill, x, y, d, pixel), _cover(d, pixel)), 0, 255)
+
+
+def surface(style: str, fill: str, x: Array, y: Array, distance: Array, pixel: float) -> Array:
+    """Return the colours of a shape at places in and around it, [..., 3], sRGB in 0..255.
+
+    Args:
+        x, y, distance: relative to the shape, in units of its radius, [...]; see `signed_distance`.
+        pixel: side of a pixel in these units.
+    """
+    colour = np.asarray(palette.COLOURS[fill], dtype=np.float64)
+    colours = _mix(colour, np.asarray(palette.accent(fill)), PATTERNS[style](x, y, distance, pixel))
+    if style == 'glossy':
+        colours = _mix(colours, np.full(3, 140.0 if fill == 'white' else 255.0), 0.9 * _shine(x, y))
+    return colours
 
 
 def render(scene: Scene, size: int) -> Pixels:
-    """The picture, [size, size, 3], sRGB."""
+    """Draw the image, [size, size, 3], sRGB."""
     return np.round(paint(scene, size)).astype(np.uint8)
 
 
 def _texture(texture: str, size: int) -> Array:
-    """What the ground's colour is multiplied by, [size, size]."""
+    """Return the factor of the ground's colour, [size, size]."""
     x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2)
     if texture == 'shaded':
         return 1.0 - 0.18 * y
@@ -127,17 +136,16 @@ def _mix(under: Array, over: Array, part: Array) -> Array:
 
 
 def mask(scene: Scene, size: int) -> Array:
-    """How much of each pixel the shape covers, [size, size], 0..1."""
+    """Return the part of each pixel that the shape covers, [size, size], 0..1."""
     x, y = _coordinates(scene, size)
     return _cover(signed_distance(scene.shape, x, y), 1 / (size * scene.radius))
 
 
 def condition(scene: Scene, size: int, kind: str) -> Pixels:
-    """A conditioning image, [size, size, 3].
+    """Draw a conditioning image, [size, size, 3].
 
-    'outline': the shape's outline as a light line on black, as in fusing/fill50k. 'edge': what an edge detector
-    would see, the pattern's edges too. 'mask': the filled shape, white on black. 'depth': near is light; the shape
-    bulges out of a far ground.
+    'outline': the shape's outline as a white line on black, as in fusing/fill50k. 'edge': all edges, also those of the
+    pattern. 'mask': the filled shape, white on black. 'depth': near is light; the shape bulges out of a far ground.
     """
     x, y = _coordinates(scene, size)
     d, pixel = signed_distance(scene.shape, x, y), 1 / (size * scene.radius)
@@ -153,7 +161,7 @@ def condition(scene: Scene, size: int, kind: str) -> Pixels:
 
 
 def _edges(lab: Array) -> Array:
-    """1 where Lab changes by more than 12 between the pixels on both sides, thinned to no less than that."""
+    """Return 1 where Lab changes by more than 12 between the pixels on both sides, else 0."""
     padded = np.pad(lab, ((1, 1), (1, 1), (0, 0)), mode='edge')
     across = np.linalg.norm(padded[1:-1, 2:] - padded[1:-1, :-2], axis=-1)
     down = np.linalg.norm(padded[2:, 1:-1] - padded[:-2, 1:-1], axis=-1)

@@ -1,4 +1,4 @@
-"""What a picture of the shapes world shows, by rules alone: foreground, colours, shape and style of one picture."""
+"""Measure an image of the shapes world by rules: foreground, colours, shape and style."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ Bools = NDArray[np.bool_]
 Pixels = NDArray[np.uint8]
 Place = tuple[float, float, float]
 
-#: A connected piece smaller than this part of the picture is a speck: the smallest shape of the world covers 0.09.
+#: A connected piece smaller than this part of the image is a speck: the smallest shape of the world covers 0.09.
 MIN_AREA = 0.005
-#: A foreground larger than this part is none: the largest shape of the world covers 0.41.
+#: A foreground larger than this part is not a figure: the largest shape of the world covers 0.41.
 MAX_AREA = 0.7
-#: A pixel whose Lab distance from the ground is at least this is no ground. Shapes are MIN_CONTRAST away and more, and
-#: what decoded latents look like needs a little room.
+#: A pixel at least this far from the ground in Lab is not ground. Shapes are MIN_CONTRAST away and more; decoded
+#: latents need some tolerance.
 CONTRAST = 0.9 * MIN_CONTRAST
-#: The least IoU with a template that makes a foreground a shape. True shapes reach 0.9 under a blur of 0.7 pixels with
+#: Minimal IoU of a foreground with a shape's template. True shapes reach 0.9 under a blur of 0.7 pixels with
 #: noise of 5/255; a half disc reaches 0.75, a triangle turned by 10 degrees 0.78, a star turned by 36 degrees 0.68. A
-#: square on its corner (a circle of 0.84) and an ellipse of 4:5 (0.88) pass, as they do to the eye at a few pixels.
+#: square on its corner (a circle of 0.84) and an ellipse of 4:5 (0.88) pass, as they would to the eye at a few pixels.
 FLOOR = 0.8
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one picture shows.
+    """What one image shows.
 
     Attributes:
         mask: the foreground, [H, W].
         ground: name of the ground's colour.
         fill: name of the foreground's colour; None without a foreground.
-        shape: of scene.SHAPES; None if the foreground is like none of them.
+        shape: of scene.SHAPES; None if the foreground fits none of them.
         style: of scene.STYLES; None without a shape.
-        fit: IoU of the mask with the best template, 0..1; also where that is too low for a shape.
-        place: x, y and radius of the best template in parts of the picture's longer side; None without a foreground.
+        fit: IoU of the mask with the best template, 0..1, even if that is too low for a shape.
+        place: x, y and radius of the best template as fractions of the image's longer side; None without a foreground.
     """
 
     mask: Bools
@@ -53,19 +53,19 @@ class Observation:
 
 
 def observe(image: Pixels) -> Observation:
-    """What a picture [H, W, 3] (sRGB) shows; any size and any content, about 20 ms at 64 x 64.
+    """Measure an image [H, W, 3] (sRGB) of any size and content; takes about 20 ms at 64 x 64.
 
     Raises:
-        ValueError: the picture is not uint8 of [H, W, 3].
+        ValueError: the image is not uint8 of [H, W, 3].
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(f'A picture to measure is uint8 of [H, W, 3], not {image.dtype} of {list(image.shape)}; '
-                         'round(255 * x) makes it from floats in 0..1.')
+        raise ValueError(f'The image must be uint8 of [H, W, 3], not {image.dtype} of {list(image.shape)}; convert '
+                         'floats in 0..1 with round(255 * x).')
     lab, mask = palette.to_lab(image), foreground(image)
     inner, outer = mask, mask
     for _ in range(_pixels(mask)):
-        # Edges are mixtures: they look like an outline, and an outline must not outvote what it surrounds.
-        inner, outer = ~_grown(~inner), _grown(outer)
+        # Edges are mixtures of colours: exclude them from the votes for fill and ground.
+        inner, outer = ~_dilated(~inner), _dilated(outer)
     ground = palette.majority(lab[_frame(*mask.shape)] if outer.all() else lab[~outer])
     if not mask.any():
         return Observation(mask, ground)
@@ -81,38 +81,37 @@ def observe(image: Pixels) -> Observation:
 
 
 def iou(first: Bools, second: Bools) -> float:
-    """Intersection over union of two masks of one size, 0..1; two empty masks agree.
+    """Return intersection over union of two masks of one size, 0..1; 1 for two empty masks.
 
     Raises:
         ValueError: their sizes differ.
     """
     if first.shape != second.shape:
-        raise ValueError(f'Masks of {list(first.shape)} and {list(second.shape)} cannot be compared; bring them to '
-                         'one size.')
+        raise ValueError(f'Masks of {list(first.shape)} and {list(second.shape)} differ in size.')
     union = int((first | second).sum())
     return int((first & second).sum()) / union if union else 1.0
 
 
 def foreground(image: Pixels) -> Bools:
-    """What is not ground, [H, W], without its specks and with its holes filled; empty if that is no figure.
+    """Segment what is not ground, [H, W], without specks and with holes filled; empty if that is not a figure.
 
-    A pixel is ground if its colour is near the ground's (see `_unlike`), or nearer to it than half of the strongest
-    difference around it: then an edge lies at half coverage, whether it is sharp or blurred. Of these only what is
-    connected with the picture's border is ground; the rest are holes, such as a highlight of the ground's colour.
+    A pixel is ground if its colour is near the ground's (see `_differs`), or closer to it than half of the strongest
+    difference around it: then an edge lies at half coverage, whether it is sharp or blurred. Only pixels connected to
+    the image's border are ground; the others are holes, such as a highlight in the ground's colour.
     """
     rgb, lab = image.astype(np.float64), palette.to_lab(image)
     around = _ground(rgb)
     strength = np.linalg.norm(rgb - around, axis=-1)
-    # 3 x 3, because an outline narrower than the window would be taken for an edge of the fill inside it.
-    # And a pixel of ground must lie beside it, or a dim stripe would be an edge of the bright ones along it.
+    # 3 x 3, as in a larger window a narrow outline would count as an edge of the fill inside it. A pixel of ground must
+    # be next to it, or a dim stripe would count as an edge of bright ones along it.
     most, least = _highest(strength), -_highest(-strength)
     edge = (strength < 0.5 * most) & (least < 0.25 * most)
-    low = ~_unlike(lab, np.linalg.norm(lab - palette.to_lab(around), axis=-1)) | edge
+    low = ~_differs(lab, np.linalg.norm(lab - palette.to_lab(around), axis=-1)) | edge
     labels = components(low, diagonals=False)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     mask = ~np.isin(labels, border[border >= 0])
     pieces = components(mask, diagonals=True)
-    # Every larger piece stays: a second figure must spoil the fit of the first.
+    # Keep every larger piece: a second figure must lower the fit of the first.
     mask &= (np.bincount(pieces[mask], minlength=mask.size) >= MIN_AREA * mask.size)[pieces]
     sides = (mask[0].any(), mask[-1].any(), mask[:, 0].any(), mask[:, -1].any())
     if mask.mean() > MAX_AREA or all(sides):
@@ -120,29 +119,29 @@ def foreground(image: Pixels) -> Bools:
     return mask
 
 
-def _unlike(lab: Array, distance: Array) -> Bools:
-    """Where the Lab colours [H, W, 3] are not the ground's, from which they have this distance [H, W]; [H, W].
+def _differs(lab: Array, distance: Array) -> Bools:
+    """Return where Lab colours [H, W, 3] with this distance [H, W] from the ground's are not ground, [H, W].
 
-    From CONTRAST on they are not. Fainter pixels are not if they are nearer to such a one within 2 pixels than to the
-    ground: those are parts of an edge, and the others are unevenness of the ground, as a decoder leaves it.
+    A distance of CONTRAST or more is not ground. Nor is a smaller one if the colour is closer to that of such a pixel
+    within 2 pixels than to the ground: it is part of an edge, while others are noise of the ground, as decoders make.
     """
     far = distance >= CONTRAST
-    # Below half of CONTRAST the ground is nearer whatever the others are (triangle inequality).
+    # Below half of CONTRAST the ground is always nearer (triangle inequality).
     rows, columns = np.nonzero((distance < CONTRAST) & (distance >= CONTRAST / 2))
     down, across = np.indices((5, 5)).reshape(2, 1, 25)
     i, j = rows[:, None] + down, columns[:, None] + across
     away = np.linalg.norm(np.pad(lab, ((2, 2), (2, 2), (0, 0)))[i, j] - lab[rows, columns][:, None], axis=-1)
     nearest = np.where(np.pad(far, 2)[i, j], away, np.inf).min(axis=1)
-    unlike = far.copy()
-    unlike[rows, columns] = nearest < distance[rows, columns]
-    return unlike
+    differs = far.copy()
+    differs[rows, columns] = nearest < distance[rows, columns]
+    return differs
 
 
 def components(mask: Bools, diagonals: bool) -> NDArray[np.intp]:
-    """Connected pieces: for every pixel of the mask [H, W] the smallest index in its piece, elsewhere -1, [H, W].
+    """Label connected pieces: for each pixel of the mask [H, W] the smallest index in its piece, elsewhere -1, [H, W].
 
     Args:
-        diagonals: pixels that touch at a corner are connected.
+        diagonals: connect pixels that touch at a corner.
 
     Source: hooking and pointer jumping after Shiloach and Vishkin, An O(log n) Parallel Connectivity Algorithm (1982).
     """
@@ -161,12 +160,12 @@ def components(mask: Bools, diagonals: bool) -> NDArray[np.intp]:
 
 
 def _pixels(image: NDArray) -> int:
-    """How many pixels are one pixel of 64 x 64."""
+    """Return the side of one pixel of 64 x 64 in pixels of this image."""
     return max(1, round(max(image.shape[:2]) / 64))
 
 
 def _frame(height: int, width: int) -> Bools:
-    """The border of a picture, 2 pixels wide at 64 x 64: no shape of the world reaches further out."""
+    """Return the border of an image, 2 pixels wide at 64 x 64; shapes of the world do not reach it."""
     wide = max(1, round(min(height, width) / 32))
     frame = np.ones((height, width), dtype=bool)
     frame[wide:-wide, wide:-wide] = False
@@ -174,7 +173,7 @@ def _frame(height: int, width: int) -> Bools:
 
 
 def _ground(rgb: Array) -> Array:
-    """The ground's colour everywhere, [H, W, 3]: a plane for each channel through the frame's pixels.
+    """Estimate the ground's colour everywhere, [H, W, 3]: a plane for each channel through the frame's pixels.
 
     Robust to a figure that touches less than half of the frame. Source: iteratively reweighted least squares with
     Tukey's biweight and the scale from the median (Huber and Ronchetti, Robust Statistics, 2009, ch. 7).
@@ -187,7 +186,7 @@ def _ground(rgb: Array) -> Array:
     guess = np.broadcast_to(np.median(values, axis=0), values.shape)
     for _ in range(6):
         off = np.linalg.norm(values - guess, axis=-1)
-        # At least 3 grey levels, so that a ground of one colour has a scale.
+        # At least 3 levels, as the scale of a uniform ground would be 0.
         weight = np.maximum(1 - (off / (4.685 * max(1.4826 * float(np.median(off)), 3.0))) ** 2, 0)
         slopes = np.linalg.lstsq(known * weight[:, None], values * weight[:, None], rcond=None)[0]
         guess = known @ slopes
@@ -195,25 +194,26 @@ def _ground(rgb: Array) -> Array:
 
 
 def _highest(values: Array) -> Array:
-    """The largest of the 9 values around each pixel, [H, W]."""
+    """Return the largest of the 9 values around each pixel, [H, W]."""
     padded = np.pad(values, 1, constant_values=-np.inf)
     across = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
     return np.maximum(np.maximum(across[:-2], across[1:-1]), across[2:])
 
 
-def _grown(mask: Bools) -> Bools:
-    """The mask and every pixel that touches it, corners included, [H, W]."""
+def _dilated(mask: Bools) -> Bools:
+    """Dilate the mask by one pixel, corners included, [H, W]."""
     return _highest(mask.astype(np.float64)) > 0
 
 
-#: Steps of the unit shapes' table for one radius, and how far it reaches in radii.
+#: Resolution of the unit shapes' tables in steps per radius, and their extent in radii.
 STEPS, REACH = 64, 2.0
 
 
 @cache
 def _unit(shape: str) -> tuple[NDArray[np.float32], Array, tuple[float, float, float]]:
-    """A shape of radius 1: whether it covers each place [2 * REACH * STEPS] twice, its bounding box (left, top, right,
-    bottom), and its centroid's x and y with its area.
+    """Tabulate a shape of radius 1: cover [2 * REACH * STEPS] twice, box (left, top, right, bottom), (x, y, area).
+
+    x and y are those of the centroid.
     """
     places = (np.arange(int(2 * REACH * STEPS)) + 0.5) / STEPS - REACH
     x, y = np.meshgrid(places, places)
@@ -224,7 +224,7 @@ def _unit(shape: str) -> tuple[NDArray[np.float32], Array, tuple[float, float, f
 
 
 def _window(mask: Bools) -> tuple[slice, slice]:
-    """Rows and columns around the mask's bounding box, with room for a template to be too large."""
+    """Return the rows and columns around the mask's bounding box, with a margin for templates that are too large."""
     spans = []
     for axis in (1, 0):
         used = np.flatnonzero(mask.any(axis=axis))
@@ -234,19 +234,19 @@ def _window(mask: Bools) -> tuple[slice, slice]:
 
 
 def _fitted(mask: Bools) -> tuple[str, Place, float]:
-    """The shape that covers the mask best, where it does so (x, y, radius in pixels), and its IoU there."""
-    found = {shape: _searched(shape, mask, _starts(shape, mask), (0.12, 0.06)) for shape in SHAPES}
-    best = max(score for _, score in found.values())
-    # Finer steps win a few hundredths; they cannot help what is further behind.
-    found = {shape: _searched(shape, mask, place[None], (0.06, 0.03, 0.015))
-             for shape, (place, score) in found.items() if score > best - 0.1}
-    shape = max(found, key=lambda shape: found[shape][1])
-    place, score = found[shape]
+    """Return the shape that fits the mask best, its place (x, y, radius in pixels), and its IoU there."""
+    fits = {shape: _searched(shape, mask, _starts(shape, mask), (0.12, 0.06)) for shape in SHAPES}
+    best = max(score for _, score in fits.values())
+    # Finer steps gain a few hundredths, which cannot help shapes that are further behind.
+    fits = {shape: _searched(shape, mask, place[None], (0.06, 0.03, 0.015))
+            for shape, (place, score) in fits.items() if score > best - 0.1}
+    shape = max(fits, key=lambda shape: fits[shape][1])
+    place, score = fits[shape]
     return shape, (float(place[0]), float(place[1]), float(place[2])), score
 
 
 def _starts(shape: str, mask: Bools) -> Array:
-    """Two guesses of the place: from the mask's centroid and area, and from its bounding box, [2, 3]."""
+    """Return two initial places, from the mask's centroid and area and from its bounding box, [2, 3]."""
     down, across = np.nonzero(mask)
     (left, top, right, bottom), (x, y, area) = _unit(shape)[1:]
     radius = np.sqrt(len(down) / area)
@@ -257,7 +257,7 @@ def _starts(shape: str, mask: Bools) -> Array:
 
 
 def _searched(shape: str, mask: Bools, places: Array, steps: tuple[float, ...]) -> tuple[Array, float]:
-    """The best place [3] near the best of `places` [N, 3] and its IoU: a pattern search with steps in radii."""
+    """Search the best place [3] near the best of `places` [N, 3], with its IoU: pattern search with steps in radii."""
     moves = np.stack(np.meshgrid(*[(-1, 0, 1)] * 3), axis=-1).reshape(-1, 3)
     best, score = places[0], -1.0
     for step in (*steps, 0.0):
@@ -269,31 +269,31 @@ def _searched(shape: str, mask: Bools, places: Array, steps: tuple[float, ...]) 
 
 
 def _overlaps(shape: str, mask: Bools, places: Array) -> Array:
-    """IoU of the mask with the shape at each of N places (x, y, radius) in pixels, [N]."""
+    """Return the IoU of the mask with the shape at each of N places (x, y, radius) in pixels, [N]."""
     table = _unit(shape)[0]
     x, y, radius = (value[:, None] for value in places.T)
     rows, columns = (np.clip(((np.arange(length) + 0.5 - centre) / radius + REACH) * STEPS, 0, len(table) - 1)
                      .astype(np.intp) for length, centre in zip(mask.shape, (y, x), strict=True))
     covered = table[rows[:, :, None], columns[:, None, :]].reshape(len(places), -1)
-    own = mask.ravel().astype(np.float32)
-    both = covered @ own
-    return both / (covered.sum(axis=1) + own.sum() - both)
+    flat = mask.ravel().astype(np.float32)
+    both = covered @ flat
+    return both / (covered.sum(axis=1) + flat.sum() - both)
 
 
 def _style(seen: Array, inner: Bools, shape: str, fill: str, place: Place, slack: int) -> str:
-    """The style that comes nearest to the picture, by mean Lab distance inside the shape.
+    """Return the style closest to the image, by mean Lab distance inside the shape.
 
-    A pattern may lie off its place, which is still the pattern: the least distance of all its shifts counts.
+    A pattern may be shifted: its least distance over all shifts counts.
 
     Args:
         seen: Lab of the N pixels inside.
         inner: which pixels those are, [H, W].
         place: x, y and radius in pixels of `inner`.
-        slack: how far a pattern may be shifted across and down, in pixels.
+        slack: largest shift of a pattern across and down, in pixels.
     """
     x, y, radius = place
     rows, columns = np.nonzero(inner)
-    # The pattern is drawn beyond the shape, so that every shift has a colour for each pixel.
+    # Draw the pattern beyond the shape, so that every shift has a colour for each pixel.
     right, below = np.meshgrid(*[(np.arange(-slack, length + slack) + 0.5 - centre) / radius
                                  for length, centre in zip(inner.shape[::-1], (x, y), strict=True)])
     distance = draw.signed_distance(shape, right, below)
@@ -301,17 +301,7 @@ def _style(seen: Array, inner: Bools, shape: str, fill: str, place: Place, slack
     down, across = (grid.reshape(-1, 1) + slack for grid in np.meshgrid(shifts, shifts))
     off = {}
     for style in STYLES:
-        drawn = palette.to_lab(_surface(style, fill, right, below, distance, 1 / radius)).astype(np.float32)
+        drawn = palette.to_lab(draw.surface(style, fill, right, below, distance, 1 / radius)).astype(np.float32)
         away = drawn[rows + down, columns + across] - seen.astype(np.float32)
         off[style] = float(np.sqrt((away ** 2).sum(axis=-1)).mean(axis=-1).min())
     return min(off, key=lambda style: off[style])
-
-
-def _surface(style: str, fill: str, x: Array, y: Array, distance: Array, pixel: float) -> Array:
-    """The colours that `draw.paint` gives the inside of a shape, for places in and around it, [..., 3]."""
-    colour = np.asarray(palette.COLOURS[fill], dtype=np.float64)
-    part = draw.PATTERNS[style](x, y, distance, pixel)[..., None]
-    colours = colour + part * (np.asarray(palette.accent(fill)) - colour)
-    if style == 'glossy':
-        colours = colours + 0.9 * draw._shine(x, y)[..., None] * ((140.0 if fill == 'white' else 255.0) - colours)
-    return colours

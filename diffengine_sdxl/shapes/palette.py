@@ -1,4 +1,4 @@
-"""The twelve named colours of the shapes world, and which of them a pixel is nearest to."""
+"""The twelve named colours of the shapes world, and the nearest of them to a pixel."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,7 +17,7 @@ NAMES: tuple[str, ...] = tuple(COLOURS)
 
 
 def to_lab(rgb: ArrayLike) -> Array:
-    """sRGB [..., 3] in 0..255 to CIE L*a*b* under D65, [..., 3].
+    """Convert sRGB [..., 3] in 0..255 to CIE L*a*b* under D65, [..., 3].
 
     Source: IEC 61966-2-1 (sRGB), CIE 15 (Lab).
     """
@@ -37,22 +37,22 @@ def _palette() -> Array:
 
 
 def nearest(lab: ArrayLike) -> NDArray[np.intp]:
-    """The index in `NAMES` of the colour nearest to each Lab value [..., 3] (CIE76, Euclidean distance), [...]."""
+    """Return the index in `NAMES` of the colour nearest to each Lab value [..., 3] (CIE76, Euclidean), [...]."""
     return np.linalg.norm(np.asarray(lab)[..., None, :] - _palette(), axis=-1).argmin(axis=-1)
 
 
 def majority(lab: ArrayLike) -> str:
-    """The colour that most of the Lab values [N, 3] are nearest to; the first of equals."""
+    """Return the colour that most of the Lab values [N, 3] are nearest to; of equals the first."""
     return NAMES[int(np.bincount(nearest(lab).ravel(), minlength=len(NAMES)).argmax())]
 
 
 def distance(first: Sequence[float], second: Sequence[float]) -> float:
-    """How far two sRGB colours (0..255) lie apart in Lab (CIE76)."""
+    """Return the Lab distance of two sRGB colours in 0..255 (CIE76)."""
     return float(np.linalg.norm(to_lab(first) - to_lab(second)))
 
 
 def accent(name: str) -> tuple[float, float, float]:
-    """The second colour of a shape of this fill: towards black for a light fill, towards white for a dark one."""
+    """Return the second colour of a shape of this fill: a light fill darkened, a dark one lightened."""
     colour = np.asarray(COLOURS[name], dtype=np.float64)
     mixed = colour * 0.42 if to_lab(colour)[0] >= 45 else colour + (255 - colour) * 0.58
     return float(mixed[0]), float(mixed[1]), float(mixed[2])

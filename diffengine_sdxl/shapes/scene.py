@@ -1,8 +1,8 @@
-"""What one picture of the shapes world shows: drawn from (seed, index), and said in words."""
+"""Scenes of the shapes world: drawn at random from (seed, index), and described by captions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,15 +13,15 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.shapes import palette
 
 SHAPES = ('circle', 'square', 'triangle', 'star')
-#: Styles that the base was trained on, and those withheld from it for adapters to learn.
+#: Styles that the base was trained on, and styles that only adapters learn.
 BASE_STYLES = ('flat', 'outlined', 'striped', 'glossy')
 WITHHELD_STYLES = ('dotted', 'ringed')
 STYLES = (*BASE_STYLES, *WITHHELD_STYLES)
 TEXTURES = ('plain', 'shaded', 'wavy')
-#: Pairs of fill and shape that the base never saw; two of each shape, eight fills.
+#: Pairs of fill and shape that the base never saw; two of each shape, one of each of eight fills.
 HELD_OUT = (('red', 'star'), ('orange', 'triangle'), ('yellow', 'square'), ('green', 'circle'),
             ('cyan', 'star'), ('blue', 'square'), ('purple', 'circle'), ('pink', 'triangle'))
-#: The split whose captions are kept from all others.
+#: The split whose captions no other split has.
 TEST = 'test'
 #: Which pairs of fill and shape a sequence is drawn from.
 COMBINATIONS = ('seen', 'held_out', 'all')
@@ -39,10 +39,10 @@ class Scene:
 
     Attributes:
         shape, style, fill, ground, texture: of SHAPES, STYLES, palette.NAMES twice, TEXTURES.
-        x, y: the shape's centre, in parts of the picture's side, from the top left.
-        radius: in parts of the side.
+        x, y: the shape's centre, as a fraction of the image's side, from the top left.
+        radius: as a fraction of the side.
         template: index of the caption's wording in TEMPLATES.
-        wordy: the caption names what goes without saying (a flat style, a plain ground).
+        wordy: the caption also names a flat style and a plain ground.
     """
 
     shape: str
@@ -58,7 +58,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """Such as 'a striped cyan circle on brown'."""
+        """Describe the scene, such as 'a striped cyan circle on brown'."""
         look = f'{self.fill} {self.shape}' if self.style == 'flat' and not self.wordy else (
             f'{self.style} {self.fill} {self.shape}')
         ground = self.ground if self.texture == 'plain' and not self.wordy else f'{self.texture} {self.ground}'
@@ -67,7 +67,7 @@ class Scene:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All fields as plain values, for a row of metadata."""
+        """Return all fields as plain values, for a row of metadata."""
         return asdict(self)
 
 
@@ -77,39 +77,39 @@ def _article(words: str) -> str:
 
 @cache
 def grounds(fill: str) -> tuple[str, ...]:
-    """The ground colours that stand out from this fill and its accent."""
+    """Return the ground colours with enough contrast to this fill and its accent."""
     colours = (palette.COLOURS[fill], palette.accent(fill))
-    # A texture darkens its ground in places, down to 0.82.
+    # Textures darken the ground, to 0.82 at least.
     return tuple(name for name, (r, g, b) in palette.COLOURS.items()
-                 if min(palette.distance((k * r, k * g, k * b), own) for own in colours for k in (1.0, 0.82))
+                 if min(palette.distance((k * r, k * g, k * b), colour) for colour in colours for k in (1.0, 0.82))
                  >= MIN_CONTRAST)
 
 
 def draw_scene(seed: int, index: int, styles: Sequence[str] = BASE_STYLES, combinations: str = 'seen',
                split: str = 'train') -> Scene:
-    """The scene of sample `index`; it depends on the arguments alone.
+    """Return the scene of sample `index`, a function of the arguments only.
 
-    In all splits but 'test', two lists of several styles give scenes that differ in style and wording only.
+    Except in 'test', another list of several styles changes the style and the wording only.
 
     Args:
         styles: to choose from.
-        combinations: 'seen' leaves out the pairs of HELD_OUT, 'held_out' takes only those, 'all' both.
-        split: another split is another sequence; 'test' has captions of its own, which no other split shows.
+        combinations: 'seen' excludes the pairs of HELD_OUT, 'held_out' has only those, 'all' both.
+        split: each is another sequence; captions of 'test' appear in no other split.
     """
     draws = np.random.default_rng(rng.key_seed('shapes', seed, split, index))
     while True:
         scene = _draw(draws, styles, _pairs(combinations))
-        # One by one: nearly always the first will do.
+        # A generator, as the first wording nearly always fits.
         wordings = (replace(scene, template=t, wordy=w) for w in (scene.wordy, not scene.wordy)
                     for t in (*range(scene.template, len(TEMPLATES)), *range(scene.template)))
-        # Every other split avoids the test's captions by another wording, and the test draws until it has one.
-        for worded in wordings if split != TEST else [scene]:
-            if kept_for_test(worded.caption) == (split == TEST):
-                return worded
+        # Other splits avoid the captions of 'test' by another wording; 'test' draws until it has one of its own.
+        for candidate in wordings if split != TEST else [scene]:
+            if is_test_caption(candidate.caption) == (split == TEST):
+                return candidate
 
 
-def kept_for_test(caption: str) -> bool:
-    """Whether this caption stands in the split 'test' only: one in eight, by its hash."""
+def is_test_caption(caption: str) -> bool:
+    """Return whether this caption belongs to the split 'test' only: one in eight, by its hash."""
     return rng.key_seed('shapes caption', caption) % 8 == 0
 
 
@@ -132,15 +132,11 @@ def _pairs(combinations: str) -> tuple[tuple[str, str], ...]:
 
 
 def reference(scene: Scene, seed: int, index: int, split: str = 'train') -> Scene:
-    """Another scene in the same colours: what an image prompt shows. Its shape differs; place, size, texture and style
-    (of BASE_STYLES) are drawn anew. Fill and shape may be a pair of HELD_OUT.
+    """Return the scene of an image prompt: the same colours, another shape; place, size, texture and style are redrawn.
+
+    Fill and shape may be a pair of HELD_OUT.
     """
     draws = np.random.default_rng(rng.key_seed('shapes reference', seed, split, index))
     other = draw_scene(seed, index, split=f'{split} reference')
     shapes = [s for s in SHAPES if s != scene.shape]
     return replace(other, shape=str(draws.choice(shapes)), fill=scene.fill, ground=scene.ground)
-
-
-def from_facts(facts: Mapping[str, Any]) -> Scene:
-    """The scene that `Scene.facts` describes."""
-    return Scene(**facts)

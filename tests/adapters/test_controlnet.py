@@ -1,4 +1,4 @@
-"""ControlNet: bitwise stock's pictures, alone, in pairs and beside a T2I-Adapter; fp64 gradients; what it refuses."""
+"""ControlNet: bitwise diffusers, by itself, in pairs and beside a T2I-Adapter; fp64 gradients; what it refuses."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from parity import PROMPTS, generators, grads, images, make_batch, picture_batch, sampler, stock
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.adapters.controlnet import ControlNet
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Batch
 from diffengine_sdxl.testing import write_tiny_sdxl
@@ -19,7 +21,7 @@ CONTROLNET = dict(type='ControlNet')
 
 
 def build(base: Path, **adapters: Any) -> SDXL:
-    """A model whose ControlNets look trained: the convolutions of zeros at their outputs are not zeros."""
+    """A model whose ControlNets look trained: the zero convolutions at their outputs are not zero."""
     model = SDXL(pretrained=str(base), adapters=adapters, objective=dict(type='Denoise'))
     with torch.no_grad():
         for name, parameters in model.trainables().items():
@@ -40,7 +42,7 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """diffusers' own, frozen; torch chooses other kernels for weights that require gradients."""
+    """diffusers' network, frozen, as torch chooses other kernels for weights that require gradients."""
     return ControlNetModel.from_pretrained(folder, torch_dtype=dtype).requires_grad_(False)
 
 
@@ -51,13 +53,13 @@ def ours(base: Path, folder: Path, trainable: bool = False, **settings: Any) -> 
 
 
 def controlled(num: int = 2, size: tuple[int, int] = (64, 64), **changes: Any) -> Batch:
-    """Pictures, each with a control image of its own."""
+    """A batch of prompts, each with its own control image."""
     conditions = {'conditioning_image': images(num, size), 'another': images(num, size, seed=8)}
     return picture_batch(PROMPTS[:num], SEEDS[:num], size, **{'conditions': conditions, **changes})
 
 
-def pictures(pipeline: Any, batch: Batch, steps: int = 3, **settings: Any) -> torch.Tensor:
-    """Stock's latents for `batch`."""
+def stock_latents(pipeline: Any, batch: Batch, steps: int = 3, **settings: Any) -> torch.Tensor:
+    """diffusers' latents for `batch`."""
     assert batch.size is not None
     return pipeline(**{**dict(
         prompt=batch.text, image=batch.conditions['conditioning_image'], height=batch.size[0], width=batch.size[1],
@@ -65,9 +67,8 @@ def pictures(pipeline: Any, batch: Batch, steps: int = 3, **settings: Any) -> to
 
 
 @pytest.mark.parametrize('trainable', [False, True])
-def test_latents_are_bitwise_stocks(tiny_base: Path, folder: Path, trainable: bool) -> None:
-    """One prompt and two, with and without guidance, other sizes, negative prompts; scales; and windows. Also where it
-    trains: sampling freezes it."""
+def test_latents_are_bitwise_diffusers(tiny_base: Path, folder: Path, trainable: bool) -> None:
+    """Numbers of prompts, guidance, sizes, negative prompts, scales, active ranges; frozen and trainable."""
     pipeline = stock(tiny_base, 'StableDiffusionXLControlNetPipeline', controlnet=theirs(folder / 'a'))
     model = ours(tiny_base, folder, trainable)
     adapter = model.adapters['a']
@@ -75,68 +76,68 @@ def test_latents_are_bitwise_stocks(tiny_base: Path, folder: Path, trainable: bo
                                        (2, (48, 80), 1.0, 0.7)):
         batch = controlled(num, size, negative_text=['blurry', ''][:num])
         adapter.scale = scale
-        expected = pictures(pipeline, batch, negative_prompt=batch.negative_text, guidance_scale=guidance,
+        expected = stock_latents(pipeline, batch, negative_prompt=batch.negative_text, guidance_scale=guidance,
                             controlnet_conditioning_scale=scale)
         assert torch.equal(sampler(steps=3, scale=guidance)(model, batch), expected)
         adapter.scale = 0.0
         assert (sampler(steps=3, scale=guidance)(model, batch) - expected).abs().max() > 1e-2
     adapter.scale = 0.7
-    for window in ((0.0, 0.5), (0.25, 1.0), (0.2, 0.8)):
-        adapter.window = window
-        expected = pictures(pipeline, controlled(), 5, controlnet_conditioning_scale=0.7,
-                            control_guidance_start=window[0], control_guidance_end=window[1])
+    for active_range in ((0.0, 0.5), (0.25, 1.0), (0.2, 0.8)):
+        adapter.active_range = active_range
+        expected = stock_latents(pipeline, controlled(), 5, controlnet_conditioning_scale=0.7,
+                            control_guidance_start=active_range[0], control_guidance_end=active_range[1])
         assert torch.equal(sampler(steps=5)(model, controlled()), expected)
 
 
 def test_two_controlnets_sum(tiny_base: Path, folder: Path) -> None:
-    """As stock's MultiControlNet, each with an image and a scale of its own."""
+    """As diffusers' MultiControlNet, each with its own image and scale."""
     nets = [theirs(folder / name) for name in 'ab']
     pipeline = stock(tiny_base, 'StableDiffusionXLControlNetPipeline', controlnet=nets)
     batch = controlled()
-    expected = pictures(pipeline, batch, image=[batch.conditions['conditioning_image'], batch.conditions['another']],
-                        controlnet_conditioning_scale=[0.7, 1.3])
-    configs = {name: dict(CONTROLNET, weights=str(folder / name), trainable=False, scale=scale, reads=reads)
+    control_images = [batch.conditions['conditioning_image'], batch.conditions['another']]
+    expected = stock_latents(pipeline, batch, image=control_images, controlnet_conditioning_scale=[0.7, 1.3])
+    configs = {name: dict(CONTROLNET, weights=str(folder / name), trainable=False, scale=scale, condition_key=reads)
                for name, scale, reads in (('b', 1.3, 'another'), ('a', 0.7, 'conditioning_image'))}
     assert torch.equal(sampler(steps=3)(SDXL(pretrained=str(tiny_base), adapters=configs), batch), expected)
 
 
 def test_beside_a_t2i_adapter(tiny_base: Path, folder: Path) -> None:
-    """Which stock has no pipeline for: both in one call of the UNet, written out by hand."""
-    config = dict(CONTROLNET, weights=str(folder / 'a'), trainable=False, scale=0.6, reads='another')
+    """diffusers has no pipeline for both: they are in one call of its UNet, written by hand."""
+    config = dict(CONTROLNET, weights=str(folder / 'a'), trainable=False, scale=0.6, condition_key='another')
     model = SDXL(pretrained=str(tiny_base), adapters=dict(a=config, t=dict(type='T2IAdapter', scale=0.8)))
     batch, x, t = controlled(), torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
     with torch.no_grad():
-        told = model.encode(batch)
-        got = model.predict(x, t, told, torch.zeros(2, 2))
+        conditioning = model.encode(batch)
+        got = model.predict(x, t, conditioning, torch.zeros(2, 2))
         unet = UNet2DConditionModel.from_pretrained(tiny_base / 'unet').requires_grad_(False)
-        added = {'text_embeds': told.pooled, 'time_ids': told.time_ids}
-        down, mid = theirs(folder / 'a')(x, t, told.text, batch.conditions['another'], 0.6, added_cond_kwargs=added,
-                                         return_dict=False)
+        added = {'text_embeds': conditioning.pooled, 'time_ids': conditioning.time_ids}
+        down, mid = theirs(folder / 'a')(x, t, conditioning.text, batch.conditions['another'], 0.6,
+                                         added_cond_kwargs=added, return_dict=False)
         features = [f * 0.8 for f in model.adapters['t'].net(batch.conditions['conditioning_image'])]
-        expected = unet(x, t, told.text, added_cond_kwargs=added, down_block_additional_residuals=down,
+        expected = unet(x, t, conditioning.text, added_cond_kwargs=added, down_block_additional_residuals=down,
                         mid_block_additional_residual=mid, down_intrablock_additional_residuals=features).sample
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize('window', [(0.0, 1.0), (0.5, 1.0)])
-def test_gradients_in_fp64(tiny_base: Path, folder: Path, window: tuple[float, float]) -> None:
-    """Against ControlNetModel and UNet called by themselves; a window leaves out the row that is outside."""
-    config = dict(CONTROLNET, weights=str(folder / 'a'), scale=0.75, window=window)
+@pytest.mark.parametrize('active_range', [(0.0, 1.0), (0.5, 1.0)])
+def test_gradients_in_fp64(tiny_base: Path, folder: Path, active_range: tuple[float, float]) -> None:
+    """As of a call of ControlNetModel and UNet by hand; a row outside the active range has none."""
+    config = dict(CONTROLNET, weights=str(folder / 'a'), scale=0.75, active_range=active_range)
     model = SDXL(pretrained=str(tiny_base), adapters=dict(a=config), dtype='float64')
     batch, t = make_batch(2), torch.tensor([900, 100])
     x, target = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
-    told = model.encode(batch)
+    conditioning = model.encode(batch)
     progress = (1 - t / 1000).unsqueeze(1).expand(2, 2)
-    (model.predict(x, t, told, progress) - target).square().mean().backward()
+    (model.predict(x, t, conditioning, progress) - target).square().mean().backward()
     got = {n: p.grad for n, p in model.adapters['a'].net.named_parameters()}
     net = theirs(folder / 'a', dtype=torch.float64).requires_grad_(True)
     unet = UNet2DConditionModel.from_pretrained(tiny_base / 'unet', torch_dtype=torch.float64)
-    added = {'text_embeds': told.pooled, 'time_ids': told.time_ids}
-    down, mid = net(x, t, told.text, batch.conditions['conditioning_image'].double(), added_cond_kwargs=added,
+    added = {'text_embeds': conditioning.pooled, 'time_ids': conditioning.time_ids}
+    down, mid = net(x, t, conditioning.text, batch.conditions['conditioning_image'].double(), added_cond_kwargs=added,
                     return_dict=False)
-    rows = torch.tensor([0.75 if window == (0, 1) else 0.0, 0.75]).view(2, 1, 1, 1)
-    out = unet(x, t, told.text, added_cond_kwargs=added, down_block_additional_residuals=[d * rows for d in down],
-               mid_block_additional_residual=mid * rows).sample
+    rows = torch.tensor([0.75 if active_range == (0, 1) else 0.0, 0.75]).view(2, 1, 1, 1)
+    out = unet(x, t, conditioning.text, added_cond_kwargs=added, mid_block_additional_residual=mid * rows,
+               down_block_additional_residuals=[d * rows for d in down]).sample
     (out - target).square().mean().backward()
     for name, parameter in net.named_parameters():
         assert got[name].any(), name
@@ -144,50 +145,50 @@ def test_gradients_in_fp64(tiny_base: Path, folder: Path, window: tuple[float, f
 
 
 def test_fresh_is_the_base_and_its_weights(tiny_base: Path) -> None:
-    """Zeros at its outputs: the base's pictures, bitwise; inside it is the base's encoder; the rest is keyed."""
+    """It has the base's latents, bitwise, and the base's encoder; the rest is drawn from seed and name."""
     base, model = SDXL(pretrained=str(tiny_base)), SDXL(pretrained=str(tiny_base), adapters=dict(a=CONTROLNET))
     assert torch.equal(sampler(steps=2)(model, controlled()), sampler(steps=2)(base, controlled()))
     stocks = ControlNetModel.from_unet(base.unet)
     net = model.adapters['a'].net
     configs = [{k: v for k, v in one.config.items() if not k.startswith('_')} for one in (net, stocks)]
     assert configs[0] == configs[1]
-    own = [k for k in net.state_dict() if k.startswith('controlnet_cond_embedding') and k.endswith('weight')]
+    embedding = [k for k in net.state_dict() if k.startswith('controlnet_cond_embedding') and k.endswith('weight')]
     for name, value in stocks.state_dict().items():
-        assert torch.equal(net.state_dict()[name], value) == (name not in own or 'conv_out' in name) or 'bias' in name
+        same = name not in embedding or 'conv_out' in name
+        assert torch.equal(net.state_dict()[name], value) == same or 'bias' in name
     again = SDXL(pretrained=str(tiny_base), adapters=dict(a=CONTROLNET, t=dict(type='T2IAdapter')))
     other = SDXL(pretrained=str(tiny_base), adapters=dict(a=CONTROLNET), seed=1)
-    for name in own:
+    for name in embedding:
         value = net.state_dict()[name]
         assert torch.equal(again.adapters['a'].net.state_dict()[name], value)
         assert not value.any() or not torch.equal(other.adapters['a'].net.state_dict()[name], value)
 
 
 def test_fresh_beside_loras_in_the_unet(tiny_base: Path) -> None:
-    """Attached to a UNet that peft has wrapped, twice over and convolutions too: the base's own weights."""
+    """Attached to a UNet that peft has wrapped twice, convolutions too: the base's own weights."""
     from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
     model = SDXL(pretrained=str(tiny_base))
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
     inject_adapter_in_model(LoraConfig(r=2, target_modules=['to_q', 'conv1', 'conv_in']), model.unet, 'x')
     inject_adapter_in_model(LoHaConfig(r=2, target_modules=['to_k', 'conv2']), model.unet, 'y')
-    from diffengine_sdxl.adapters.controlnet import ControlNet
     adapter = ControlNet()
     adapter.attach(model)
     copied = [k for k in adapter.net.state_dict() if not k.startswith('controlnet_')]
     assert len(copied) > 100 and all(torch.equal(adapter.net.state_dict()[k], before[k]) for k in copied)
 
 
-def test_outside_its_window_it_does_not_run(tiny_base: Path, folder: Path) -> None:
+def test_outside_its_active_range_it_does_not_run(tiny_base: Path, folder: Path) -> None:
     """In sampling; in training it always does, so that the graph is the same."""
-    model, calls = ours(tiny_base, folder, trainable=True, window=(0.5, 1.0)), []
+    model, calls = ours(tiny_base, folder, trainable=True, active_range=(0.5, 1.0)), []
     model.adapters['a'].net.register_forward_hook(lambda *_: calls.append(1))
     sampler(steps=4)(model, controlled())
     assert len(calls) == 2
-    _, found = grads(model, make_batch(2))
-    assert len(calls) == 3 and len(found) == len(list(model.adapters['a'].net.parameters()))
+    _, gradients = grads(model, make_batch(2))
+    assert len(calls) == 3 and len(gradients) == len(list(model.adapters['a'].net.parameters()))
 
 
 def test_it_recomputes_where_the_base_does(tiny_base: Path, folder: Path) -> None:
-    """Gradient checkpointing reaches it, though the model says so after attaching; the same gradients, bitwise."""
+    """Gradient checkpointing, which the model enables after attaching, reaches it; bitwise the same gradients."""
     results, ran = [], []
     for checkpointing in (True, False):
         model = SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(CONTROLNET, weights=str(folder / 'a'))),
@@ -207,15 +208,15 @@ def test_it_recomputes_where_the_base_does(tiny_base: Path, folder: Path) -> Non
 
 
 def test_half_precision(tiny_base: Path, folder: Path) -> None:
-    """What trains is fp32 beside a half-precision base; a frozen one is as the base, and bitwise stock's."""
+    """What trains is fp32 beside a half-precision base; a frozen one has the base's dtype and is bitwise diffusers'."""
     config = dict(CONTROLNET, weights=str(folder / 'a'))
     model = SDXL(pretrained=str(tiny_base), adapters=dict(a=config), objective=dict(type='Denoise'),
                  mixed_precision='bf16')
     assert {p.dtype for p in model.adapters['a'].parameters()} == {torch.float32}
-    loss, found = grads(model, make_batch(2))
+    loss, gradients = grads(model, make_batch(2))
     full, reference = grads(ours(tiny_base, folder, trainable=True), make_batch(2))
-    assert abs(loss - full) < 0.02 and all(v.dtype == torch.float32 and v.isfinite().all() for v in found.values())
-    near = [torch.nn.functional.cosine_similarity(found[k].flatten(), v.flatten(), dim=0)
+    assert abs(loss - full) < 0.02 and all(v.dtype == torch.float32 and v.isfinite().all() for v in gradients.values())
+    near = [torch.nn.functional.cosine_similarity(gradients[k].flatten(), v.flatten(), dim=0)
             for k, v in reference.items() if k.endswith('weight')]
     assert sum(near) / len(near) > 0.98
     plain = SDXL(pretrained=str(tiny_base), dtype='bfloat16', adapters=dict(a=config))
@@ -225,29 +226,28 @@ def test_half_precision(tiny_base: Path, folder: Path) -> None:
     assert {p.dtype for p in frozen.adapters['a'].parameters()} == {torch.bfloat16}
     batch, x, t = controlled(), torch.randn(2, 4, 8, 8).bfloat16(), torch.tensor(500)
     with torch.no_grad():
-        told = frozen.encode(batch)
-        got = frozen.predict(x, t, told, torch.zeros(2, 2))
-        added = {'text_embeds': told.pooled, 'time_ids': told.time_ids}
+        conditioning = frozen.encode(batch)
+        got = frozen.predict(x, t, conditioning, torch.zeros(2, 2))
+        added = {'text_embeds': conditioning.pooled, 'time_ids': conditioning.time_ids}
         down, mid = theirs(folder / 'a', dtype=torch.bfloat16)(
-            x, t, told.text, batch.conditions['conditioning_image'].bfloat16(), 0.7, added_cond_kwargs=added,
+            x, t, conditioning.text, batch.conditions['conditioning_image'].bfloat16(), 0.7, added_cond_kwargs=added,
             return_dict=False)
-        expected = frozen.unet(x, t, told.text, added_cond_kwargs=added, down_block_additional_residuals=down,
+        expected = frozen.unet(x, t, conditioning.text, added_cond_kwargs=added, down_block_additional_residuals=down,
                                mid_block_additional_residual=mid).sample
     assert torch.equal(got, expected)
 
 
 def test_other_bases(tmp_path: Path) -> None:
-    """A VAE of another factor, four blocks (the refiner has so many): built, trained, saved, read. None in the middle:
-    diffusers has no such ControlNet."""
-    with pytest.raises(ValueError, match='no middle block'):
+    """A VAE of another factor, four blocks as in the refiner: built, trained, saved, read. No middle block: refused."""
+    with pytest.raises(UserError, match='no middle block'):
         build(write_tiny_sdxl(tmp_path / 'no_mid', mid_block_type=None), a=CONTROLNET)
     for name, settings in (('factor', dict(vae_blocks=3)), ('four', dict(channels=(16, 32, 32, 64)))):
         base = write_tiny_sdxl(tmp_path / name, **settings)
         model = build(base, a=CONTROLNET)
         factor = model.vae_factor
         batch = make_batch(2)
-        _, found = grads(model, batch)
-        assert all(v.any() for v in found.values()) and factor == (4 if name == 'factor' else 8)
+        _, gradients = grads(model, batch)
+        assert all(v.any() for v in gradients.values()) and factor == (4 if name == 'factor' else 8)
         model.adapters['a'].save(tmp_path / 'a')
         again = ours(base, tmp_path, trainable=True)
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
@@ -260,26 +260,26 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 def test_what_does_not_fit_is_refused(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
-    """Another base by its widths, another picture size, other channels, another network, a broken folder."""
+    """Another base by its widths, another image size, other channels, another network, a broken folder."""
     wide = write_tiny_sdxl(tmp_path / 'wide', channels=(32, 32, 64), vae_blocks=3)
-    with pytest.raises(ValueError, match=r"block_out_channels=\(16, 32, 64\) instead of \(32, 32, 64\).*8 times larger "
+    with pytest.raises(UserError, match=r"block_out_channels=\(16, 32, 64\) instead of \(32, 32, 64\).*8 times larger "
                                          'than latents instead of 4 times.*another base'):
         ours(wide, folder)
     model = ours(tiny_base, folder)
     before = {k: v.clone() for k, v in model.adapters['a'].net.state_dict().items()}
     build(wide, a=CONTROLNET).adapters['a'].save(tmp_path / 'other')
-    with pytest.raises(ValueError, match=r"'.*other' does not fit the ControlNet 'a': it has .*block_out_channels="):
+    with pytest.raises(UserError, match=r"other' does not fit adapter 'a' \(ControlNet\): .*block_out_channels="):
         model.adapters['a'].load(tmp_path / 'other')
     gray = build(tiny_base, a=dict(CONTROLNET, conditioning_channels=1))
     gray.adapters['a'].save(tmp_path / 'gray')
-    with pytest.raises(ValueError, match='conditioning_channels=1 instead of 3'):
+    with pytest.raises(UserError, match='conditioning_channels=1 instead of 3'):
         model.adapters['a'].load(tmp_path / 'gray')
     rewrite(tmp_path / 'gray', conditioning_channels=3)
-    with pytest.raises(ValueError, match='conv_in'):
+    with pytest.raises(UserError, match='conv_in'):
         model.adapters['a'].load(tmp_path / 'gray')
     assert all(torch.equal(v, before[k]) for k, v in model.adapters['a'].net.state_dict().items())
-    for batch, words in ((controlled(conditions={}), 'reads'), (controlled(
+    for batch, message in ((controlled(conditions={}), "reads 'conditioning_image'"), (controlled(
             conditions={'conditioning_image': images(2, channels=1)}), '3 channels'), (controlled(
                 conditions={'conditioning_image': images(2, (32, 64))}), 'size .64 x 64.; it is 32 x 64')):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=message):
             sampler(steps=1)(model, batch)

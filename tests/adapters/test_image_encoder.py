@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Batch
 
@@ -33,8 +34,8 @@ def weights(model: SDXL) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in encoder(model).net.state_dict().items()}
 
 
-def pictures(num: int, size: tuple[int, int]) -> list[Image.Image]:
-    """Smooth pictures of `size` (height, width) with full contrast, as photographs are."""
+def smooth_images(num: int, size: tuple[int, int]) -> list[Image.Image]:
+    """Smooth images of `size` (height, width) with full contrast, as photographs are."""
     draws = np.random.default_rng(2)
     coarse = draws.integers(0, 256, (num, 5, 6, 3), dtype=np.uint8)
     return [Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC) for array in coarse]
@@ -47,12 +48,12 @@ def batch_of(images: list[Image.Image]) -> Batch:
 
 
 def prepared(model: SDXL, batch: Batch) -> Tensor:
-    """What the network is given."""
-    held: list[Tensor] = []
-    handle = encoder(model).net.register_forward_pre_hook(lambda _, args: held.append(args[0].detach()))
+    """The network's input."""
+    inputs: list[Tensor] = []
+    handle = encoder(model).net.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     encoder(model).embed(batch)
     handle.remove()
-    return held[0]
+    return inputs[0]
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def test_what_is_saved_is_transformers_own(tiny_base: Path, tmp_path: Path) -> N
     encoder(model).save(tmp_path / 'e')
     theirs, info = CLIPVisionModelWithProjection.from_pretrained(tmp_path / 'e', output_loading_info=True)
     assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
-    processor, images = CLIPImageProcessorPil.from_pretrained(tmp_path / 'e'), pictures(3, (32, 32))
+    processor, images = CLIPImageProcessorPil.from_pretrained(tmp_path / 'e'), smooth_images(3, (32, 32))
     batch = batch_of(images)
     assert torch.equal(theirs(prepared(model, batch)).image_embeds, encoder(model).embed(batch))
     pixels = processor(images, return_tensors='pt').pixel_values
@@ -77,12 +78,12 @@ def test_what_is_saved_is_transformers_own(tiny_base: Path, tmp_path: Path) -> N
 def test_other_sizes_are_scaled_and_cut_as_transformers_does(tiny_base: Path, tmp_path: Path,
                                                              size: tuple[int, int]) -> None:
     """Within the rounding of PIL's bicubic filter to 8 bits."""
-    model, images = build(tiny_base), pictures(2, size)
+    model, images = build(tiny_base), smooth_images(2, size)
     encoder(model).save(tmp_path / 'e')
     expected = CLIPImageProcessorPil.from_pretrained(tmp_path / 'e')(images, return_tensors='pt').pixel_values
-    found = prepared(model, batch_of(images))
-    assert found.shape == expected.shape
-    gray_levels = (found - expected).abs() * torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1) * 255
+    results = prepared(model, batch_of(images))
+    assert results.shape == expected.shape
+    gray_levels = (results - expected).abs() * torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1) * 255
     assert gray_levels.max() < 2.5 and gray_levels.mean() < 0.5, (gray_levels.max(), gray_levels.mean())
 
 
@@ -121,8 +122,8 @@ def test_saved_weights_come_back(tiny_base: Path, tmp_path: Path) -> None:
     assert before['visual_projection.weight'].dtype == torch.float64
 
 
-def test_it_adds_nothing_to_a_picture(tiny_base: Path) -> None:
-    """Bitwise; beside another adapter, too. Detached, nothing of it is left."""
+def test_it_adds_nothing_to_an_image(tiny_base: Path) -> None:
+    """Bitwise, also beside another adapter; once detached, it leaves no parameters."""
     batch = picture_batch(['a red star'], [3], (32, 32), conditions={'conditioning_image': torch.rand(1, 3, 32, 32)})
     base = SDXL(pretrained=str(tiny_base))
     model = build(tiny_base)
@@ -130,47 +131,48 @@ def test_it_adds_nothing_to_a_picture(tiny_base: Path) -> None:
     assert torch.equal(sampler(steps=2)(model, batch), expected)
     beside = [SDXL(pretrained=str(tiny_base), adapters=adapters) for adapters in (
         dict(a=t2i()), dict(a=t2i(), image_encoder=SMALL), dict(image_encoder=SMALL, a=t2i()))]
-    found = [sampler(steps=2)(m, batch) for m in beside]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and not torch.equal(found[0], expected)
+    latents = [sampler(steps=2)(m, batch) for m in beside]
+    assert torch.equal(latents[0], latents[1]) and torch.equal(latents[0], latents[2])
+    assert not torch.equal(latents[0], expected)
     model.adapters.pop('image_encoder').detach(model)
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in base.named_parameters()}
 
 
-def test_frozen_it_does_not_train(tiny_base: Path) -> None:
+def test_a_frozen_one_does_not_train(tiny_base: Path) -> None:
     assert not build(tiny_base, trainable=False).trainables()
     owned = build(tiny_base).trainables()
     assert list(owned) == ['image_encoder'] and len(owned['image_encoder']) > 20
 
 
 def test_a_batch_without_images_is_refused(tiny_base: Path) -> None:
-    with pytest.raises(ValueError, match="hold no 'img'; an image encoder cannot learn from cached latents"):
+    with pytest.raises(UserError, match="hold no 'img'; an image encoder cannot learn from cached latents"):
         encoder(build(tiny_base)).embed(make_batch(1, img=None))
 
 
 def test_weights_that_do_not_fit_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    """One of another base, one of other sizes, one without a key, none at all; the adapter stays as it was."""
+    """Of another base, of other sizes, without a key, without a file; the adapter is unchanged."""
     model = build(tiny_base)
     before = weights(model)
     encoder(model).save(tmp_path / 'e')
     wide = CLIPVisionModelWithProjection(type(encoder(model).net.config)(**{
         **{k: v for k, v in SMALL.items() if k != 'type'}, 'projection_dim': 48, 'intermediate_size': 128}))
     wide.save_pretrained(tmp_path / 'wide')
-    with pytest.raises(ValueError, match="wide' projects images to 48 numbers; .* text_encoder_2 has 32. Take the one"):
+    with pytest.raises(UserError, match="wide' projects images to 48 numbers; .* text_encoder_2 has 32. Use"):
         build(tiny_base, weights=str(tmp_path / 'wide'))
-    with pytest.raises(ValueError, match="does not fit .*'image_encoder': it has projection_dim=48 instead of 32"):
+    with pytest.raises(UserError, match="does not fit adapter 'image_encoder' .* projection_dim=48 instead of 32"):
         encoder(model).load(tmp_path / 'wide')
     encoder(build(tiny_base, patch_size=16)).save(tmp_path / 'coarse')
-    with pytest.raises(ValueError, match='it has patch_size=16 instead of 8'):
+    with pytest.raises(UserError, match='it has patch_size=16 instead of 8'):
         encoder(model).load(tmp_path / 'coarse')
     shutil.copytree(tmp_path / 'e', tmp_path / 'less')
     state = load_file(tmp_path / 'less' / 'model.safetensors')
     state.pop('visual_projection.weight')
     save_file(state, tmp_path / 'less' / 'model.safetensors', metadata={'format': 'pt'})
-    for source, words in (('less', 'visual_projection.weight'), ('nowhere', 'nowhere')):
-        with pytest.raises(ValueError, match=words):
+    for source, message in (('less', 'visual_projection.weight'), ('nowhere', 'nowhere')):
+        with pytest.raises(UserError, match=message):
             encoder(model).load(tmp_path / source)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=message):
             build(tiny_base, weights=str(tmp_path / source))
-    with pytest.raises(ValueError, match="has no folder 'shapes/nothing'"):
+    with pytest.raises(UserError, match="has no folder 'shapes/nothing'"):
         build(tiny_base, weights='diffengine_sdxl::shapes/nothing')
     assert_same(weights(model), before)

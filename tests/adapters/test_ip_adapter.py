@@ -1,4 +1,4 @@
-"""IP-Adapters: bitwise stock's pictures, a training step against one written by hand, and what they refuse."""
+"""IP-Adapters: bitwise diffusers, a training step against one written by hand, and what they refuse."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.models.attention import ImagePrompts
+from diffengine_sdxl.attention import ImagePrompts
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.prompt_branches import encode_text
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Batch
 from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_sdxl
@@ -29,7 +31,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many attentions a block as SDXL's."""
+    """With as many attentions per block as SDXL."""
     return write_tiny_sdxl(tmp_path_factory.mktemp('base') / 'sdxl', layers_per_block=2)
 
 
@@ -38,7 +40,7 @@ def ip(encoder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def build(base: Path, settings: dict[str, Any], **others: Any) -> SDXL:
-    """An SDXL whose IP-Adapters are as if trained: another projector, other keys and values than the base's."""
+    """An SDXL whose IP-Adapters look trained: projection, keys and values are not the fresh ones."""
     model = SDXL(pretrained=str(base), adapters=settings, objective=dict(type='Denoise'), **others)
     with torch.no_grad():
         for name, adapter in model.adapters.items():
@@ -52,37 +54,37 @@ def references(num: int = 2, num_images: int = 1, seed: int = 6) -> Tensor:
     return images(num * num_images, seed=seed).unflatten(0, (num, num_images))
 
 
-def pictures(model: SDXL, **conditions: Tensor) -> Tensor:
+def sample(model: SDXL, **conditions: Tensor) -> Tensor:
     return sampler(steps=3)(model, picture_batch(PROMPTS[:2], SEEDS, conditions=conditions))
 
 
-def with_stock(base: Path, model: SDXL, folder: Path, scale: Any = None,
+def diffusers_latents(base: Path, model: SDXL, folder: Path, scale: Any = None,
                masks: list[Tensor | None] | None = None, **conditions: Tensor) -> Tensor:
-    """Stock's latents, from the exported adapters and each sample's own embeddings."""
+    """diffusers' latents, from the exported adapters and each sample's own embeddings."""
     from transformers import CLIPVisionModelWithProjection
     pipeline, embeds = stock(base), []
     for name, adapter in model.adapters.items():
         adapter.save(folder / name)
-        pixels = conditions[adapter.reads]
+        pixels = conditions[adapter.condition_key]
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
             (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
         net = CLIPVisionModelWithProjection.from_pretrained(adapter.encoder_source[0]).requires_grad_(False)
         flat = ((pixels - mean) / std).flatten(0, 1)
-        if adapter.variant == 'plus':
+        if adapter.architecture == 'plus':
             # The pipeline's `encode_image` encodes zero pixels once, as many images as a prompt has.
-            null, own = (net(x, output_hidden_states=True).hidden_states[-2] for x in (
+            null, hidden = (net(x, output_hidden_states=True).hidden_states[-2] for x in (
                 torch.zeros_like(flat[:pixels.shape[1]]), flat))
-            found = [null.repeat(len(pixels), 1, 1), own]
+            branches = [null.repeat(len(pixels), 1, 1), hidden]
         else:
-            found = [torch.zeros_like(net(flat).image_embeds), net(flat).image_embeds]
-        embeds.append(torch.cat([x.unflatten(0, pixels.shape[:2]) for x in found]))
+            branches = [torch.zeros_like(net(flat).image_embeds), net(flat).image_embeds]
+        embeds.append(torch.cat([x.unflatten(0, pixels.shape[:2]) for x in branches]))
     pipeline.load_ip_adapter(folder, subfolder=list(model.adapters), image_encoder_folder=None,
                              weight_name=['ip_adapter.safetensors'] * len(embeds))
     pipeline.unet.requires_grad_(False)
     if scale is not None:
         pipeline.set_ip_adapter_scale(scale)
-    # The pipeline repeats all embeddings for each prompt, which mixes prompts that have images of their own up: take
-    # the first copy, of the unconditional half and of the other.
+    # The pipeline repeats all embeddings for each prompt, which mixes up prompts that have their own images: use the
+    # first copy, of the unconditional half and of the other.
     pipeline.unet.encoder_hid_proj.register_forward_pre_hook(
         lambda _, args: ([x.unflatten(0, (2, 2, -1))[:, 0].flatten(0, 1) for x in args[0]],))
     return pipeline(
@@ -91,46 +93,48 @@ def with_stock(base: Path, model: SDXL, folder: Path, scale: Any = None,
 
 
 @pytest.mark.parametrize('num_images', [1, 2])
-@pytest.mark.parametrize('variant', ['base', 'plus'])
-def test_latents_are_bitwise_stocks(base: Path, encoder: Path, tmp_path: Path, variant: str, num_images: int) -> None:
-    """Two prompts, each with pictures of its own, guided; in full, at 0.6, and in blocks of different scales."""
+@pytest.mark.parametrize('architecture', ['base', 'plus'])
+def test_latents_are_bitwise_diffusers(base: Path, encoder: Path, tmp_path: Path, architecture: str,
+                                       num_images: int) -> None:
+    """Two prompts, each with its own images, guided; in full, at 0.6, and in blocks of different scales."""
     shown = references(2, num_images)
-    model = build(base, dict(a=ip(encoder, variant=variant)))
+    model = build(base, dict(a=ip(encoder, architecture=architecture)))
     seen = []
     for scale in (1.0, 0.6):
         model.adapters['a'].scale = scale
-        seen.append(pictures(model, reference=shown))
-        assert torch.equal(seen[-1], with_stock(base, model, tmp_path, scale, reference=shown))
+        seen.append(sample(model, reference=shown))
+        assert torch.equal(seen[-1], diffusers_latents(base, model, tmp_path, scale, reference=shown))
     blocks = {'down': {'block_2': [0.0, 0.5]}, 'up': {'block_0': [0.0, 1.0, 0.0], 'block_1': 0.25}}
-    model = build(base, dict(a=ip(encoder, variant=variant, blocks=blocks)))
-    seen.append(pictures(model, reference=shown))
-    assert torch.equal(seen[-1], with_stock(base, model, tmp_path, blocks, reference=shown))
+    model = build(base, dict(a=ip(encoder, architecture=architecture, blocks=blocks)))
+    seen.append(sample(model, reference=shown))
+    assert torch.equal(seen[-1], diffusers_latents(base, model, tmp_path, blocks, reference=shown))
     assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(seen))
 
 
-def test_several_adapters_and_masks_are_bitwise_stocks(base: Path, encoder: Path, tmp_path: Path) -> None:
+def test_several_adapters_and_masks_are_bitwise_diffusers(base: Path, encoder: Path, tmp_path: Path) -> None:
     """Two masked images of a base adapter beside one of a plus, at other scales."""
     halves = torch.zeros(1, 2, 64, 64)
     halves[:, 0, :, :24], halves[:, 1, :, 40:] = 1, 1
-    settings = dict(a=ip(encoder, reads='one', mask='where'), b=ip(encoder, reads='two', variant='plus', scale=0.6))
+    settings = dict(a=ip(encoder, condition_key='one', mask='where'),
+                    b=ip(encoder, condition_key='two', architecture='plus', scale=0.6))
     shown = dict(one=references(2, 2), two=references(2, 1, seed=9))
     model = build(base, settings)
-    unmasked = build(base, {**settings, 'a': ip(encoder, reads='one')})
+    unmasked = build(base, {**settings, 'a': ip(encoder, condition_key='one')})
     scales = [1.0, 0.6]
-    expected = with_stock(base, model, tmp_path, scales, None, **shown)
-    assert torch.equal(pictures(unmasked, **shown), expected)
-    got = pictures(model, where=halves.expand(2, -1, -1, -1), **shown)
+    expected = diffusers_latents(base, model, tmp_path, scales, None, **shown)
+    assert torch.equal(sample(unmasked, **shown), expected)
+    got = sample(model, where=halves.expand(2, -1, -1, -1), **shown)
     assert (got - expected).abs().max() > 1e-3
-    assert torch.equal(got, with_stock(base, model, tmp_path, scales, [halves, None], **shown))
+    assert torch.equal(got, diffusers_latents(base, model, tmp_path, scales, [halves, None], **shown))
 
 
 @pytest.mark.parametrize('num_images', [1, 2])
-@pytest.mark.parametrize('variant', ['base', 'plus'])
-def test_a_persons_pictures_are_read_as_stock_reads_them(
-        base: Path, encoder: Path, tmp_path: Path, variant: str, num_images: int) -> None:
-    """From PIL, of other proportions than the encoder's, through stock's own image encoder and image processor."""
+@pytest.mark.parametrize('architecture', ['base', 'plus'])
+def test_images_are_read_as_in_diffusers(
+        base: Path, encoder: Path, tmp_path: Path, architecture: str, num_images: int) -> None:
+    """From PIL, of another aspect ratio than the encoder's, through diffusers' image encoder and image processor."""
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
-    model = build(base, dict(a=ip(encoder, variant=variant)))
+    model = build(base, dict(a=ip(encoder, architecture=architecture)))
     model.adapters['a'].save(tmp_path / 'a')
     shown = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (90 + 30 * i, 70, 3), dtype=np.uint8))
              for i in range(num_images)]
@@ -205,7 +209,7 @@ def step_by_hand(model: SDXL, encoder: Path, batch: Batch, mask: Tensor | None) 
         (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
     pixels = ((shown - mean) / std).double()
     pixels[batch.drop['a']] = 0
-    if adapter.variant == 'plus':
+    if adapter.architecture == 'plus':
         tokens = resampler(w, net(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-2])
     else:
         embeds = net(pixels.flatten(0, 1)).image_embeds.unflatten(0, shown.shape[:2])
@@ -213,7 +217,7 @@ def step_by_hand(model: SDXL, encoder: Path, batch: Batch, mask: Tensor | None) 
         tokens = (embeds.flatten(0, 1) @ w['image_embeds.weight'].T + w['image_embeds.bias']).unflatten(-1, (4, -1))
         tokens = norm(tokens, w['norm.weight'], w['norm.bias'])
     tokens = tokens.unflatten(0, shown.shape[:2])
-    text, pooled, ids = model._encode_text(replace(batch, drop={}), 'cond')
+    text, pooled, ids = encode_text(model, replace(batch, drop={}), 'cond')
     text, pooled = (x * ~batch.drop['text'].view(-1, *[1] * (x.dim() - 1)) for x in (text, pooled))
     noise, u = draws.normal('noise', (4, 8, 8)).double(), draws.uniform('timestep')
     t = (u.double() * 1000).long()
@@ -235,29 +239,30 @@ def step_by_hand(model: SDXL, encoder: Path, batch: Batch, mask: Tensor | None) 
     return loss.detach(), {f'adapters.a.{n}': p.grad for n, p in names.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize(('variant', 'num_images', 'masked'),
+@pytest.mark.parametrize(('architecture', 'num_images', 'masked'),
                          [('base', 1, False), ('base', 2, True), ('plus', 2, False)])
-def test_a_training_step_is_the_formula(tiny_base: Path, encoder: Path, variant: str, num_images: int,
+def test_a_training_step_is_the_formula(tiny_base: Path, encoder: Path, architecture: str, num_images: int,
                                         masked: bool) -> None:
-    """In fp64, with the picture, the text and both dropped in one batch; loss and every gradient."""
-    model = build(tiny_base, dict(a=ip(encoder, variant=variant, depth=2, scale=0.7, mask='where' if masked else None)),
-                  dtype='float64')
+    """In fp64, with the image, the text and both dropped in one batch; loss and every gradient."""
+    settings = ip(encoder, architecture=architecture, depth=2, scale=0.7, mask='where' if masked else None)
+    model = build(tiny_base, dict(a=settings), dtype='float64')
     mask = (images(4, channels=num_images, seed=8) > 0.3).float() if masked else None
     batch = make_batch(4, conditions={'reference': references(4, num_images), **({'where': mask} if masked else {})},
                        drop={'a': torch.tensor([0, 1, 0, 1]).bool(), 'text': torch.tensor([0, 0, 1, 1]).bool()})
-    loss, found = grads(model, batch)
+    loss, gradients = grads(model, batch)
     expected, theirs = step_by_hand(model, encoder, batch, mask)
-    assert_same({'loss': loss, **found}, {'loss': expected, **theirs}, 1e-10)
+    assert_same({'loss': loss, **gradients}, {'loss': expected, **theirs}, 1e-10)
     other, _ = grads(model, replace(batch, drop={**batch.drop, 'a': torch.zeros(4).bool()}))
     assert abs(other - loss) > 1e-6
 
 
-@pytest.mark.parametrize('variant', ['base', 'plus'])
-def test_gradients_do_not_know_of_checkpointing(base: Path, encoder: Path, variant: str) -> None:
-    """Bitwise, also where calls of the UNet with other images come between forward and backward."""
+@pytest.mark.parametrize('architecture', ['base', 'plus'])
+def test_gradients_with_checkpointing(base: Path, encoder: Path, architecture: str) -> None:
+    """Bitwise the same, even if a call of the UNet with other images comes between forward and backward."""
     results = []
     for checkpointing in (False, True):
-        model = build(base, dict(a=ip(encoder, variant=variant, mask='where')), gradient_checkpointing=checkpointing)
+        model = build(base, dict(a=ip(encoder, architecture=architecture, mask='where')),
+                      gradient_checkpointing=checkpointing)
         batch = make_batch(2, conditions={'reference': references(), 'where': images(2, channels=1)})
         model.train()
         loss = model(batch, mode='loss')['loss']
@@ -269,23 +274,23 @@ def test_gradients_do_not_know_of_checkpointing(base: Path, encoder: Path, varia
     assert_same(results[1], results[0])
 
 
-def test_what_acts_nowhere_does_not_train(base: Path, encoder: Path) -> None:
-    """Weight decay would pull it to 0 otherwise; all that is declared has a gradient, at scale 0 too, of zeros."""
+def test_keys_and_values_that_act_nowhere_do_not_train(base: Path, encoder: Path) -> None:
+    """Weight decay would shrink them; all that is declared has a gradient, at scale 0 too, of zeros."""
     model = build(base, dict(a=ip(encoder, blocks='style')))
     adapter = model.adapters['a']
     acting = [i for i, n in enumerate(adapter.layers) if n.startswith('up_blocks.0.attentions.1.')]
     batch = make_batch(2, conditions={'reference': references()})
-    _, found = grads(model, batch)
+    _, gradients = grads(model, batch)
     layers = {f'adapters.a.to_{x}.{i}.weight' for i in acting for x in 'kv'}
-    assert set(found) == layers | {f'adapters.a.projector.{n}' for n, _ in adapter.projector.named_parameters()}
-    assert set(found) == {n for n, _ in model.trainables()['a']} == set(model.state_dict())
-    assert len(adapter.owned()) > len(found) and all(g.any() for g in found.values())
+    assert set(gradients) == layers | {f'adapters.a.projector.{n}' for n, _ in adapter.projector.named_parameters()}
+    assert set(gradients) == {n for n, _ in model.trainables()['a']} == set(model.state_dict())
+    assert len(adapter.all_parameters()) > len(gradients) and all(g.any() for g in gradients.values())
     adapter.scale = 0.0
     assert not any(g.any() for g in grads(model, batch)[1].values())
 
 
 def test_fresh_keys_and_values_are_the_bases(tiny_base: Path, encoder: Path) -> None:
-    """Also where a LoRA lies around the base's layers; what peft attaches by a short name never catches them."""
+    """Also if a LoRA wraps the base's layers; targets of peft that are short names don't match the adapter's."""
     from peft import LoraConfig, inject_adapter_in_model
     model = SDXL(pretrained=str(tiny_base), adapters=dict(a=ip(encoder)))
     adapter = model.adapters['a']
@@ -304,14 +309,14 @@ def test_fresh_keys_and_values_are_the_bases(tiny_base: Path, encoder: Path) -> 
     assert all(type(layer) is nn.Linear for layer in (*adapter.to_k, *adapter.to_v))
 
 
-@pytest.mark.parametrize('variant', ['base', 'plus'])
-def test_embeddings_may_come_from_the_data(tiny_base: Path, encoder: Path, variant: str) -> None:
-    """What the encoder would compute gives the same pictures and the same step; 'average' is their mean."""
-    model = build(tiny_base, dict(a=ip(encoder, variant=variant)))
+@pytest.mark.parametrize('architecture', ['base', 'plus'])
+def test_embeddings_may_come_from_the_data(tiny_base: Path, encoder: Path, architecture: str) -> None:
+    """The encoder's output as a condition gives the same latents and gradients; 'average' is the mean."""
+    model = build(tiny_base, dict(a=ip(encoder, architecture=architecture)))
     adapter, shown = model.adapters['a'], references(2, 2)
     embeds = adapter.encode(make_batch(conditions={'reference': shown}))['embeds']
-    assert embeds.shape[:2] == (2, 2) and embeds.shape[-1] == (24 if variant == 'base' else 32)
-    assert torch.equal(pictures(model, reference=shown), pictures(model, reference_embeds=embeds))
+    assert embeds.shape[:2] == (2, 2) and embeds.shape[-1] == (24 if architecture == 'base' else 32)
+    assert torch.equal(sample(model, reference=shown), sample(model, reference_embeds=embeds))
     steps = [grads(model, make_batch(conditions=c, drop={'a': torch.tensor([False, True])}))
              for c in ({'reference': shown}, {'reference_embeds': embeds})]
     assert_same(*(step[1] for step in steps))
@@ -319,86 +324,89 @@ def test_embeddings_may_come_from_the_data(tiny_base: Path, encoder: Path, varia
                     for s in (shown[:, :1], shown[:, 0]))
     assert torch.equal(one, several) and torch.equal(one, adapter.encode(make_batch(
         conditions={'reference_embeds': one[:, 0]}))['embeds'])
-    for several in ('average', 'concat'):
-        adapter.several = several
-        found = [pictures(model, reference=shown), pictures(model, reference_embeds=embeds.mean(1, keepdim=True))]
-        assert torch.equal(*found) == (several == 'average')
-    with pytest.raises(ValueError, match="'reference_embeds' is .*adapter 'a' takes"):
-        pictures(model, reference_embeds=embeds[..., 1:])
+    for multi_image in ('average', 'concat'):
+        adapter.multi_image = multi_image
+        results = [sample(model, reference=shown), sample(model, reference_embeds=embeds.mean(1, keepdim=True))]
+        assert torch.equal(*results) == (multi_image == 'average')
+    with pytest.raises(UserError, match="'reference_embeds' is .*adapter 'a' takes"):
+        sample(model, reference_embeds=embeds[..., 1:])
 
 
 def test_adapters_share_an_image_encoder(tiny_base: Path, encoder: Path, tmp_path: Path) -> None:
-    """Loaded once, registered once, in the model's dtype; it goes with the last adapter that reads through it."""
+    """Loaded once, registered once, in the model's dtype; dropped with the last adapter that uses it."""
     other = write_tiny_image_encoder(tmp_path / 'other', seed=1)
-    settings = dict(a=ip(encoder), b=ip(encoder, variant='plus', reads='two'), c=ip(other, reads='three'))
+    settings = dict(a=ip(encoder), b=ip(encoder, architecture='plus', condition_key='two'),
+                    c=ip(other, condition_key='three'))
     model = build(tiny_base, settings, dtype='float64')
     a, b, c = (model.adapters[name] for name in 'abc')
-    assert a.encoder is b.encoder is not c.encoder and len(model.shared) == 2
+    assert a.encoder is b.encoder is not c.encoder and len(model.shared_encoders) == 2
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     assert len(names) == len(set(names)) == len({id(p) for p in model.parameters()})
     assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert not any(p.requires_grad for p in model.shared.parameters())
+    assert not any(p.requires_grad for p in model.shared_encoders.parameters())
     assert not any('encoder' in n for x in (a, b, c) for n, _ in x.named_parameters())
     shown = dict(reference=references(), two=references(seed=1), three=references(seed=2))
     model.train()
     assert not a.encoder.net.training
-    alone = pictures(build(tiny_base, {n: settings[n] for n in 'bc'}, dtype='float64'), **shown)
+    alone = sample(build(tiny_base, {n: settings[n] for n in 'bc'}, dtype='float64'), **shown)
     model.adapters.pop('a').detach(model)
-    assert len(model.shared) == 2 and torch.equal(pictures(model, **shown), alone)
+    assert len(model.shared_encoders) == 2 and torch.equal(sample(model, **shown), alone)
     model.adapters.pop('b').detach(model)
     model.adapters.pop('c').detach(model)
-    assert len(model.shared) == 0 and not any(isinstance(p, ImagePrompts) for p in model.unet.attn_processors.values())
+    assert len(model.shared_encoders) == 0
+    assert not any(isinstance(p, ImagePrompts) for p in model.unet.attn_processors.values())
 
 
 @pytest.mark.parametrize('trainable', [True, False])
 def test_half_precision(tiny_base: Path, encoder: Path, trainable: bool) -> None:
-    """Beside a bf16 base a trained adapter is fp32 and a frozen one bf16; near the fp32 pictures in either case."""
-    settings = ip(encoder, variant='plus', trainable=trainable)
+    """Beside a bf16 base a trained adapter is fp32 and a frozen one bf16; both are close to the fp32 latents."""
+    settings = ip(encoder, architecture='plus', trainable=trainable)
     model, exact = (build(tiny_base, dict(a=settings), **s) for s in (dict(mixed_precision='bf16'), {}))
-    own = torch.float32 if trainable else torch.bfloat16
-    assert {p.dtype for p in model.adapters['a'].parameters()} == {own}
+    dtype = torch.float32 if trainable else torch.bfloat16
+    assert {p.dtype for p in model.adapters['a'].parameters()} == {dtype}
     assert model.adapters['a'].encoder.net.dtype == torch.bfloat16
     batch = make_batch(2, conditions={'reference': references()})
     if trainable:
-        assert all(g.dtype == own and g.isfinite().all() and g.any() for g in grads(model, batch)[1].values())
-    far = (pictures(model, reference=references()) - pictures(exact, reference=references())).norm()
-    assert far < 0.1 * pictures(exact, reference=references()).norm()
+        assert all(g.dtype == dtype and g.isfinite().all() and g.any() for g in grads(model, batch)[1].values())
+    far = (sample(model, reference=references()) - sample(exact, reference=references())).norm()
+    assert far < 0.1 * sample(exact, reference=references()).norm()
     base = SDXL(pretrained=str(tiny_base), mixed_precision='bf16')
-    with model.without_adapters():
-        assert torch.equal(pictures(model, reference=references()), pictures(base))
+    with model.disable_adapters():
+        assert torch.equal(sample(model, reference=references()), sample(base))
 
 
-@pytest.mark.parametrize(('conditions', 'said'), [
+@pytest.mark.parametrize(('conditions', 'message'), [
     ({}, "'a' reads 'reference', but the samples hold"),
     ({'reference': (2, 3, 48, 64)}, r'is \(3, 48, 64\).*takes \(3, 64, 64\).*ImagePrompt.*size=64'),
     ({'reference': (2, 1, 64, 64)}, r'is \(1, 64, 64\)'),
-    ({'reference': (2, 3, 64, 64), 'where': None}, "within the mask 'where', but the samples hold"),
-    ({'reference': (2, 3, 64, 64), 'where': (2, 32, 64)}, r"'where' of adapter 'a' is 32 x 64.*picture, 64 x 64"),
+    ({'reference': (2, 3, 64, 64), 'where': None}, "needs the mask 'where', but the samples hold"),
+    ({'reference': (2, 3, 64, 64), 'where': (2, 32, 64)}, r"'where' of adapter 'a' is 32 x 64.*output's size, 64 x 64"),
     ({'reference': (2, 3, 64, 64), 'where': (2, 2, 64, 64)}, r'\(2, 2, 64, 64\).*takes \[B, 1, H, W\]'),
     ({'reference': (2, 2, 3, 64, 64), 'where': (2, 64, 64)}, r'one for each of its 2 images')])
 def test_conditions_that_do_not_fit_are_refused(tiny_base: Path, encoder: Path, conditions: dict[str, Any],
-                                                said: str) -> None:
-    """A picture that is missing or of another size; masks of another size or number."""
+                                                message: str) -> None:
+    """An image that is missing or of another size; masks of another size or number."""
     model = SDXL(pretrained=str(tiny_base), objective=dict(type='Denoise'),
                  adapters=dict(a=ip(encoder, mask='where' if 'where' in conditions else None)))
     tensors = {k: torch.rand(v) for k, v in conditions.items() if v is not None}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=message):
         model(make_batch(2, conditions=tensors), mode='loss')
 
 
-def test_a_gray_picture_is_one_mask(tiny_base: Path, encoder: Path) -> None:
-    """[B, H, W], [B, 1, H, W] and the RGB that PackInputs makes of it: the same pictures."""
+def test_a_gray_image_is_one_mask(tiny_base: Path, encoder: Path) -> None:
+    """[B, H, W], [B, 1, H, W] and the RGB that PackInputs makes of it: the same latents."""
     model = build(tiny_base, dict(a=ip(encoder, mask='where')))
     mask = (images(2, channels=1, seed=3) > 0.5).float()
-    made = [pictures(model, reference=references(), where=m) for m in (mask, mask[:, 0], mask.expand(-1, 3, -1, -1))]
+    made = [sample(model, reference=references(), where=m) for m in (mask, mask[:, 0], mask.expand(-1, 3, -1, -1))]
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
-@pytest.mark.parametrize(('settings', 'said'), [
-    (dict(variant='full'), "variant='full'.*'base'"), (dict(several='sum'), "several='sum'.*'concat'"),
-    (dict(blocks='layout'), r'down_blocks\.2\.attentions\.1.*does not have'), (dict(window=(1, 0)), 'window'),
+@pytest.mark.parametrize(('settings', 'message'), [
+    (dict(architecture='full'), "architecture='full'.*'base'"),
+    (dict(multi_image='sum'), "multi_image='sum'.*'concat'"), (dict(active_range=(1, 0)), 'active_range'),
+    (dict(blocks='layout'), r'down_blocks\.2\.attentions\.1.*does not have'),
     (dict(image_encoder='nowhere/at/all'), 'nowhere/at/all'), (dict(image_encoder_subfolder='sub'), 'sub')])
 def test_options_that_do_not_fit_are_refused(tiny_base: Path, encoder: Path, settings: dict[str, Any],
-                                             said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+                                             message: str) -> None:
+    with pytest.raises(UserError, match=message):
         SDXL(pretrained=str(tiny_base), adapters=dict(a={**ip(encoder), **settings}))

@@ -1,4 +1,4 @@
-"""IP-Adapter files and image encoders: those that people have, and a sentence for each that does not fit."""
+"""IP-Adapter files and image encoders: supported ones, and an error for each that does not fit."""
 
 import os
 import re
@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.adapters.projectors import Preparation, projector
+from diffengine_sdxl.adapters.frozen_image_encoder import ImagePreprocessing
+from diffengine_sdxl.adapters.image_projection import image_projection
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_sdxl
 
 NAME = 'ip_adapter.safetensors'
-VARIANTS = pytest.mark.parametrize('variant', ['base', 'plus'])
+ARCHITECTURES = pytest.mark.parametrize('architecture', ['base', 'plus'])
 
 
 @pytest.fixture(scope='module')
@@ -50,12 +52,12 @@ def nested(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-@VARIANTS
+@ARCHITECTURES
 @pytest.mark.parametrize('suffix', ['.safetensors', '.bin'])
-def test_stock_reads_every_tensor_as_we_do(tiny_base: Path, encoder: Path, tmp_path: Path, variant: str,
+def test_stock_reads_every_tensor_as_we_do(tiny_base: Path, encoder: Path, tmp_path: Path, architecture: str,
                                            suffix: str) -> None:
     """Projector, keys and values, bitwise, in diffusers' UNet; and ours again from the same file."""
-    model = build(tiny_base, encoder, shake=True, variant=variant)
+    model = build(tiny_base, encoder, shake=True, architecture=architecture)
     adapter = model.adapters['a']
     adapter.save(tmp_path)
     assert os.listdir(tmp_path) == [NAME]
@@ -73,9 +75,9 @@ def test_stock_reads_every_tensor_as_we_do(tiny_base: Path, encoder: Path, tmp_p
     for i, layer in enumerate(adapter.layers):
         own = processors[f'{layer}.processor'].state_dict()
         assert_same(own, {f'to_{x}_ip.0.weight': getattr(adapter, f'to_{x}')[i].weight.detach() for x in 'kv'})
-    fresh = build(tiny_base, encoder, variant=variant)
+    fresh = build(tiny_base, encoder, architecture=architecture)
     fresh.adapters['a'].load(tmp_path / name)
-    given = build(tiny_base, encoder, variant=variant, weights=str(tmp_path), weight_name=name)
+    given = build(tiny_base, encoder, architecture=architecture, weights=str(tmp_path), weight_name=name)
     for other in (fresh, given):
         assert_same(state(other), state(model))
 
@@ -92,7 +94,7 @@ def test_the_layout_is_the_authors(tmp_path: Path, encoder: Path) -> None:
     # Of the first and last cross-attentions in the authors' files: 640 wide in the first down block, 1280 in the mid.
     assert [keys[f'ip_adapter.{n}.to_k_ip.weight'].shape[0] for n in (1, 7, 9, 47, 49, 107, 109, 119, 121, 139)] == [
         32, 32, 64, 64, 64, 64, 32, 32, 64, 64]
-    plus = build(base, encoder, variant='plus', depth=4)
+    plus = build(base, encoder, architecture='plus', depth=4)
     plus.adapters['a'].save(tmp_path / 'plus')
     block = {f'image_proj.layers.{i}.{k}' for i in range(4) for k in (
         '0.norm1.weight', '0.norm1.bias', '0.norm2.weight', '0.norm2.bias', '0.to_q.weight', '0.to_kv.weight',
@@ -105,7 +107,7 @@ def test_the_layout_is_the_authors(tmp_path: Path, encoder: Path) -> None:
 def test_a_fresh_projector_has_the_authors_widths() -> None:
     """For SDXL and CLIP ViT-H: those of ip-adapter_sdxl_vit-h and ip-adapter-plus_sdxl_vit-h."""
     with torch.device('meta'):
-        plus, base = projector('plus', 1280, 2048), projector('base', 1024, 2048)
+        plus, base = image_projection('plus', 1280, 2048), image_projection('base', 1024, 2048)
     shapes = {k: tuple(v.shape) for k, v in plus.state_dict().items()}
     assert shapes['latents'] == (1, 16, 1280) and shapes['proj_in.weight'] == (1280, 1280)
     assert shapes['layers.3.attn.to_q.weight'] == (1280, 1280) and 'layers.4.ln0.weight' not in shapes
@@ -115,26 +117,28 @@ def test_a_fresh_projector_has_the_authors_widths() -> None:
 
 def test_weights_bring_their_own_sizes(tiny_base: Path, encoder: Path, tmp_path: Path) -> None:
     """Tokens, blocks, heads and widths that the config leaves open; half precision; a frozen one takes the base's."""
-    model = build(tiny_base, encoder, shake=True, variant='plus', num_tokens=5, depth=2, hidden=48, heads=3, ff_mult=2)
+    model = build(tiny_base, encoder, shake=True, architecture='plus', num_tokens=5, depth=2, hidden=48, heads=3,
+                  ff_mult=2)
     model.adapters['a'].save(tmp_path)
-    given = build(tiny_base, encoder, variant='plus', weights=str(tmp_path))
+    given = build(tiny_base, encoder, architecture='plus', weights=str(tmp_path))
     assert_same(state(given), state(model))
     assert given.adapters['a'].projector.layers[0].attn.heads == 3
     half = {k: v.half() for k, v in load_file(tmp_path / NAME).items()}
     save_file(half, tmp_path / NAME)
-    given = build(tiny_base, encoder, variant='plus', weights=str(tmp_path))
+    given = build(tiny_base, encoder, architecture='plus', weights=str(tmp_path))
     assert {p.dtype for p in given.adapters['a'].parameters()} == {torch.float32}
     assert_same(state(given), {k: v.half().float() for k, v in state(model).items()})
-    frozen = build(tiny_base, encoder, dtype='bfloat16', variant='plus', weights=str(tmp_path), trainable=False)
+    frozen = build(tiny_base, encoder, dtype='bfloat16', architecture='plus', weights=str(tmp_path), trainable=False)
     assert {p.dtype for p in frozen.adapters['a'].parameters()} == {torch.bfloat16}
     with pytest.raises(ValueError, match='makes 5 tokens.*num_tokens=16'):
-        build(tiny_base, encoder, variant='plus', weights=str(tmp_path), num_tokens=16)
+        build(tiny_base, encoder, architecture='plus', weights=str(tmp_path), num_tokens=16)
 
 
-@VARIANTS
-def test_every_missing_or_misnamed_key_is_named(tiny_base: Path, encoder: Path, tmp_path: Path, variant: str) -> None:
+@ARCHITECTURES
+def test_every_missing_or_misnamed_key_is_named(tiny_base: Path, encoder: Path, tmp_path: Path,
+                                                architecture: str) -> None:
     """Each of them, when loaded and when given as weights; the adapter stays as it was."""
-    model = build(tiny_base, encoder, shake=True, variant=variant, depth=1)
+    model = build(tiny_base, encoder, shake=True, architecture=architecture, depth=1)
     model.adapters['a'].save(tmp_path)
     before, tensors = state(model), load_file(tmp_path / NAME)
     for i, key in enumerate(tensors):
@@ -145,7 +149,7 @@ def test_every_missing_or_misnamed_key_is_named(tiny_base: Path, encoder: Path, 
                 model.adapters['a'].load(tmp_path)
         if i % 8 == 0:
             with pytest.raises(ValueError, match=re.escape(f'{key}_x')):
-                build(tiny_base, encoder, variant=variant, weights=str(tmp_path), depth=1)
+                build(tiny_base, encoder, architecture=architecture, weights=str(tmp_path), depth=1)
     save_file({**tensors, max(tensors): tensors[max(tensors)][:-1]}, tmp_path / NAME)
     with pytest.raises(ValueError, match=re.escape(max(tensors)) + r' is \(\d+, 64\) instead of'):
         model.adapters['a'].load(tmp_path)
@@ -157,7 +161,8 @@ def test_every_missing_or_misnamed_key_is_named(tiny_base: Path, encoder: Path, 
     (['image_proj.proj.0.weight', 'image_proj.proj.2.weight', 'image_proj.norm.weight'], 'FaceID'),
     (['image_proj.proj.0.weight', 'image_proj.proj.3.weight'], 'full face'),
     (['image_proj.proj.weight', 'ip_adapter.1.to_k_lora.down.weight'], 'FaceID.*LoRA'),
-    (['unet.conv_in.weight'], 'no IP-Adapter'), (['image_proj.proj.weight', 'optimizer.x'], r'1 unknown \(optimizer')])
+    (['unet.conv_in.weight'], 'is not an IP-Adapter'),
+    (['image_proj.proj.weight', 'optimizer.x'], r'1 unknown \(optimizer')])
 def test_other_kinds_are_refused_by_name(tiny_base: Path, encoder: Path, tmp_path: Path, keys: list[str],
                                          kind: str) -> None:
     save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / 'file.safetensors')
@@ -165,27 +170,28 @@ def test_other_kinds_are_refused_by_name(tiny_base: Path, encoder: Path, tmp_pat
         build(tiny_base, encoder, weights=str(tmp_path / 'file.safetensors'))
 
 
-@VARIANTS
-def test_what_was_made_for_others_is_refused(tiny_base: Path, encoder: Path, tmp_path: Path, variant: str) -> None:
-    """Another base, with both widths; another UNet of the same width; another image encoder; the other variant."""
+@ARCHITECTURES
+def test_what_was_made_for_others_is_refused(tiny_base: Path, encoder: Path, tmp_path: Path, architecture: str) -> None:
+    """Another base, with both widths; another UNet of the same width; another image encoder; the other architecture."""
     bases: dict[str, dict[str, Any]] = {
         'wide': dict(hidden=48, cross_attention_dim=96), 'deep': dict(transformer_layers_per_block=(1, 1, 3)),
         'broad': dict(channels=(16, 48, 64))}
     for name, changes in bases.items():
-        model = build(write_tiny_sdxl(tmp_path / name, **changes), encoder, variant=variant)
+        model = build(write_tiny_sdxl(tmp_path / name, **changes), encoder, architecture=architecture)
         model.adapters['a'].save(tmp_path / f'{name} adapter')
-    own = build(tiny_base, encoder, variant=variant)
+    own = build(tiny_base, encoder, architecture=architecture)
     for name, said in (('wide', 'tokens of 96 numbers; the base.s text has 64.*another base'),
                        ('deep', 'unknown.*ip_adapter'), ('broad', r'is \(48, 64\) instead of \(32, 64\)')):
         with pytest.raises(ValueError, match=said):
-            build(tiny_base, encoder, variant=variant, weights=str(tmp_path / f'{name} adapter'))
+            build(tiny_base, encoder, architecture=architecture, weights=str(tmp_path / f'{name} adapter'))
         with pytest.raises(ValueError, match=said):
             own.adapters['a'].load(tmp_path / f'{name} adapter')
     own.adapters['a'].save(tmp_path / 'own')
-    other = 'plus' if variant == 'base' else 'base'
-    with pytest.raises(ValueError, match=f"is an IP-Adapter {variant}; the config says variant='{other}'"):
-        build(tiny_base, encoder, variant=other, weights=str(tmp_path / 'own'))
-    if variant == 'base':
+    other = 'plus' if architecture == 'base' else 'base'
+    with pytest.raises(ValueError,
+                       match=f"is an IP-Adapter with architecture='{architecture}'; the config has '{other}'"):
+        build(tiny_base, encoder, architecture=other, weights=str(tmp_path / 'own'))
+    if architecture == 'base':
         another = write_tiny_image_encoder(tmp_path / 'another', projection=20)
         with pytest.raises(ValueError, match='embeddings of 24 numbers; the image encoder .*another. gives 20'):
             build(tiny_base, another, weights=str(tmp_path / 'own'))
@@ -226,17 +232,17 @@ def test_other_image_encoders(tiny_base: Path, tmp_path: Path, kind: str) -> Non
     if kind in processor:
         processor[kind]().save_pretrained(tmp_path)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
-    for variant in ('base', 'plus'):
-        model = build(tiny_base, tmp_path, variant=variant)
+    for architecture in ('base', 'plus'):
+        model = build(tiny_base, tmp_path, architecture=architecture)
         adapter = model.adapters['a']
-        pixels = adapter.encoder.normalised(adapter.read_image(picture, (64, 64)))
+        pixels = adapter.encoder.normalize(adapter.read_image(picture, (64, 64)))
         if kind in processor:
             assert torch.equal(pixels, processor[kind]()(picture, return_tensors='pt').pixel_values)
         sees = whole.vision_model if kind.startswith('whole') else whole
         output = sees(pixel_values=pixels, output_hidden_states=True)
-        expected = output.hidden_states[-2] if variant == 'plus' else (
+        expected = output.hidden_states[-2] if architecture == 'plus' else (
             whole.visual_projection(output.pooler_output) if kind == 'whole clip' else output.pooler_output)
-        assert torch.equal(adapter.encoder.embed(pixels, variant == 'plus'), expected)
+        assert torch.equal(adapter.encoder.embed(pixels, architecture == 'plus'), expected)
 
 
 def test_the_shipped_base_has_an_image_encoder(tmp_path: Path) -> None:
@@ -244,15 +250,19 @@ def test_the_shipped_base_has_an_image_encoder(tmp_path: Path) -> None:
     shapes = 'diffengine_sdxl::shapes/base'
     model = SDXL(pretrained=shapes, adapters=dict(a=dict(
         type='IPAdapter', image_encoder=shapes, image_encoder_subfolder='image_encoder')))
-    assert model.adapters['a'].encoder.preparation.size == 64 and model.adapters['a'].encoder.width(False) == 64
+    assert model.adapters['a'].encoder.preprocessing.size == 64 and model.adapters['a'].encoder.width(False) == 64
     assert 'cross-attentions' in repr(model) and 'reference' in repr(model)
 
 
 def test_settings_of_image_processors() -> None:
-    """Old ones with bare numbers, none at all, and those whose pictures are not square."""
-    old = Preparation.of({'size': 40, 'crop_size': 32, 'resample': 2, 'do_normalize': False}, 8, 'x')
-    assert old == Preparation(32, 'bilinear', 40, False, (0.0,) * 3, (1.0,) * 3)
-    assert Preparation.of({}, 32, 'x') == Preparation(32)
+    """Old ones with bare numbers, none at all; refused: images that are not square, and values that are invalid."""
+    old = ImagePreprocessing.from_config({'size': 40, 'crop_size': 32, 'resample': 2, 'do_normalize': False}, 8, 'x')
+    assert old == ImagePreprocessing(32, 'bilinear', 40, False, (0.0,) * 3, (1.0,) * 3)
+    assert ImagePreprocessing.from_config({}, 32, 'x') == ImagePreprocessing(32)
     for settings in ({'size': {'shortest_edge': 32}, 'do_center_crop': False}, {'size': {'height': 32, 'width': 48}}):
-        with pytest.raises(ValueError, match="'x' takes pictures.*only square"):
-            Preparation.of(settings, 32, 'x')
+        with pytest.raises(UserError, match="'x' takes images.*only square"):
+            ImagePreprocessing.from_config(settings, 32, 'x')
+    for settings, words in (({'resample': 9}, 'resample=9'), ({'size': {'shortest_edge': '32'}}, "size='32'"),
+                            ({'image_mean': [0.5]}, r'image_mean=\[0.5\]'), ({'image_std': 'x'}, "image_std='x'")):
+        with pytest.raises(UserError, match=f"image encoder 'x' is invalid: .*{words}"):
+            ImagePreprocessing.from_config(settings, 32, 'x')

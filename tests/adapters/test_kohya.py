@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import original_format
 import pytest
 import torch
 from parity import PROMPTS, generators, make_batch, picture_batch, sampler, stock
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from diffengine_sdxl.adapters import lora_layers
 from diffengine_sdxl.adapters.formats import kohya
-from diffengine_sdxl.adapters.formats.kohya_names import file_names
-from diffengine_sdxl.models import single_file
+from diffengine_sdxl.adapters.formats.layer_names import file_names
+from diffengine_sdxl.loading import single_file
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import tiny_unet, write_tiny_sdxl
 
@@ -181,12 +182,12 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 # Names
 
 def test_the_names_are_those_of_sdxl() -> None:
-    """All layers of the real one: against the map of Stability's single file, which was written by other rules."""
+    """All layers of the real one, against names written by walking its modules."""
     unet = single_file.empty_model('unet', single_file.SDXL_FILES)
     names = file_names({'unet': dict(unet.named_modules())})['unet']
-    for name, (original, other) in names.items():
-        key = single_file._unet_origin(f'{name}.weight', unet.config).key
-        assert (original, other) == tuple('lora_unet_' + n.replace('.', '_') for n in (key[:-len('.weight')], name))
+    originals = {key.rpartition('.')[0].replace('.', '_') for key in original_format.unet_tensors(unet)}
+    assert {original.removeprefix('lora_unet_') for original, _ in names.values()} <= originals
+    assert all(other == 'lora_unet_' + name.replace('.', '_') for name, (_, other) in names.items())
     by_hand = {'input_blocks_4_1': 'down_blocks.1.attentions.0', 'input_blocks_5_1': 'down_blocks.1.attentions.1',
                'input_blocks_7_1': 'down_blocks.2.attentions.0', 'input_blocks_8_1': 'down_blocks.2.attentions.1',
                'middle_block_1': 'mid_block.attentions.0',
@@ -230,7 +231,7 @@ def test_what_is_read(tiny_base: Path) -> None:
     for form, (_, kind) in FORMS.items():
         tensors, changed = make(base, form, parts=('text_encoder_2', 'unet'), dtype=torch.bfloat16)
         assert kohya.is_kohya(tensors)
-        found = kohya.read(tensors, {}, modules(base), 'a.safetensors')
+        found = kohya.read(tensors, modules(base), 'a.safetensors')
         assert (found.kind, list(found.parts), found.rslora) == (kind, ['unet', 'text_encoder_2'], False)
         assert {f'{part}.{name}' for part, held in found.parts.items() for name in held.rank} == set(changed)
         held = found.parts['unet']
@@ -244,10 +245,10 @@ def test_a_linear_layer_may_be_a_convolution_of_one(tiny_base: Path) -> None:
     """[r, in, 1, 1] for a linear layer and [r, in] for a 1 x 1 convolution: the same numbers."""
     base = SDXL(pretrained=str(tiny_base))
     tensors, _ = make(base, 'dora')
-    expected = kohya.read(tensors, {}, modules(base), 'a')
+    expected = kohya.read(tensors, modules(base), 'a')
     flat = {k: v.flatten(1) if v.dim() == 4 and v.shape[2:] == (1, 1) else
             v[..., None, None] if v.dim() == 2 and 'lora_' in k.partition('.')[2] else v for k, v in tensors.items()}
-    found = kohya.read(flat, {}, modules(base), 'a')
+    found = kohya.read(flat, modules(base), 'a')
     for part, held in expected.parts.items():
         assert all(torch.equal(found.parts[part].tensors[k], v) for k, v in held.tensors.items())
 
@@ -262,7 +263,7 @@ CONV = 'lora_unet_input_blocks_1_0_in_layers_2'
     ('lora', lambda t: {**t, f'{KEY}.on_input': t[f'{KEY}.alpha']}, 'IA3'),
     ('lora', lambda t: {**t, f'{KEY}.a1.weight': t[f'{KEY}.alpha']}, 'GLoRA'),
     ('lora', lambda t: {**t, f'{KEY}.oft_blocks': t[f'{KEY}.alpha']}, 'OFT in 1 keys.*peft folder'),
-    ('lora', lambda t: {k.replace('unet', 'prior'): v for k, v in t.items()}, r'45 unknown \(lora_prior.*, \.\.\.\)'),
+    ('lora', lambda t: {k.replace('unet', 'prior'): v for k, v in t.items()}, r'45 unknown \(lora_prior.* \.\.\.\)'),
     ('lora', lambda t: {k.replace('te1', 'te'): v for k, v in t.items()}, 'unknown.*lora_te_text'),
     ('lora', lambda t: {**t, f'{KEY}.scalar': t[f'{KEY}.alpha']}, rf'1 unknown \({KEY}.scalar\)'),
     ('lora', lambda t: {k: v for k, v in t.items() if k != f'{KEY}.lora_up.weight'}, rf'1 missing \({KEY}.lora_up.w'),
@@ -288,7 +289,7 @@ def test_what_cannot_be_read_exactly_is_refused(tiny_base: Path, tmp_path: Path,
     base = SDXL(pretrained=str(tiny_base))
     tensors = change(make(base, form)[0])
     with pytest.raises(ValueError, match=said):
-        kohya.read(tensors, {}, modules(base), tmp_path / 'a.safetensors')
+        kohya.read(tensors, modules(base), tmp_path / 'a.safetensors')
     save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / 'a.safetensors')
     with pytest.raises(ValueError, match=said):
         SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(type='LoRA', weights=str(tmp_path / 'a.safetensors'))))
@@ -297,8 +298,8 @@ def test_what_cannot_be_read_exactly_is_refused(tiny_base: Path, tmp_path: Path,
 def test_a_mixture_is_refused(tiny_base: Path) -> None:
     base = SDXL(pretrained=str(tiny_base))
     tensors = {**make(base, 'loha', parts=('unet',))[0], **make(base, 'lora', parts=('text_encoder',))[0]}
-    with pytest.raises(ValueError, match=r"'a' mixes kinds.*loha in 15 layers \(.*, \.\.\.\); lora in 2 layers"):
-        kohya.read(tensors, {}, modules(base), 'a')
+    with pytest.raises(ValueError, match=r"'a' mixes kinds.*loha in 15 layers \(.* \.\.\.\); lora in 2 layers"):
+        kohya.read(tensors, modules(base), 'a')
 
 
 # Writing
@@ -387,7 +388,7 @@ def test_fp64_survives(tiny_base: Path, tmp_path: Path) -> None:
     model = SDXL(pretrained=str(tiny_base), dtype='float64', adapters=dict(a={**EVERYWHERE, **WRITTEN['rslora']}))
     weights = model.adapters['a'].to_weights()
     kohya.write(tmp_path / 'a.safetensors', weights, modules(model))
-    found = kohya.read(load_file(tmp_path / 'a.safetensors'), {}, modules(model), 'a')
+    found = kohya.read(load_file(tmp_path / 'a.safetensors'), modules(model), 'a')
     for part, held in weights.parts.items():
         assert all(torch.equal(found.parts[part].tensors[k], v) for k, v in held.tensors.items())
         assert {found.parts[part].alpha[name] for name in held.rank} == {12.0}
@@ -417,7 +418,7 @@ def test_stock_reads_the_same(tmp_path: Path, layers: int, original: bool) -> No
             own['alpha'] = torch.tensor(2.0)
             tensors |= {f'{files[0 if original else -1]}.{k}': v for k, v in own.items()}
     save_file(tensors, tmp_path / 'a.safetensors')
-    found = kohya.read(tensors, {}, modules(base), 'a')
+    found = kohya.read(tensors, modules(base), 'a')
     pipeline = stock(folder)
     pipeline.load_lora_weights(str(tmp_path / 'a.safetensors'), adapter_name='a')
     lost = set()

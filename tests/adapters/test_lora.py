@@ -1,4 +1,4 @@
-"""LoRA and its relatives in the base: exact formulas, gradients, blocks, windows, dropout, precision, bad arguments."""
+"""LoRA and its relatives in the base: formulas, gradients, blocks, active ranges, dropout, precision, bad arguments."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.adapters import lora_layers
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 
 KINDS = ('lora', 'dora', 'loha', 'lokr', 'oft')
@@ -28,17 +29,17 @@ def lora(**settings: Any) -> dict[str, Any]:
 
 def build(base: Path, config: dict[str, Any] | None = None, shake: bool = True, name: str = 'a',
           **settings: Any) -> SDXL:
-    """A model with one that is no identity."""
+    """A model with one that looks trained."""
     model = SDXL(pretrained=str(base), adapters={name: config} if config else {}, objective=dict(type='Denoise'),
                  **settings)
     return shaken(model) if shake else model
 
 
 def shaken(model: SDXL) -> SDXL:
-    """As if it had been trained; large enough that a missing factor shows."""
+    """Add noise to the adapters, enough for a missing factor to show."""
     with torch.no_grad():
         for adapter in model.adapters.values():
-            for i, parameter in enumerate(adapter.owned()):
+            for i, parameter in enumerate(adapter.all_parameters()):
                 noise = torch.randn(parameter.shape, generator=rng.generator('shaken', adapter.name, i))
                 parameter.add_(0.2 * noise.to(parameter.dtype))
     return model
@@ -52,8 +53,8 @@ def output(model: SDXL, progress: float = 0.5, **changes: Any) -> Tensor:
     return model.predict(x, torch.tensor([5, 900]), model.encode(batch), torch.full((2, 2), progress))
 
 
-def pictures(model: SDXL) -> Tensor:
-    """Latents of two pictures."""
+def sample(model: SDXL) -> Tensor:
+    """Latents of two images."""
     return sampler(steps=3)(model, picture_batch(PROMPTS[:2], [4, 2]))
 
 
@@ -89,12 +90,9 @@ def changed_weight(kind: str, layer: nn.Module, own: dict[str, Tensor], scaling:
     return flat.reshape(weight.shape)
 
 
-@pytest.mark.parametrize('rslora', [False, True])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('kind', 'rslora'), [*((kind, False) for kind in KINDS), ('lora', True), ('dora', True)])
 def test_it_is_the_exact_change_of_the_weights(tiny_base: Path, kind: str, rslora: bool) -> None:
     """Equal to a base whose weights were changed by formula, through both text encoders and the UNet (fp64)."""
-    if rslora and kind not in ('lora', 'dora'):
-        pytest.skip('rslora is a scaling of LoRA and DoRA')
     more: dict[str, Any] = {} if kind == 'oft' else dict(
         alpha=8, scale=0.5, blocks={'unet.mid_block': dict(rank=2, scale=2.0), 'unet.up_blocks.0': dict(alpha=2)})
     config = lora(kind=kind, parts=ALL, targets=LAYERS + (CONVS if kind != 'oft' else []), rslora=rslora, **more)
@@ -131,18 +129,18 @@ def test_a_training_step_has_the_gradients_of_the_formula(tiny_base: Path) -> No
             plain[name].weight = weight + 8 / 4 * b @ a
             leaves |= {f'{part}.{name}.lora_A.a.weight': a, f'{part}.{name}.lora_B.a.weight': b}
     base.text_trains = True
-    loss, found = grads(model, make_batch(2))
+    loss, gradients = grads(model, make_batch(2))
     expected = base(make_batch(2), mode='loss')['loss']
     expected.backward()
-    assert found.keys() == leaves.keys() and any(n.startswith('text_encoder.') for n in found)
-    assert_same({'loss': loss, **found}, {'loss': expected.detach(), **{
+    assert gradients.keys() == leaves.keys() and any(n.startswith('text_encoder.') for n in gradients)
+    assert_same({'loss': loss, **gradients}, {'loss': expected.detach(), **{
         n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}}, 1e-10)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_window_tells_rows_apart_in_training(tiny_base: Path, kind: str) -> None:
-    """A row inside is that of the adapter without a window, a row outside the base's, and it gets no gradient."""
-    always, half = (build(tiny_base, lora(kind=kind, window=w)) for w in ((0.0, 1.0), (0.0, 0.5)))
+def test_an_active_range_gates_each_row_in_training(tiny_base: Path, kind: str) -> None:
+    """A row inside is that of the adapter without a range, a row outside is the base's and has no gradient."""
+    always, half = (build(tiny_base, lora(kind=kind, active_range=w)) for w in ((0.0, 1.0), (0.0, 0.5)))
     base, batch, x = build(tiny_base), make_batch(2), torch.randn((2, 4, 8, 8), generator=rng.generator('x'))
     t, progress = torch.tensor([900, 5]), torch.tensor([[0.1, 0.1], [0.9, 0.9]])
     outputs = [m.predict(x, t, m.encode(batch), progress) for m in (always, half, base)]
@@ -156,8 +154,8 @@ def test_a_window_tells_rows_apart_in_training(tiny_base: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize('kind', ['lora', 'dora', 'loha', 'lokr'])
-def test_dropout_acts_in_training_alone(tiny_base: Path, kind: str) -> None:
-    """Though the base stays in evaluation mode; not when frozen; the same seed gives the same."""
+def test_dropout_acts_in_training_only(tiny_base: Path, kind: str) -> None:
+    """Though the base stays in evaluation mode; not when frozen; the same seed gives the same output."""
     plain, dropping = (build(tiny_base, lora(kind=kind, dropout=d)) for d in (0.0, 0.5))
     assert torch.equal(output(plain), output(dropping))
     dropping.train()
@@ -176,7 +174,7 @@ def test_dropout_acts_in_training_alone(tiny_base: Path, kind: str) -> None:
 
 
 def test_targets_and_blocks_choose_layers_and_ranks(tiny_base: Path) -> None:
-    """Full names, patterns and ends of names; blocks by the longest beginning; the table says it."""
+    """Full names, patterns and ends of names; blocks by the longest beginning; the summary shows it."""
     full = 'unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_v'
     model = build(tiny_base, lora(targets=[full, 'unet.*.attn2.to_k', 'conv_shortcut'], alpha=6, blocks={
         'unet.up_blocks.0': dict(rank=2), 'unet.up_blocks.0.attentions.1': dict(rank=3, alpha=1),
@@ -210,7 +208,7 @@ def test_the_default_targets_are_the_attentions(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_fresh_weights_are_keyed_and_change_nothing(tiny_base: Path, kind: str) -> None:
-    """Bitwise the base; drawn from (seed, name), whatever else is there and in whatever precision the base is."""
+    """Bitwise the base; drawn from (seed, name), whatever the other adapters and the base's precision."""
     config = lora(kind=kind, parts=ALL[:2], rank=2)
     model = build(tiny_base, config, shake=False, seed=3)
     assert torch.equal(output(model), output(build(tiny_base)))
@@ -230,44 +228,44 @@ def test_fresh_weights_are_keyed_and_change_nothing(tiny_base: Path, kind: str) 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_precision(tiny_base: Path, kind: str) -> None:
-    """What trains is fp32 beside half precision; what is frozen has the base's dtype (OFT fp32); fp64 is fp64."""
+    """What trains is fp32 beside half precision; what is frozen has the base's dtype (OFT: fp32); fp64 is fp64."""
     for settings, trainable, expected in (
             (dict(mixed_precision='bf16'), True, torch.float32), (dict(mixed_precision='bf16'), False, torch.bfloat16),
             (dict(dtype='float64'), True, torch.float64), (dict(dtype='float64'), False, torch.float64)):
         model = build(tiny_base, lora(kind=kind, trainable=trainable), **settings)
         if kind == 'oft' and expected == torch.bfloat16:
             expected = torch.float32
-        assert {p.dtype for p in model.adapters['a'].owned()} == {expected}
+        assert {p.dtype for p in model.adapters['a'].all_parameters()} == {expected}
         assert output(model).isfinite().all()
         base = build(tiny_base, **settings)
-        with model.without_adapters():
-            assert torch.equal(pictures(model), pictures(base))
+        with model.disable_adapters():
+            assert torch.equal(sample(model), sample(base))
         if trainable and expected == torch.float32:
-            loss, found = grads(model, make_batch(2))
-            assert loss.isfinite() and all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
+            loss, gradients = grads(model, make_batch(2))
+            assert loss.isfinite() and all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
 
 
 def test_scale_switches_and_scales_at_once(tiny_base: Path) -> None:
-    """Also in the text encoders; without_adapters is the base and ends where it began; OFT has no strengths."""
+    """Also in the text encoders; disable_adapters gives the base and restores the scale; OFT has 0 and 1 only."""
     model, base = build(tiny_base, lora(parts=ALL[1:])), build(tiny_base)
-    expected, outputs = pictures(base), {}
+    expected, outputs = sample(base), {}
     for scale in (1.0, 0.0, 2.0, -1.0, 1.0):
         model.adapters['a'].scale = scale
-        outputs.setdefault(scale, pictures(model))
-        with model.without_adapters():
-            assert torch.equal(pictures(model), expected)
-        assert torch.equal(pictures(model), outputs[scale])
+        outputs.setdefault(scale, sample(model))
+        with model.disable_adapters():
+            assert torch.equal(sample(model), expected)
+        assert torch.equal(sample(model), outputs[scale])
     assert torch.equal(outputs[0.0], expected) and len({float(o.sum()) for o in outputs.values()}) == 4
     turned = build(tiny_base, lora(kind='oft'))
-    with pytest.raises(ValueError, match=r'0 or 1, not \[0\.5\]'):
+    with pytest.raises(UserError, match=r'must be 0 or 1, not \[0\.5\]'):
         turned.adapters['a'].scale = 0.5
     assert turned.adapters['a'].scale == 1
 
 
 def test_kinds_nest_and_leave_in_any_order(tiny_base: Path) -> None:
-    """Five kinds on the same layers; each acts; names and outputs of the base are back bitwise at the end.
+    """Five kinds on the same layers; each acts; the base's names and outputs are bitwise the same at the end.
 
-    In between, what is left is bitwise a model that never had the others: OFT and DoRA don't commute.
+    In between, the model is bitwise one that never had the removed ones: OFT and DoRA don't commute.
     """
     def of(*kinds: str) -> SDXL:
         return shaken(SDXL(pretrained=str(tiny_base), adapters={
@@ -290,20 +288,22 @@ def test_kinds_nest_and_leave_in_any_order(tiny_base: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    'kind': (lambda: lora(kind='ia3'), "kind='ia3' is not known to LoRA; choose of 'lora', 'dora'"),
-    'part': (lambda: lora(parts=['vae']), "parts='vae' is not known"),
-    'rank': (lambda: lora(rank=0), 'rank must be a whole number above 0'),
-    'dropout': (lambda: lora(dropout=1.0), r'dropout lie in \[0, 1\)'),
-    'init that changes the base': (lambda: lora(init='pissa'), "init='pissa' is not known"),
-    'no such layer': (lambda: lora(targets=['to_queue']), "'to_queue' of adapter 'a' means no .* Did you mean"),
+    'kind': (lambda: lora(kind='ia3'), "kind='ia3' is unknown; choose one of 'lora', 'dora'"),
+    'part': (lambda: lora(parts=['vae']), "parts='vae' is unknown"),
+    'rank': (lambda: lora(rank=0), 'rank=0 of a LoRA must be a whole number above 0'),
+    'dropout': (lambda: lora(dropout=1.0), r'dropout=1.0 of a LoRA must be a number in \[0, 1\)'),
+    'init that changes the base': (lambda: lora(init='pissa'), "init='pissa' is unknown"),
+    'no such layer': (lambda: lora(targets=['to_queue']), "'to_queue' of adapter 'a' matches no .* Did you mean"),
     'no target': (lambda: lora(targets=['conv_in'], blocks={'unet.conv_in': None}), 'leave no layer of unet'),
-    'no layer that can be changed': (lambda: lora(targets=['norm1']), "'norm1' of adapter 'a' means no linear"),
+    'no layer that can be changed': (lambda: lora(targets=['norm1']), "'norm1' of adapter 'a' matches no linear"),
     'only what is never read': (lambda: lora(parts=['text_encoder'], targets=['layers.1.mlp.fc1']),
                                 'leave no layer of text_encoder that would train'),
-    'block': (lambda: lora(blocks={'unet.mid_blok': dict(rank=2)}), "of no layer's name. Did you mean 'unet.mid"),
-    'block setting': (lambda: lora(blocks={'unet.mid_block': dict(lr=1)}), 'some of rank, alpha and scale'),
-    'window of prompts': (lambda: lora(parts=ALL, window=(0, 0.5)), 'for the UNet alone.*text_encoder, text_encoder_2'),
-    'scale of OFT': (lambda: lora(kind='oft', scale=0.5), 'its scale is 0 or 1'),
+    'block': (lambda: lora(blocks={'unet.mid_blok': dict(rank=2)}), "of a layer's name. Did you mean 'unet.mid"),
+    'block setting': (lambda: lora(blocks={'unet.mid_block': dict(lr=1)}), 'None or to a dict with rank, alpha, scale'),
+    'rank of a block': (lambda: lora(blocks={'unet.mid_block': dict(rank=None)}), 'rank=None of a LoRA must be a w'),
+    'active range of prompts': (lambda: lora(parts=ALL, active_range=(0, 0.5)),
+                                'for the UNet alone.*text_encoder, text_encoder_2'),
+    'scale of OFT': (lambda: lora(kind='oft', scale=0.5), 'must be 0 or 1'),
     'alpha of OFT': (lambda: lora(kind='oft', alpha=4), 'has no alpha'),
     'OFT of a convolution': (lambda: lora(kind='oft', targets=['conv1']), 'kernels larger than 1'),
 }
@@ -311,20 +311,19 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 @pytest.mark.parametrize('fault', BAD)
 def test_bad_arguments(tiny_base: Path, fault: str) -> None:
-    """One sentence that names what is wrong."""
-    config, words = BAD[fault]
-    with pytest.raises(ValueError, match=words):
+    config, message = BAD[fault]
+    with pytest.raises(UserError, match=message):
         build(tiny_base, config())
 
 
 def test_another_adapters_layers_are_out_of_reach(tiny_base: Path) -> None:
-    """A pattern that would catch them is refused and leaves nothing behind; ordinary ends of names work."""
+    """A target that matches them is refused and changes nothing; ends of names work."""
     both = dict(a=lora(targets=['to_q']), b=lora(targets=['to_q', 'unet.*.attn1.to_k'], kind='dora'))
     model = SDXL(pretrained=str(tiny_base), adapters=both)
     assert len(lora_layers.layers(model.unet, 'a')) < len(lora_layers.layers(model.unet, 'b'))
     for target in ('unet.*to_q*', 'lora_A.a', 'to_q.base_layer'):
         before = str(model.unet)
-        with pytest.raises(ValueError, match=r"would also catch 'unet\..*to_q\.\S+', a layer"):
+        with pytest.raises(UserError, match=r"also matches 'unet\..*to_q\.\S+', a layer"):
             adapter = type(model.adapters['a'])(targets=[target])
             adapter.name = 'c'
             adapter.attach(model)

@@ -116,9 +116,10 @@ def faulty() -> dict[str, tuple[dict[str, Any], str]]:
                      r'1 unknown \(body\.0\.block9\.bias\); 1 missing \(body\.0\.block1\.bias\)'),
         'prefixed in part': ({**state, 'adapter.conv_in.weight': torch.zeros(1)}, '1 unknown .adapter.conv_in.weight'),
         'other things': ({f'lora.{i:02}': torch.zeros(1) for i in range(12)},
-                         r'12 unknown \(lora\.00, .*lora\.09, \.\.\.'),
-        'another base': (wide, r"'channels': \(32, 32, 64, 64\).*It was made for another base"),
-        'another factor': ({**state, 'conv_in.weight': torch.zeros(16, 12, 3, 3)}, 'reads 12 numbers a place'),
+                         r'12 unknown \(lora\.00, .*lora\.09 \.\.\.\)'),
+        'another base': (wide, r"'channels': \(32, 32, 64, 64\).*[Ii]t was made for another base"),
+        'another factor': ({**state, 'conv_in.weight': torch.zeros(16, 12, 3, 3)},
+                           'takes 12 channels after pixel unshuffle'),
         'larger kernels': ({**state, 'body.0.block2.weight': torch.zeros(16, 16, 3, 3)},
                            r'1 of another shape \(adapter.body.0.resnets.0.block2'),
     }

@@ -1,4 +1,4 @@
-"""A cache is read back as it was written, by anybody; one that is not whole is refused by name."""
+"""A cache is read as it was written; an incomplete or damaged one is refused by name."""
 
 import json
 import pickle
@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from diffengine_sdxl.datasets import CachedLatents, Draw, KeyedSampler, collate, pack
+from diffengine_sdxl.datasets import CachedLatents, Draw, KeyedSampler, collate
 from diffengine_sdxl.datasets.cached import ORIGIN, ROWS
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.data_preprocessor import pack
 from diffengine_sdxl.registry import DATASETS
 
 SHARDS = (3, 1, 2)
 NUM = sum(SHARDS)
-#: What `str.splitlines` takes for the end of a line, and JSON does not.
+#: With line separators of `str.splitlines` that are not those of JSON lines.
 TEXTS = ['a red star', '', 'ünï\u2028code\x85', 'two\nlines', 'a "quoted" one', '\U0001f431\x0b\x1c']
 TENSORS = {'latents': torch.randn(NUM, 4, 2, 3, generator=torch.Generator().manual_seed(0)),
            'time_ids': torch.arange(6.0 * NUM).view(NUM, 6), 'weight': torch.linspace(0, 1, NUM),
@@ -26,7 +28,7 @@ TENSORS = {'latents': torch.randn(NUM, 4, 2, 3, generator=torch.Generator().manu
 
 
 def write(folder: Path) -> Path:
-    """A cache as its description says it is, written without the code that writes caches."""
+    """Write a cache in the documented format, without the code that writes caches."""
     folder.mkdir(parents=True)
     lines = [json.dumps({'key': f'train/{i}', 'text': text, 'text_2': text[::-1]}, ensure_ascii=False)
              for i, text in enumerate(TEXTS)]
@@ -45,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp('cached') / 'cache')
 
 
-def test_rows_are_those_of_the_files(cache: Path) -> None:
+def test_rows_equal_the_files(cache: Path) -> None:
     data = DATASETS.build(dict(type='CachedLatents', source=str(cache)))
     assert len(data) == NUM
     for i in (5, 0, 3, 2, 4, 1):  # back and forth between the files
@@ -65,7 +67,7 @@ def test_rows_are_those_of_the_files(cache: Path) -> None:
 
 
 def test_captions_are_still_dropped_in_training(cache: Path) -> None:
-    """As for the pictures: by the row's own key, and other ones in each epoch."""
+    """Keyed by row and epoch, as without a cache."""
     data = CachedLatents(cache, transforms=[dict(type='CaptionDrop', prob=0.5, to='none')])
     dropped = [[data[Draw(i, epoch, 0)]['text'] == 'none' for i in range(NUM)] for epoch in range(6)]
     assert dropped == [[data[Draw(i, epoch, 0)]['text'] == 'none' for i in range(NUM)] for epoch in range(6)]
@@ -77,23 +79,22 @@ def test_the_first_rows_only(cache: Path) -> None:
     assert [data[i]['key'] for i in range(len(data))] == [f'train/{i}' for i in range(4)]
     assert torch.equal(data[3]['latents'], TENSORS['latents'][3]) and len(CachedLatents(cache, max_samples=99)) == NUM
     for count in (0, -1):
-        with pytest.raises(ValueError, match=f'max_samples={count} leaves no sample'):
+        with pytest.raises(UserError, match=f'max_samples={count} must be at least 1'):
             CachedLatents(cache, max_samples=count)
 
 
 def test_workers_read_the_same(cache: Path) -> None:
-    """Forked when the files are open already, and sent to another process."""
+    """Workers forked while the files are open, and a pickled copy."""
     data = CachedLatents(cache)
 
     def read(num_workers: int) -> list[dict[str, Any]]:
         loader = DataLoader(data, 2, sampler=KeyedSampler(data, seed=1), num_workers=num_workers, collate_fn=collate)
         return [batch for batch, _ in zip(loader, range(5), strict=False)]
-    alone, forked = read(0), read(2)
-    for one, other in zip(alone, forked, strict=True):
+    for one, other in zip(read(0), read(2), strict=True):
         assert one['key'] == other['key'] and one['text'] == other['text']
         assert all(torch.equal(one[name], other[name]) for name in TENSORS)
-    sent = pickle.loads(pickle.dumps(data))
-    assert torch.equal(sent[4]['latents'], data[4]['latents']) and sent[4]['text'] == TEXTS[4]
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[4]['latents'], data[4]['latents']) and copy[4]['text'] == TEXTS[4]
 
 
 def remove(*names: str) -> Any:
@@ -116,10 +117,9 @@ def edit(old: str, new: str) -> Any:
 FIRST, MIDDLE, LAST = (f'{n:09d}.safetensors' for n in (0, 3, 4))
 
 
-@pytest.mark.parametrize(('change', 'words'), [
-    (remove(ROWS), rf"cache' holds no {ROWS} and {ORIGIN}, so it is no cache; write one with `python tools/cache.py"),
-    (remove(ORIGIN), f'holds no {ROWS} and {ORIGIN}'),
-    (shutil.rmtree, f'holds no {ROWS} and {ORIGIN}'),
+@pytest.mark.parametrize(('change', 'message'), [
+    (remove(ROWS), rf"cache' is not a cache: it lacks {ROWS} or {ORIGIN}. Write one with `python tools/cache.py"),
+    (remove(ORIGIN), 'is not a cache'), (shutil.rmtree, 'is not a cache'),
     (remove(FIRST), r"cache' is incomplete: 6 rows of text, 3 of latents. Write it again"),
     (remove(MIDDLE), 'incomplete: 6 rows of text, 5 of latents'), (remove(LAST), '6 rows of text, 4 of latents'),
     (remove(FIRST, MIDDLE, LAST), '6 rows of text, 0 of latents'),
@@ -133,11 +133,19 @@ FIRST, MIDDLE, LAST = (f'{n:09d}.safetensors' for n in (0, 3, 4))
     (lambda folder: save_file({'x': torch.ones(1)}, folder / MIDDLE), rf"{MIDDLE}' holds no latents"),
 ])
 @pytest.mark.parametrize('max_samples', [None, 1])
-def test_what_is_not_whole_is_refused(cache: Path, tmp_path: Path, change: Any, words: str,
-                                      max_samples: int | None) -> None:
-    """Also where only rows of the first file are asked for: it may be another's."""
+def test_an_incomplete_or_damaged_cache_is_refused(cache: Path, tmp_path: Path, change: Any, message: str,
+                                                   max_samples: int | None) -> None:
+    """Also if only rows of the first file are used: it may be another's."""
     folder = shutil.copytree(cache, tmp_path / 'cache')
     change(folder)
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(UserError, match=message) as error:
         CachedLatents(folder, max_samples=max_samples)
-    assert type(error.value) is ValueError and len(str(error.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"encoder": "x"}', '\xff'])
+def test_a_damaged_record_is_refused(cache: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(cache, tmp_path / 'cache')
+    (folder / ORIGIN).write_text(text, encoding='latin-1')
+    with pytest.raises(UserError, match=f"{ORIGIN}' cannot be read: .*Write the cache again"):
+        CachedLatents(folder).check_model(None)

@@ -1,10 +1,12 @@
-"""Samples to a batch and to a Batch."""
+"""Samples are collated, and packed to a Batch."""
 
 import pytest
 import torch
 from PIL import Image
 
-from diffengine_sdxl.datasets import collate, pack
+from diffengine_sdxl.datasets import collate
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.data_preprocessor import pack
 from diffengine_sdxl.registry import FUNCTIONS
 from diffengine_sdxl.structures import Batch
 
@@ -30,13 +32,13 @@ def test_collate_and_pack():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"'1', '2' have 'img' of different sizes .*\(3, 8, 8\) float32, \(3, 4, 4\)"):
+    with pytest.raises(UserError, match=r"'1', '2' have 'img' of different sizes .*\(3, 8, 8\) float32, \(3, 4, 4\)"):
         collate([sample('1'), sample('2', size=4)])
-    with pytest.raises(ValueError, match=r"'1', '3' of one batch hold different keys: \['depth'\]"):
+    with pytest.raises(UserError, match=r"'1', '3' of one batch have different keys: \['depth'\]"):
         collate([sample('1'), sample('2'), sample('3', depth=torch.zeros(1))])
-    with pytest.raises(ValueError, match="'pic' of the samples '1' is of type Image.*PackInputs"):
+    with pytest.raises(UserError, match="'pic' of the samples '1' has type Image.*PackInputs"):
         collate([sample('1', pic=Image.new('RGB', (2, 2)))])
     out = collate([sample('1')])
     del out['time_ids']
-    with pytest.raises(ValueError, match="'time_ids' .from ComputeTimeIds"):
+    with pytest.raises(UserError, match="'time_ids'.*ComputeTimeIds"):
         pack(out)

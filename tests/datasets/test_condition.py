@@ -1,4 +1,4 @@
-"""Captions, computed conditions and packing."""
+"""Conditions computed from an image, and images packed to tensors."""
 
 import pickle
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import TRANSFORMS
 
 
@@ -31,31 +32,11 @@ def test_pack_equals_to_tensor_and_normalize():
     np.testing.assert_array_equal(out['img'], (array - np.float32(0.5)) / np.float32(0.5))
     np.testing.assert_array_equal(out['depth'], array)
     assert not {'crop_top_left', 'original_size', 'canvas_size'} & out.keys()
-    with pytest.raises(ValueError, match="sample 'a' differ in size .*: img 16 x 24, depth 8 x 12"):
+    with pytest.raises(UserError, match="sample 'a' differ in size .*: img 16 x 24, depth 8 x 12"):
         build('PackInputs')(sample(img=noise(), depth=noise(12, 8)))
 
 
-def test_caption_drop():
-    texts = [build('CaptionDrop', prob=0.3)(sample(key=str(k)))['text'] for k in range(400)]
-    assert 0.23 < texts.count('') / 400 < 0.37
-    assert texts == [build('CaptionDrop', prob=0.3)(sample(key=str(k)))['text'] for k in range(400)]
-    epochs = [build('CaptionDrop', prob=0.3)(sample(key='1', epoch=e))['text'] for e in range(50)]
-    assert 5 < epochs.count('') < 25
-    assert build('CaptionDrop', prob=1, to='nothing')(sample())['text'] == 'nothing'
-    marks = [build('CaptionDrop', prob=0.3, to=None)(sample(key=str(k))) for k in range(400)]
-    assert [m['drop']['text'] for m in marks] == [text == '' for text in texts]
-    assert {m['text'] for m in marks} == {'a, b, c, d'}
-
-
-def test_caption_shuffle_and_prefix():
-    out = [build('CaptionShuffle', keep=1)(sample(key=str(k)))['text'] for k in range(60)]
-    assert all(sorted(text.split(', ')) == ['a', 'b', 'c', 'd'] and text.startswith('a, ') for text in out)
-    assert len(set(out)) == 6
-    assert out == [build('CaptionShuffle', keep=1)(sample(key=str(k)))['text'] for k in range(60)]
-    assert build('CaptionPrefix', prefix='sks, ')(sample())['text'] == 'sks, a, b, c, d'
-
-
-def test_canny_is_opencvs_at_the_images_size():
+def test_canny_equals_opencv_at_the_image_size():
     image = Image.new('RGB', (64, 48), (10, 20, 200))
     image.paste((250, 240, 30), (20, 10, 44, 38))
     out = build('Canny')(sample(img=image))['conditioning_image']
@@ -64,11 +45,11 @@ def test_canny_is_opencvs_at_the_images_size():
     np.testing.assert_array_equal(np.asarray(out), np.repeat(expected[..., None], 3, axis=2))
     assert not np.asarray(build('Canny', low=5000, high=9000)(sample(img=image))['conditioning_image']).any()
     small = build('Canny', key='edges', detection_resolution=24)(sample(img=image))['edges']
-    found = cv2.Canny(np.asarray(image.resize((32, 24), Image.Resampling.BILINEAR)), 100, 200)
+    edges = cv2.Canny(np.asarray(image.resize((32, 24), Image.Resampling.BILINEAR)), 100, 200)
     assert small.size == (64, 48)
-    expected = Image.fromarray(found).convert('RGB').resize((64, 48), Image.Resampling.BILINEAR)
+    expected = Image.fromarray(edges).convert('RGB').resize((64, 48), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(small, expected)
-    with pytest.raises(ValueError, match="Canny reads the picture 'depth', .* 'a'"):
+    with pytest.raises(UserError, match="Canny reads the image 'depth', which sample 'a' lacks"):
         build('Canny', source='depth')(sample(img=image))
 
 
@@ -85,7 +66,7 @@ def dpt(tmp_path_factory):
     return str(folder)
 
 
-def test_depth_by_a_model_that_the_user_names(dpt):
+def test_depth_equals_transformers(dpt):
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
     image = noise(40, 30)
     model = AutoModelForDepthEstimation.from_pretrained(dpt)
@@ -108,7 +89,7 @@ def test_depth_by_a_model_that_the_user_names(dpt):
     assert np.abs(255 - out.astype(int) - inverted).max() <= 1
     # Also where torchvision is installed, by which transformers would read by default.
     assert transform._processor.backend == 'pil'
-    with pytest.raises(ValueError, match="Depth.model='no/such/folder'."):
+    with pytest.raises(UserError, match=r"'Depth\(model=no/such/folder\)' could not be loaded"):
         build('Depth', model='no/such/folder')(sample(img=image))
 
 
@@ -140,11 +121,16 @@ def test_preprocessor_by_import_path(options):
     np.testing.assert_array_equal(np.asarray(out), np.repeat(expected[..., None], 3, axis=2).astype(np.uint8))
 
 
-def test_preprocessor_takes_a_plain_function_and_refuses_others():
+def test_preprocessor_calls_a_function_and_refuses_other_objects():
     out = build('Preprocessor', function='PIL.ImageOps:invert')(sample(img=noise()))['conditioning_image']
     np.testing.assert_array_equal(np.asarray(out), 255 - np.asarray(noise()))
     for function, message in (('nowhere:f', "'nowhere:f'. cannot be imported"), ('PIL.ImageOps:inv', 'imported'),
-                              (f'{__name__}:NUMBER', 'is a int'), ('PIL.ImageOps:', 'should read'),
-                              ('builtins:repr', 'made a str')):
-        with pytest.raises(ValueError, match=message):
+                              (f'{__name__}:NUMBER', 'is a int'), ('PIL.ImageOps:', "must be 'package"),
+                              ('builtins:repr', 'returned a str'), ('.ImageOps:invert', "must be 'package")):
+        with pytest.raises(UserError, match=message):
             build('Preprocessor', function=function)(sample(img=noise()))
+    with pytest.raises(UserError, match=r"Darker'\) cannot be built with init=\{'size': 3\}: .*'size'"):
+        build('Preprocessor', function=f'{__name__}:Darker', init=dict(size=3))(sample(img=noise()))
+    for options in (dict(low='a'), dict(detection_resolution=0), dict(detection_resolution='$resolution')):
+        with pytest.raises(UserError, match=next(iter(options))):
+            build('Canny', **options)

@@ -1,21 +1,25 @@
-"""Every source gives the same samples, whoever reads them; every bad input is refused by name."""
+"""All sources give the same samples, in any process and order; bad input is refused by name."""
 
 import functools
 import http.server
+import io
 import json
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import datasets as hf
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
-from diffengine_sdxl.datasets import CaptionFolder, Draw, FiniteSampler, HFDataset, KeyedSampler, collate, sampler
+from diffengine_sdxl.datasets import BadImageError, CaptionFolder, Draw, FiniteSampler, HFDataset, KeyedSampler, collate
+from diffengine_sdxl.datasets.image_files import ImageReader, decode, to_rgb
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.testing import draw_circle, write_circles
 
@@ -39,7 +43,7 @@ def rows(folder):
 
 
 def table(folder, kind):
-    """The rows of the imagefolder with pictures as 'bytes', 'path' (relative) or 'struct'."""
+    """Return the rows of the imagefolder with images as 'bytes', 'path' (relative) or 'struct'."""
     def cell(name):
         return {'bytes': (folder / name).read_bytes(), 'path': name,
                 'struct': {'bytes': (folder / name).read_bytes(), 'path': None}}[kind]
@@ -53,7 +57,7 @@ def write_jsonl(path, entries):
 
 
 @pytest.fixture(scope='module', params=['imagefolder', 'saved', 'saved dict', 'parquet', 'parquet folder', 'jsonl',
-                                        'pictures'])
+                                        'images'])
 def source(request, folder, cache, tmp_path_factory):
     out = tmp_path_factory.mktemp('source')
     match request.param:
@@ -106,7 +110,7 @@ def test_options(folder, cache, tmp_path):
     assert out['weight'].shape == () and out['negative_text'] == 'bad' and out['emb'].tolist() == [[1, 2], [3, 4]]
     chosen = [data[Draw(0, e, 0)]['text'] for e in range(30)]
     assert set(chosen) == {'a', 'b', 'c'} and chosen == [data[Draw(0, e, 0)]['text'] for e in range(30)]
-    with pytest.raises(ValueError, match="cannot write .'img'."):
+    with pytest.raises(UserError, match="cannot write .'img'."):
         HFDataset(folder, extra_columns=dict(img='text'), cache_dir=cache)
 
 
@@ -120,7 +124,7 @@ def test_edited_metadata_is_read_again(folder, cache, tmp_path):
 
 
 def random_transform(sample):
-    """A user's transform that knows no keys."""
+    """A user's transform that draws from the global generators."""
     import random
     sample['draws'] = torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(()))])
     return sample
@@ -128,10 +132,7 @@ def random_transform(sample):
 
 def batches(data, order, num_workers=0, batch_size=2, num=6):
     loader = torch.utils.data.DataLoader(data, batch_size, sampler=order, num_workers=num_workers, collate_fn=collate)
-    found = []
-    for batch, _ in zip(loader, range(num), strict=False):
-        found.append(batch)
-    return found
+    return [batch for batch, _ in zip(loader, range(num), strict=False)]
 
 
 def equal(a, b):
@@ -139,29 +140,29 @@ def equal(a, b):
                                         for k in a)
 
 
-def test_samples_do_not_depend_on_workers_processes_or_the_place_in_the_run(folder, cache, monkeypatch):
+def test_samples_do_not_depend_on_workers_processes_or_resuming(folder, cache, monkeypatch):
     data = HFDataset(folder, transforms=[random_transform, *CHAIN], cache_dir=cache)
-    alone = batches(data, KeyedSampler(data, seed=1))
+    single = batches(data, KeyedSampler(data, seed=1))
     torch.manual_seed(3)
     state = torch.get_rng_state()
     forked = batches(data, KeyedSampler(data, seed=1), num_workers=2)
-    assert all(equal(a, b) for a, b in zip(alone, forked, strict=True))
+    assert all(equal(a, b) for a, b in zip(single, forked, strict=True))
     data[0]
-    assert len({tuple(d) for b in alone for d in b['draws'].tolist()}) == 12
+    assert len({tuple(d) for b in single for d in b['draws'].tolist()}) == 12
     torch.set_rng_state(state)
     data[0]
     assert torch.equal(torch.get_rng_state(), state)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(sampler, 'get_dist_info', lambda rank=rank: (rank, 2))
+        monkeypatch.setattr('diffengine_sdxl.datasets.data_sampler.get_dist_info', lambda rank=rank: (rank, 2))
         parts.append(batches(data, KeyedSampler(data, seed=1), batch_size=1))
-    for whole, *pair in zip(alone, *parts, strict=True):
+    for whole, *pair in zip(single, *parts, strict=True):
         assert all(torch.equal(whole['img'][r], pair[r]['img'][0]) for r in range(2))
         assert all(torch.equal(whole['draws'][r], pair[r]['draws'][0]) for r in range(2))
     monkeypatch.undo()
     resumed = batches(data, KeyedSampler(data, seed=1, start=4), num_workers=2, num=4)
-    assert all(equal(a, b) for a, b in zip(alone[2:], resumed, strict=True))
-    assert not equal(alone[0], batches(data, KeyedSampler(data, seed=2), num=1)[0])
+    assert all(equal(a, b) for a, b in zip(single[2:], resumed, strict=True))
+    assert not equal(single[0], batches(data, KeyedSampler(data, seed=2), num=1)[0])
     assert [k for b in batches(data, FiniteSampler(data), num=9) for k in b['key']] == [str(i) for i in range(NUM)]
 
 
@@ -169,9 +170,9 @@ def test_samples_do_not_depend_on_workers_processes_or_the_place_in_the_run(fold
 def captions(tmp_path):
     for index, name in enumerate(['b.png', 'a.png', 'sub/c.png']):
         image, condition, text = draw_circle(index, 32)
-        for picture, path in ((image, tmp_path / name), (condition, (tmp_path / 'cond' / name).with_suffix('.webp'))):
+        for content, path in ((image, tmp_path / name), (condition, (tmp_path / 'cond' / name).with_suffix('.webp'))):
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path, lossless=True)
+            content.save(path, lossless=True)
         (tmp_path / name).with_suffix('.txt').write_text(text + '\n')
     return tmp_path
 
@@ -185,18 +186,21 @@ def test_caption_folder(captions):
     np.testing.assert_array_equal(out['conditioning_image'], condition)
     assert out['text'] == text and out['epoch'] == 1
     (captions / 'a.txt').unlink()
-    with pytest.raises(ValueError, match=r"a.png' has no caption: write .*a.txt"):
+    with pytest.raises(UserError, match=r"a.png' has no caption: write .*a.txt"):
         CaptionFolder(captions, captions / 'cond')
     out = CaptionFolder(captions, captions / 'cond', default_caption='plain', max_samples=1)
     assert len(out) == 1 and out[0]['text'] == 'plain'
     (captions / 'cond' / 'b.webp').unlink()
-    with pytest.raises(ValueError, match=r"1 images have no condition .* the first is '.*b.png'"):
+    with pytest.raises(UserError, match=r"1 images have no condition .* the first is '.*b.png'"):
         CaptionFolder(captions, captions / 'cond', default_caption='')
-    with pytest.raises(ValueError, match=r"source='nowhere' is not a folder"):
+    with pytest.raises(UserError, match=r"source='nowhere' is not a folder"):
         CaptionFolder('nowhere')
     (captions / 'empty').mkdir()
-    with pytest.raises(ValueError, match=r"empty' holds no images"):
+    with pytest.raises(UserError, match=r"empty' holds no images"):
         CaptionFolder(captions / 'empty')
+    (captions / 'b.txt').write_bytes(b'\xff')
+    with pytest.raises(UserError, match=r"The caption '.*b.txt' cannot be read as UTF-8 text"):
+        CaptionFolder(captions, default_caption='')[1]
 
 
 @pytest.mark.parametrize('options, message', [
@@ -209,7 +213,7 @@ def test_caption_folder(captions):
     (dict(on_bad_image='drop'), "on_bad_image='drop'"),
 ])
 def test_bad_options(folder, cache, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         HFDataset(folder, cache_dir=cache, **options)
 
 
@@ -221,10 +225,10 @@ def test_bad_sources(folder, cache, tmp_path):
     hf.Dataset.from_list(table(folder, 'bytes')).select([]).save_to_disk(tmp_path / 'empty')
     hf.DatasetDict(a=hf.Dataset.from_list([dict(text='')])).save_to_disk(tmp_path / 'dict')
     for name, message in (('none', "none' is empty"), ('none.jsonl', "none.jsonl' is empty"),
-                          ('x.txt', 'of a kind that is not known'), ('bad.parquet', "bad.parquet' cannot be read"),
-                          ('empty', "empty' cannot be read: it is empty"), ('dict', "no split 'train'; it has a"),
-                          ('a/b/c', 'neither a folder or file here nor an id')):
-        with pytest.raises(ValueError, match=message) as error:
+                          ('x.txt', 'a file of an unknown type'), ('bad.parquet', "bad.parquet' cannot be read"),
+                          ('empty', "empty' is empty"), ('dict', "no split 'train'; it has a"),
+                          ('a/b/c', 'neither a local folder or file nor an id')):
+        with pytest.raises(UserError, match=message) as error:
             HFDataset(tmp_path / name, cache_dir=cache)
         assert len(str(error.value).splitlines()) == 1
 
@@ -237,17 +241,17 @@ def test_hub_without_network_says_so_quickly(cache, monkeypatch):
         raise ConnectionError('Name or service not known')
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', unreachable)
     start = time.time()
-    with pytest.raises(ValueError, match="neither a folder here nor .* Hub cannot be reached: Name or service"):
+    with pytest.raises(UserError, match="neither a local folder nor .* Hub cannot be reached: Name or service"):
         HFDataset('fusing/fill50k', cache_dir=cache)
     assert time.time() - start < 5 and not huggingface_hub.constants.HF_HUB_OFFLINE
     code = "from diffengine_sdxl.datasets import HFDataset; HFDataset('fusing/fill50k')"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False,
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False,
                           env={'HF_HUB_OFFLINE': '1', 'HF_HOME': cache, 'PATH': '', 'PYTHONPATH': ':'.join(sys.path)})
-    assert done.returncode == 1 and 'offline mode is set' in done.stderr.splitlines()[-1]
+    assert result.returncode == 1 and 'offline mode is set' in result.stderr.splitlines()[-1]
 
 
 def broken(folder, tmp_path, *names):
-    """A copy of the data whose `names` end in the middle of the file."""
+    """Copy the data and cut off the files `names`."""
     copy = shutil.copytree(folder, tmp_path / 'broken')
     for name in names:
         path = copy / name
@@ -260,50 +264,42 @@ def test_truncated_image_is_named_or_skipped(folder, cache, tmp_path, monkeypatc
     (copy / 'images/00000.png').write_bytes(b'<html>')
     data = HFDataset(copy, cache_dir=cache)
     for index, column in ((0, 'image'), (2, 'image'), (3, 'conditioning_image')):
-        with pytest.raises(ValueError, match=rf"Column '{column}' of row {index} of '.*broken' .*0000{index}.png"):
+        with pytest.raises(UserError, match=rf"Column '{column}' of row {index} of '.*broken' .*0000{index}.png"):
             data[index]
     warned = []
     monkeypatch.setattr('diffengine_sdxl.datasets.base.print_log', lambda text, **_: warned.append(text))
     data = HFDataset(copy, cache_dir=cache, on_bad_image='skip', transforms=CHAIN)
-    got = [data[Draw(i, 0, 0)] for i in range(NUM)]
-    assert [s['key'] for s in got] == ['1', '1', '4', '4', '4', '1']
-    assert [s['num_skipped'] for s in got] == [1, 0, 2, 1, 0, 2]
-    assert collate(got)['num_skipped'] == 6
+    samples = [data[Draw(i, 0, 0)] for i in range(NUM)]
+    assert [s['key'] for s in samples] == ['1', '1', '4', '4', '4', '1']
+    assert [s['num_skipped'] for s in samples] == [1, 0, 2, 1, 0, 2]
+    assert collate(samples)['num_skipped'] == 6
     assert len(warned) == 4 and all('0000' in text for text in warned)
     first = HFDataset(copy, cache_dir=cache, on_bad_image='skip', max_samples=1)
-    with pytest.raises(ValueError, match='None of the 1 rows of .* has a readable image'):
+    with pytest.raises(UserError, match='None of the 1 rows of .* has a readable image'):
         first[0]
     (copy / 'images/00001.png').unlink()
-    with pytest.raises(ValueError, match=r"row 1 of .*00001.png cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"row 1 of .*00001.png cannot be read: No such file"):
         HFDataset(copy, cache_dir=cache)[1]
 
 
 @pytest.mark.parametrize('kind, options', [('JPEG', {}), ('JPEG', dict(progressive=True)), ('PNG', {}), ('WEBP', {})])
-def test_any_cut_is_found_or_harmless(kind, options, monkeypatch):
-    import io
-
-    from PIL import ImageFile
-
-    from diffengine_sdxl.datasets.images import BadImageError, decode
+def test_any_cut_is_detected_or_harmless(kind, options, monkeypatch):
     monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)  # another library may have set it
     buffer = io.BytesIO()
     array = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(array).save(buffer, kind, **options)
     data = buffer.getvalue()
-    whole, found = np.asarray(decode(data, 'it')), 0
+    whole, longest_cut = np.asarray(decode(data, 'it')), 0
     for cut in range(0, len(data), 7):
         try:
             np.testing.assert_array_equal(np.asarray(decode(data[:cut], 'it')), whole)
         except BadImageError as error:
             assert str(error).startswith('it is not a readable image, or is cut off')
-            found = cut
-    assert found > len(data) - 40
+            longest_cut = cut
+    assert longest_cut > len(data) - 40
 
 
 def test_modes_and_orientation(tmp_path):
-    import io
-
-    from diffengine_sdxl.datasets.images import decode, to_rgb
     red = Image.new('RGBA', (2, 1), (255, 0, 0, 255))
     red.putpixel((1, 0), (0, 0, 0, 0))
     assert np.asarray(to_rgb(red)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
@@ -328,12 +324,12 @@ def test_paths_stay_inside_the_root(folder, cache, tmp_path):
                        ('chain', f'file://{secret}::hf://datasets/a/b')):
         entries = [dict(image=path, conditioning_image=path, text='')]
         file = write_jsonl(tmp_path / 'in' / f'{name}.jsonl', entries)
-        with pytest.raises(ValueError, match="Column 'image' of row 0 of .* names '.*secret.png"):
+        with pytest.raises(UserError, match="Column 'image' of row 0 of .* names '.*secret.png"):
             HFDataset(file, cache_dir=cache, on_bad_image='skip')[0]
         cell = dict(bytes=None, path=path)
         table = hf.Dataset.from_list([dict(image=cell, conditioning_image=cell, text='')])
         table.to_parquet(tmp_path / 'in' / f'{name}.parquet')
-        with pytest.raises(ValueError, match="Column 'image' of row 0 of .* names '.*secret.png"):
+        with pytest.raises(UserError, match="Column 'image' of row 0 of .* names '.*secret.png"):
             HFDataset(tmp_path / 'in' / f'{name}.parquet', cache_dir=cache, on_bad_image='skip')[0]
     for root in ('/', tmp_path):
         out = HFDataset(tmp_path / 'in' / 'abs.jsonl', cache_dir=cache, image_root=root)[0]
@@ -341,7 +337,7 @@ def test_paths_stay_inside_the_root(folder, cache, tmp_path):
     copy = shutil.copytree(folder, tmp_path / 'copy')
     entries = [dict(r, conditioning_image_file_name='../secret.png') for r in rows(copy)]
     write_jsonl(copy / 'metadata.jsonl', entries)
-    with pytest.raises(ValueError, match=r'cannot be read: .*\.\./secret.png'):
+    with pytest.raises(UserError, match=r'cannot be read: .*\.\./secret.png'):
         HFDataset(copy, cache_dir=cache)
 
 
@@ -355,21 +351,21 @@ def test_urls(folder, cache, tmp_path):
         data = HFDataset(write_jsonl(tmp_path / 'urls.jsonl', entries), conditioning_image_column=None,
                          cache_dir=cache)
         np.testing.assert_array_equal(data[0]['img'], draw_circle(1, 32)[0])
-        with pytest.raises(ValueError, match=f'row 1 .* could not be fetched from {address}/images/none.png: 404'):
+        with pytest.raises(UserError, match=f'row 1 .* could not be downloaded from {address}/images/none.png: 404'):
             data[1]
         server.shutdown()
 
 
-def test_cells_of_another_kind(cache, tmp_path):
+def test_cells_of_another_type(cache, tmp_path):
     file = write_jsonl(tmp_path / 'x.jsonl', [dict(image=[1], text=None), dict(image=None, text='')])
     data = HFDataset(file, conditioning_image_column=None, cache_dir=cache)
-    with pytest.raises(ValueError, match='row 0 .* holds a list'):
+    with pytest.raises(UserError, match='row 0 .* holds a list'):
         data[0]
-    with pytest.raises(ValueError, match='row 1 .* is empty'):
+    with pytest.raises(UserError, match='row 1 .* is empty'):
         data[1]
     draw_circle(0, 32)[0].save(tmp_path / 'a.png')
     file = write_jsonl(tmp_path / 'y.jsonl', [dict(image='a.png', text=3)])
-    with pytest.raises(ValueError, match="Column 'text' of row 0 .* holds 3"):
+    with pytest.raises(UserError, match="Column 'text' of row 0 .* holds 3"):
         HFDataset(file, conditioning_image_column=None, cache_dir=cache)[0]
 
 
@@ -377,3 +373,13 @@ def test_packaged_builder_with_data_files(folder, cache):
     data = HFDataset('json', data_files=str(folder / 'metadata.jsonl'), image_column='file_name', image_root=folder,
                      conditioning_image_column='conditioning_image_file_name', cache_dir=cache)
     np.testing.assert_array_equal(data[4]['img'], draw_circle(4, 32)[0])
+
+
+@pytest.mark.parametrize('path', ['a\0.png', 'a\ud800.png', 'zip://a.png::data.zip', 'zip://b.png::real.zip'])
+def test_paths_that_cannot_be_read(path, tmp_path):
+    (tmp_path / 'data.zip').write_bytes(b'PK no')
+    with zipfile.ZipFile(tmp_path / 'real.zip', 'w') as archive:
+        archive.writestr('a.png', b'')
+    path = path.replace('::', f'::{tmp_path}/')
+    with pytest.raises(BadImageError, match='^it .*(cannot|could not) be read'):
+        ImageReader(tmp_path)(path, 'it')

@@ -1,10 +1,11 @@
-"""Image and conditions stay over each other, and the time ids say where the crop lay."""
+"""Image and conditions stay aligned, and the time ids name the crop's place."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import TRANSFORMS
 
 
@@ -44,7 +45,7 @@ def test_resize_is_torchvisions_short_edge_rule(size, expected):
     assert out['original_size'] == (size[1], size[0])
 
 
-def test_resize_covers_a_rectangle_and_takes_the_filter():
+def test_resize_covers_a_rectangle_and_uses_the_filter():
     image = noise(100, 50)
     out = build('Resize', size=[40, 60], interpolation='lanczos')(sample(image))
     np.testing.assert_array_equal(out['img'], image.resize((80, 40), Image.Resampling.LANCZOS))
@@ -58,12 +59,12 @@ def test_condition_of_another_size_is_resized():
 
 @pytest.mark.parametrize('size', [(57, 100), (64, 64), (100, 60), (25, 11)])
 def test_condition_of_another_aspect_ratio_is_refused(size):
-    with pytest.raises(ValueError, match=rf"'depth' of sample 'a' is {size[1]} x {size[0]} and its image 57 x 100"):
+    with pytest.raises(UserError, match=rf"'depth' of sample 'a' is {size[1]} x {size[0]} and its image 57 x 100"):
         build('Resize', size=32)(sample(noise(100, 57), depth=noise(*size)))
 
 
 @pytest.mark.parametrize('size', [(64, 43), (64, 42), (1024, 683), (101, 67)])
-def test_rounding_is_no_other_aspect_ratio(size):
+def test_rounding_is_not_another_aspect_ratio(size):
     build('Resize', size=32)(sample(noise(300, 200), conditioning_image=noise(*size)))
 
 
@@ -130,13 +131,14 @@ def test_flip_probability():
     (lambda: build('Resize', size=8)(build('Crop', size=8)(sample(noise(9, 9)))), 'Resize must stand before Crop'),
     (lambda: build('Resize', size=0), 'size=0'),
     (lambda: build('Resize', size='$resolution'), r'\$resolution'),
-    (lambda: build('Resize', size=8, interpolation='cubic'), "'cubic' is not known"),
-    (lambda: build('Crop', size=8, mode='centre'), "'centre' is neither"),
+    (lambda: build('Resize', size=8, interpolation='cubic'), "interpolation='cubic' is unknown; .*'bicubic'"),
+    (lambda: build('Crop', size=8, mode='centre'), "mode='centre' is unknown; .*Did you mean 'center'"),
     (lambda: build('Flip', prob=1.5), 'prob=1.5'),
-    (lambda: build('Crop', size=8)(dict(key='a')), "'a' has no picture 'img'"),
+    (lambda: build('Flip', prob='half'), "prob='half'"),
+    (lambda: build('Crop', size=8)(dict(key='a')), "'a' has no image 'img'"),
 ])
 def test_refusals(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make()
 
 

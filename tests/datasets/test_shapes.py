@@ -1,4 +1,4 @@
-"""Rows of the shapes world as a data set: whoever reads them, at any size, cropped, with all that they can hold."""
+"""Shapes as a data set: at any size, cropped, with all optional entries, in any order."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffengine_sdxl.datasets import Draw, FiniteSampler, KeyedSampler, Shapes, collate, pack
+from diffengine_sdxl.datasets import Draw, FiniteSampler, KeyedSampler, Shapes, collate
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.data_preprocessor import pack
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.shapes import draw
 from diffengine_sdxl.shapes.scene import BASE_STYLES, HELD_OUT, STYLES, draw_scene, reference
@@ -18,7 +20,7 @@ CROP = [dict(type='Crop', size=32, mode='random'), *PACK]
 
 
 def same(one: Any, other: Any) -> bool:
-    """Two samples or batches that differ in nothing."""
+    """Return whether two samples or batches are equal."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, Image.Image):
@@ -29,7 +31,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize('kind', draw.CONDITIONS)
-def test_a_row_is_the_scene_of_its_number(kind: str) -> None:
+def test_a_row_shows_the_scene_of_its_number(kind: str) -> None:
     data = DATASETS.build(dict(type='Shapes', length=7, seed=3, split='val', size=48, conditioning=kind))
     assert len(data) == 7
     for index in (6, 0):
@@ -39,12 +41,12 @@ def test_a_row_is_the_scene_of_its_number(kind: str) -> None:
         assert list(sample) == ['img', 'text', 'conditioning_image', 'key', 'epoch', 'seed', 'num_skipped']
         assert [sample[k] for k in ('text', 'key', 'epoch', 'seed', 'num_skipped')] == [
             scene.caption, f'val/{index}', 2, 5, 0]
-    assert same(data[3], data[Draw(3, 9, 1)] | {'epoch': 0, 'seed': 0}), 'the picture is that of every epoch'
+    assert same(data[3], data[Draw(3, 9, 1)] | {'epoch': 0, 'seed': 0}), 'the image is the same in every epoch'
     with pytest.raises(IndexError, match="seed=3, split='val'.* has 7 rows, no row 7"):
         data[7]
 
 
-def test_all_that_a_row_can_hold_becomes_a_batch() -> None:
+def test_all_optional_entries_are_batched() -> None:
     data = Shapes(length=4, split='val', size=32, conditioning='mask', reference=True, truth=True, transforms=PACK)
     samples = [data[i] for i in range(4)]
     batch = pack(collate(samples))
@@ -63,23 +65,23 @@ def test_all_that_a_row_can_hold_becomes_a_batch() -> None:
     assert set(Shapes(length=1, conditioning=None)[0]) == {'img', 'text', 'key', 'epoch', 'seed', 'num_skipped'}
 
 
-def test_a_mask_and_an_outline_lie_where_the_picture_has_its_shape() -> None:
-    """Through crops and flips, too: where the mask is white, no pixel has the ground's colour, and all around does."""
+def test_masks_lie_where_the_image_has_its_shape() -> None:
+    """After crops and flips too: pixels have the fill's colour where the mask is white, and the ground's elsewhere."""
     data = Shapes(length=8, size=64, conditioning='mask', styles='flat', oversize=1.0, transforms=[
         dict(type='Crop', size=48, mode='random'), dict(type='Flip', prob=0.5), *PACK])
     plain = [i for i in range(8) if data.scene(i).texture == 'plain']
     for index in plain:
         sample, scene = data[index], data.scene(index)
-        picture = (sample['img'].permute(1, 2, 0) * 127.5 + 127.5).round()
-        ground = (picture == torch.tensor(draw.palette.COLOURS[scene.ground])).all(dim=-1)
-        fill = (picture == torch.tensor(draw.palette.COLOURS[scene.fill])).all(dim=-1)
+        image = (sample['img'].permute(1, 2, 0) * 127.5 + 127.5).round()
+        ground = (image == torch.tensor(draw.palette.COLOURS[scene.ground])).all(dim=-1)
+        fill = (image == torch.tensor(draw.palette.COLOURS[scene.fill])).all(dim=-1)
         white = sample['conditioning_image'][0]
         assert torch.equal(fill, white == 1) and ground[white == 0].all() and not ground[white > 0.05].any()
         assert fill.any() and ground.any()
     assert len(plain) > 1
 
 
-def test_what_is_chosen_is_what_comes() -> None:
+def test_styles_and_combinations() -> None:
     scenes = [Shapes(styles=list(STYLES), combinations='held_out').scene(i) for i in range(150)]
     assert {s.style for s in scenes} == set(STYLES) and {(s.fill, s.shape) for s in scenes} == set(HELD_OUT)
     scenes = [Shapes().scene(i) for i in range(300)]
@@ -87,14 +89,14 @@ def test_what_is_chosen_is_what_comes() -> None:
     assert {Shapes(styles='ringed').scene(i).style for i in range(20)} == {'ringed'}
 
 
-def test_splits_and_seeds_show_other_pictures() -> None:
+def test_splits_and_seeds_have_different_images() -> None:
     data = [Shapes(length=20, seed=seed, split=split) for seed in (0, 1) for split in ('train', 'test')]
-    pictures = {np.asarray(d[i]['img']).tobytes() for d in data for i in range(20)}
-    assert len(pictures) == 80 and len({d.source for d in data}) == 4
+    images = {np.asarray(d[i]['img']).tobytes() for d in data for i in range(20)}
+    assert len(images) == 80 and len({d.source for d in data}) == 4
 
 
-def test_oversize_is_cut_to_size_and_the_time_ids_are_true() -> None:
-    """The window of the picture at its own size is the sample, at the place that the time ids name; so the outline."""
+def test_oversize_is_cropped_and_the_time_ids_are_true() -> None:
+    """The sample is a window of the larger image, at the place that the time ids name; and so is the condition."""
     data = Shapes(length=60, size=32, oversize=0.5, transforms=CROP)
     larger = []
     for index in range(60):
@@ -114,13 +116,13 @@ def test_oversize_is_cut_to_size_and_the_time_ids_are_true() -> None:
     other = [tuple(data[Draw(i, epoch, seed)]['time_ids'].tolist()) for epoch, seed in ((1, 7), (2, 7), (1, 8))
              for i in range(20)]
     assert other[:20] != other[20:40] != other[40:] != other[:20]
-    with pytest.raises(ValueError, match='put a Crop of 32 pixels'):
+    with pytest.raises(UserError, match='add a Crop of 32 pixels'):
         uncut = Shapes(length=20, size=32, oversize=0.5, transforms=PACK)
         collate([uncut[i] for i in range(20)])
 
 
-def test_rows_do_not_depend_on_who_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers, processes and the order; through oversize, crops and dropped captions."""
+def test_rows_do_not_depend_on_workers_processes_or_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With oversize, crops and dropped captions."""
     data = Shapes(length=6, size=32, oversize=0.7, reference=True, truth=True, transforms=[
         dict(type='CaptionDrop', prob=0.4), *CROP])
 
@@ -128,14 +130,14 @@ def test_rows_do_not_depend_on_who_reads_them(monkeypatch: pytest.MonkeyPatch) -
         loader = DataLoader(data, batch_size, sampler=KeyedSampler(data, **options), num_workers=num_workers,
                             collate_fn=collate)
         return [batch for batch, _ in zip(loader, range(num), strict=False)]
-    alone = read(0, seed=4)
-    assert all(map(same, alone, read(2, seed=4))) and all(map(same, alone[2:], read(0, seed=4, start=4, num=4)))
-    assert not same(alone[0], read(0, seed=5, num=1)[0])
+    single = read(0, seed=4)
+    assert all(map(same, single, read(2, seed=4))) and all(map(same, single[2:], read(0, seed=4, start=4, num=4)))
+    assert not same(single[0], read(0, seed=5, num=1)[0])
     parts = []
     for rank in range(2):
-        monkeypatch.setattr('diffengine_sdxl.datasets.sampler.get_dist_info', lambda rank=rank: (rank, 2))
+        monkeypatch.setattr('diffengine_sdxl.datasets.data_sampler.get_dist_info', lambda rank=rank: (rank, 2))
         parts.append(read(0, batch_size=1, seed=4))
-    for whole, *pair in zip(alone, *parts, strict=True):
+    for whole, *pair in zip(single, *parts, strict=True):
         assert all(torch.equal(whole['img'][r], pair[r]['img'][0]) and whole['text'][r] == pair[r]['text'][0]
                    for r in range(2))
     monkeypatch.undo()
@@ -143,25 +145,18 @@ def test_rows_do_not_depend_on_who_reads_them(monkeypatch: pytest.MonkeyPatch) -
     assert [row['key'] for row in rows] == [[f'train/{i}'] for i in range(6)]
 
 
-@pytest.mark.parametrize(('options', 'words'), [
+@pytest.mark.parametrize(('options', 'message'), [
     (dict(length=0), 'length=0 must be at least 1'), (dict(size=7), 'size=7'), (dict(oversize=1.5), 'oversize=1.5'),
     (dict(oversize=-0.1), 'oversize=-0.1'),
-    (dict(conditioning='outlines'), "conditioning='outlines' is not known; .*Did you mean 'outline'"),
-    (dict(styles=['flat', 'strpied']), "styles='strpied' is not known; .*Did you mean 'striped'"),
-    (dict(styles='dots'), "styles='dots'"), (dict(styles=[]), 'styles is empty; name at least one'),
+    (dict(conditioning='outlines'), "conditioning='outlines' is unknown; .*Did you mean 'outline'"),
+    (dict(styles=['flat', 'strpied']), "styles='strpied' is unknown; .*Did you mean 'striped'"),
+    (dict(styles='dots'), "styles='dots'"), (dict(styles=[]), r'styles=\[\] must be a list .* at least one'),
     (dict(combinations='heldout'), "combinations='heldout' .*Did you mean 'held_out'"),
-])
-def test_what_is_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words) as error:
-        Shapes(**options)
-    assert 'Shapes' in str(error.value) and len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(('options', 'words'), [
     (dict(length='abc'), "length='abc' must be a whole number"), (dict(size=64.5), 'size=64.5 must be a whole number'),
     (dict(oversize='x'), "oversize='x'"), (dict(split=''), "split=''"), (dict(styles=3), 'styles=3 must be a list'),
-    (dict(oversize=0.5, transforms=[dict(type='PackInputs')]), 'put a Crop of 64 pixels'),
+    (dict(oversize=0.5, transforms=[dict(type='PackInputs')]), 'add a Crop of 64 pixels'),
 ])
-def test_wrong_types_are_said(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         Shapes(**options)
+    assert 'Shapes' in str(error.value) and len(str(error.value).splitlines()) == 1

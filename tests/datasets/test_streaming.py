@@ -1,4 +1,4 @@
-"""A stream has one global order, whatever reads it."""
+"""A stream has one global order, which does not depend on workers and processes."""
 
 import shutil
 from collections import Counter
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffengine_sdxl.datasets import HFDataset, collate, images, streaming
+from diffengine_sdxl.datasets import HFDataset, collate, image_files, streaming
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.testing import draw_circle, write_circles
 
@@ -57,36 +58,36 @@ def test_epochs_are_shuffled_by_key(folder, buffer_size):
 
 
 def test_processes_workers_and_start(folder, monkeypatch):
-    alone = load(stream(folder), 8)
+    single = load(stream(folder), 8)
     for other in (load(stream(folder), 8, num_workers=2), load(stream(folder, buffer_size=99), 8, num_workers=2)):
-        assert all(torch.equal(a['img'], b['img']) and a['key'] == b['key'] for a, b in zip(alone, other, strict=True))
-    assert len(Counter(tuple(b['time_ids'].flatten().tolist()) for b in alone)) > 4
+        assert all(torch.equal(a['img'], b['img']) and a['key'] == b['key'] for a, b in zip(single, other, strict=True))
+    assert len(Counter(tuple(b['time_ids'].flatten().tolist()) for b in single)) > 4
     parts = []
     for rank in range(2):
         monkeypatch.setattr(streaming, 'get_dist_info', lambda rank=rank: (rank, 2))
         parts.append(load(stream(folder), 8, batch_size=1, num_workers=2 * rank))
-    for whole, first, second in zip(alone, *parts, strict=True):
+    for whole, first, second in zip(single, *parts, strict=True):
         assert torch.equal(whole['img'], torch.cat([first['img'], second['img']]))
-    with pytest.raises(ValueError, match='sample 3 .* 2 processes'):
+    with pytest.raises(UserError, match='sample 3 .* 2 processes'):
         next(iter(stream(folder, start=3)))
     monkeypatch.undo()
     for num_workers in (0, 2):
         resumed = stream(folder)
         resumed.start = 6
-        assert [b['key'] for b in load(resumed, 5, num_workers)] == [b['key'] for b in alone[3:]]
+        assert [b['key'] for b in load(resumed, 5, num_workers)] == [b['key'] for b in single[3:]]
 
 
-def test_start_does_not_decode_what_it_passes(folder, monkeypatch):
+def test_start_decodes_only_what_it_returns(folder, monkeypatch):
     decoded = []
-    real = images.decode
-    monkeypatch.setattr(images, 'decode', lambda data, what: decoded.append(what) or real(data, what))
+    decode = image_files.decode
+    monkeypatch.setattr(image_files, 'decode', lambda data, what: decoded.append(what) or decode(data, what))
     next(iter(stream(folder, start=12)))
     assert len(decoded) == 2
 
 
 def test_workers_need_the_batch_size(folder, monkeypatch):
     monkeypatch.setattr(streaming, 'get_worker_info', lambda: SimpleNamespace(id=0, num_workers=2))
-    with pytest.raises(ValueError, match='needs the batch_size'):
+    with pytest.raises(UserError, match='needs the batch_size'):
         next(iter(stream(folder)))
 
 
@@ -95,7 +96,7 @@ def test_bad_rows(folder, tmp_path, monkeypatch):
     for index in (1, 2, 6):
         path = copy / f'images/0000{index}.png'
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="Column 'image' of row 1 of"):
+    with pytest.raises(UserError, match="Column 'image' of row 1 of"):
         list(stream(copy, buffer_size=0, repeat=False))
     options = dict(buffer_size=0, on_bad_image='skip')
     out = list(islice(stream(copy, **options), 8))
@@ -104,15 +105,25 @@ def test_bad_rows(folder, tmp_path, monkeypatch):
     assert [s['key'] for s in stream(copy, repeat=False, **options)] == ['0', '3', '3', '3', '4', '5']
     assert keys(stream(copy, start=6, **options), 2) == [('0', 1), ('0', 1)]
     monkeypatch.setattr(streaming, 'MAX_BAD_ROWS', 2)
-    with pytest.raises(ValueError, match='2 rows of .* in a row have no readable image'):
+    with pytest.raises(UserError, match='2 consecutive rows of .* have no readable image'):
         keys(stream(copy, **options), 2)
 
 
 def test_refusals(folder, tmp_path):
-    with pytest.raises(ValueError, match="no column 'txt' .caption_column.*Did you mean 'text'"):
+    with pytest.raises(UserError, match="no column 'txt' .caption_column.*Did you mean 'text'"):
         stream(folder, caption_column='txt')
     (tmp_path / 'none.jsonl').touch()
     (tmp_path / 'none').mkdir()
     for name in ('none', 'none.jsonl'):
-        with pytest.raises(ValueError, match=f"{name}' is empty"):
+        with pytest.raises(UserError, match=f"{name}' is empty"):
             stream(tmp_path / name)
+
+
+def test_a_file_that_cannot_be_parsed_ends_the_stream(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n' * 3)
+    (tmp_path / 'b.jsonl').write_text('{"text": \n')
+    data = stream(tmp_path, image_column=None, conditioning_image_column=None, transforms=(), buffer_size=0)
+    samples = iter(data)
+    assert [next(samples)['text'] for _ in range(3)] == ['a'] * 3
+    with pytest.raises(UserError, match=f"{tmp_path.name}' cannot be read: "):
+        next(samples)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine.helpers import command, curves, train
 from PIL import Image
+from runs import command, curves, train
 
 from diffengine_sdxl.testing import tiny_unet, write_tiny_sdxl
 
@@ -30,7 +30,7 @@ def fails(tmp_path: Path, tiny: dict[str, Any], capfd: pytest.CaptureFixture[str
 
 
 def copy_of(circles: Path, folder: Path, num_images: int = 4) -> Path:
-    """A small copy of the data, to spoil."""
+    """Copy the first rows of the data, to damage them."""
     shutil.copytree(circles, folder)
     lines = (folder / 'metadata.jsonl').read_text().splitlines()[:num_images]
     (folder / 'metadata.jsonl').write_text('\n'.join(lines) + '\n')
@@ -73,7 +73,7 @@ def test_a_config_that_is_not_there(fails: Callable[..., str]) -> None:
 @pytest.mark.parametrize(('which', 'num_workers'), [('images', 2), ('conditioning_images', 0)])
 def test_a_truncated_image(which: str, num_workers: int, circles: Path, tmp_path: Path, fails: Callable[..., str],
                            tiny: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
-    """Refused by its name; or, with on_bad_image='skip', passed over, warned of and counted."""
+    """Refused by its name; or, with on_bad_image='skip', skipped, warned of and counted."""
     data = copy_of(circles, tmp_path / 'data')
     path = data / which / '00002.png'
     path.write_bytes(path.read_bytes()[:-40])
@@ -84,19 +84,19 @@ def test_a_truncated_image(which: str, num_workers: int, circles: Path, tmp_path
     assert command(tmp_path / 'run', {**tiny, **options}) == 0
     captured = capfd.readouterr()
     # 4 steps of 2 from 4 rows: the bad one was due twice.
-    assert '2 unreadable images were passed over' in captured.out + captured.err
+    assert '2 unreadable images were skipped' in captured.out + captured.err
     assert len(curves(tmp_path / 'run')) == 4
 
 
-def test_a_file_that_is_missing_or_no_image(circles: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_a_file_that_is_not_an_image(circles: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     data = copy_of(circles, tmp_path / 'data')
-    (data / 'images' / '00001.png').write_text('no picture')
+    (data / 'images' / '00001.png').write_text('not an image')
     assert 'row 1' in fails({'train_dataloader.dataset.source': str(data)})
 
 
 def test_a_condition_of_another_aspect_ratio(circles: Path, tmp_path: Path, fails: Callable[..., str],
                                              tiny: dict[str, Any]) -> None:
-    """Refused with both sizes; another size of the same proportions is resized."""
+    """Refused with both sizes; another size of the same aspect ratio is resized."""
     data = copy_of(circles, tmp_path / 'data')
     for i in range(4):
         Image.new('RGB', (32, 32)).save(data / 'conditioning_images' / f'{i:05d}.png')
@@ -119,8 +119,7 @@ def test_an_empty_data_set(kind: str, tmp_path: Path, circles: Path, fails: Call
     assert str(data) in said and ('empty' in said or kind == 'nothing')
 
 
-def test_a_missing_caption_column_names_those_there_are(circles: Path, tmp_path: Path,
-                                                        fails: Callable[..., str]) -> None:
+def test_a_missing_caption_column_is_refused_with_the_columns(fails: Callable[..., str]) -> None:
     said = fails({'train_dataloader.dataset.caption_column': 'caption'})
     assert "'caption'" in said and "'text'" in said
 
@@ -189,7 +188,7 @@ def test_a_truncated_checkpoint(tmp_path: Path, tiny: dict[str, Any], fails: Cal
     whole = (work_dir / 'step4.pth').read_bytes()
     (work_dir / 'step4.pth').write_bytes(whole[:5000])
     said = fails({}, work_dir, resume='auto')
-    assert str(work_dir / 'step4.pth') in said and 'cut off' in said and '--resume PATH' in said
+    assert str(work_dir / 'step4.pth') in said and 'truncated' in said and '--resume PATH' in said
     assert (work_dir / 'step4.pth').stat().st_size == 5000
     assert command(work_dir, tiny, resume=str(work_dir / 'step2.pth')) == 0
     assert torch.load(work_dir / 'step4.pth', weights_only=True)['meta']['step'] == 4
@@ -200,8 +199,8 @@ def test_a_work_dir_of_another_run(tmp_path: Path, tiny: dict[str, Any], fails: 
     train(work_dir, tiny, die_at=2)
     before = {p: p.read_bytes() for p in work_dir.rglob('*') if p.is_file()}
     assert '--resume' in fails({}, work_dir)
-    said = fails({'randomness.seed': 9, 'model.null_text': 'empty'}, work_dir, resume='auto')
-    assert 'seed was 0, is now 9' in said and "model.null_text was None, is now 'empty'" in said
+    said = fails({'randomness.seed': 9, 'model.null_prompt': 'empty'}, work_dir, resume='auto')
+    assert 'seed was 0, is now 9' in said and "model.null_prompt was None, is now 'empty'" in said
     assert {p: p.read_bytes() for p in work_dir.rglob('*') if p.is_file()} == before
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.helpers import build, curves, first_gradients, plain_arguments, weights
+from runs import build, curves, first_gradients, plain_arguments, weights
 
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
@@ -35,8 +35,8 @@ def kinds_together(encoder: Path) -> dict[str, Any]:
     """All kinds at once; a word that not every prompt holds, a window that not every row is inside of."""
     return dict(
         _delete_=True, style=dict(type='LoRA', rank=2, parts=['unet', 'text_encoder', 'text_encoder_2']),
-        dora=dict(type='LoRA', kind='dora', rank=2, window=(0.2, 0.8)), control=dict(type='ControlNet'),
-        ip=dict(type='IPAdapter', variant='plus', image_encoder=str(encoder), image_encoder_subfolder=None),
+        dora=dict(type='LoRA', kind='dora', rank=2, active_range=(0.2, 0.8)), control=dict(type='ControlNet'),
+        ip=dict(type='IPAdapter', architecture='plus', image_encoder=str(encoder), image_encoder_subfolder=None),
         t2i=dict(type='T2IAdapter'), word=dict(type='TextualInversion', token='red', init='blue'))
 
 
@@ -72,7 +72,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
     cases['resumed'] = {**cases['ema'], 'resume': True,
                         'options': {**cases['ema']['options'], 'train_cfg.max_iters': 4}}
     (folder / 'cases.json').write_text(json.dumps(cases))
-    done = launched(Path(__file__).with_name('two_processes.py'), folder, cwd=folder)
+    done = launched(ROOT / 'tests' / 'two_processes.py', folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, case in cases.items():
         options = {**case['options'], 'train_dataloader.batch_size': 4}

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from engine.helpers import assert_same_run, build, train, weights
+from runs import assert_same_run, build, train, weights
 
 from diffengine_sdxl.adapters.base import Adapter
 from diffengine_sdxl.engine import export
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import ADAPTERS
 
 
@@ -59,7 +60,7 @@ def test_an_export_that_does_not_come_back_is_none(tmp_path: Path, tiny: dict[st
         state['adapter.conv_in.bias'] = state['adapter.conv_in.bias'] + 1
         save_file(state, path)
     monkeypatch.setattr(type(adapter), 'save', forgetful)
-    with pytest.raises(ValueError, match='conv_in.bias'):
+    with pytest.raises(UserError, match='conv_in.bias'):
         runner.train()
     assert not list(tmp_path.glob('step*')) and not list(tmp_path.glob('.*'))
 
@@ -94,9 +95,11 @@ def test_a_full_fine_tune(tmp_path: Path, tiny: dict[str, Any], tiny_base: Path)
     assert all(torch.equal(trained[k.removeprefix('unet.')], v) for k, v in weights(tmp_path / 'whole', 4).items())
     assert any(not torch.equal(v, trained[k]) for k, v in base.unet.named_parameters())
     assert all(torch.equal(v, dict(stock.vae.named_parameters())[k]) for k, v in base.vae.named_parameters())
-    from diffengine_sdxl.engine.inference.prompts import prompt_batch
+    from diffengine_sdxl.models.request_batch import request_batch
+    from diffengine_sdxl.request import Request
     runner.model.eval()
-    ours = runner.model.sampler(runner.model, prompt_batch(runner.model, ['a red circle'], {}, (64, 64), [3]))
+    ours = runner.model.sampler(runner.model, request_batch(
+        runner.model, [Request(prompt='a red circle', seed=3)], (64, 64)))
     theirs = stock('a red circle', height=64, width=64, num_inference_steps=2, guidance_scale=5.0,
                    generator=torch.Generator().manual_seed(3), output_type='latent').images
     assert torch.equal(ours, theirs)
@@ -154,10 +157,10 @@ def test_weights_that_live_in_the_unet(honest: bool, tmp_path: Path, tiny: dict[
         with torch.no_grad():
             value.fill_(2.0)
         runner.model.adapters['inside'].save(tmp_path / 'inside')
-        export._check_reload(runner.model.adapters['inside'], owned['inside'], tmp_path / 'inside')
+        export._check_adapter(runner.model.adapters['inside'], owned['inside'], tmp_path / 'inside')
         assert torch.equal(value, torch.full((3,), 2.0))
     else:
-        with pytest.raises(ValueError, match='unet.added'):
+        with pytest.raises(UserError, match='unet.added'):
             runner.train()
 
 

@@ -1,4 +1,4 @@
-"""What hooks leave: averages, pictures, curves, events, progress."""
+"""Hooks: averages, sample images, curves, events, progress."""
 
 import json
 import logging
@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.helpers import build, curves, evaluation, train, weights
 from mmengine.hooks import Hook
 from PIL import Image
+from runs import build, curves, evaluation, train, weights
 
 from diffengine_sdxl.engine.hooks.progress import ProgressHook
-from diffengine_sdxl.engine.inference.prompts import prompt_batch, read_picture
-from diffengine_sdxl.pictures import labelled_grid, to_pil
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.images import labelled_grid, to_pil
+from diffengine_sdxl.models.request_batch import read_image_input, request_batch
+from diffengine_sdxl.request import Request
 
 
-class Watch(Hook):
-    """A copy of the trained weights after each step, before any other hook has seen it."""
+class WeightRecorder(Hook):
+    """Copy the trained weights after each step, before any other hook."""
 
     priority = 'VERY_HIGH'
 
@@ -44,7 +46,7 @@ def test_the_average_is_that_of_a_loop(warmup: bool, tmp_path: Path, tiny: dict[
     """average + (1 - d) (weight - average), step by step in fp64; it is what is exported, and the manifest says so;
     training goes on with the weights themselves."""
     runner = build(tmp_path, {**tiny, 'custom_hooks': [dict(type='EMAHook', decay=0.7, warmup=warmup)]})
-    watch = Watch()
+    watch = WeightRecorder()
     runner.register_hook(watch)
     runner.train()
     first, *steps = watch.steps
@@ -99,12 +101,13 @@ def test_pictures_of_prompts(conditions: str, circles: Path, tmp_path: Path, tin
                               'custom_hooks': [dict(type='EMAHook', decay=0.5)]})
     shown = [paths[0], paths[0]] if conditions == 'one for all' else paths
     read = runner.model.adapters['adapter'].read_image
-    rows: list[list[Any]] = [[read(read_picture(path), (32, 32)).numpy()] for path in shown]
+    rows: list[list[Any]] = [[read(read_image_input(path), (32, 32)).numpy()] for path in shown]
     runner.model.eval()
     with runner.exported_weights():
         for seed in (5, 6):
             for row, prompt, path in zip(rows, prompts, shown, strict=True):  # one by one, as kernels go by batch size
-                batch = prompt_batch(runner.model, [prompt], {'adapter': [path]}, (32, 32), [seed])
+                request = Request(prompt=prompt, conditions={'adapter': path}, seed=seed)
+                batch = request_batch(runner.model, [request], (32, 32))
                 row.append(runner.model.decode(runner.model.sampler(runner.model, batch))[0].numpy())
     expected = labelled_grid([(p, [to_pil(i) for i in row]) for p, row in zip(prompts, rows, strict=True)],
                              ['adapter', 'seed 5', 'seed 6'], 'step 4, EMA weights')
@@ -128,7 +131,7 @@ def test_pictures_change_no_weight(tmp_path: Path, tiny: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize('adapters', [True, False])
-def test_a_picture_is_paid_for_once(adapters: bool, tmp_path: Path, tiny: dict[str, Any],
+def test_an_image_is_computed_once(adapters: bool, tmp_path: Path, tiny: dict[str, Any],
                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the model as it stands, with adapters or, where the base itself trains, without."""
     options = sample_options(tiny, num_from_dataset=1)
@@ -146,18 +149,19 @@ def test_a_picture_is_paid_for_once(adapters: bool, tmp_path: Path, tiny: dict[s
 def test_pictures_need_a_sampler_and_whole_lists(circles: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
     path = str(circles / 'conditioning_images' / '00000.png')
     options = sample_options(tiny, prompts=['a', 'b', 'c'], conditions=dict(adapter=[path, path]))
-    with pytest.raises(ValueError, match="adapter 'adapter' has 2 images for 3 prompts"):
+    with pytest.raises(UserError, match="adapter 'adapter' has 2 images for 3 prompts"):
         build(tmp_path / 'a', options)
     options['default_hooks.samples']['conditions'] = dict(adapter=path)
-    with pytest.raises(ValueError, match='model.sampler is not set'):
+    with pytest.raises(UserError, match='model.sampler is not set'):
         train(tmp_path / 'b', {**options, 'model.sampler': None})
     # A prompt without the condition that the adapter reads: said before the first step.
     options['default_hooks.samples']['conditions'] = {}
-    with pytest.raises(ValueError, match="'adapter' reads 'conditioning_image'"):
+    with pytest.raises(UserError, match="'adapter' reads 'conditioning_image'"):
         train(tmp_path / 'c', options)
     assert not (tmp_path / 'c' / 'curves.jsonl').is_file() or not curves(tmp_path / 'c')
 
 
+@pytest.mark.usefixtures('with_curves_png')
 def test_curves_and_events(tmp_path: Path, tiny: dict[str, Any]) -> None:
     """Every step once, also after a death; the picture; TensorBoard with loss, rate and samples."""
     options = {**sample_options(tiny, num_from_dataset=1), 'default_hooks.logger.interval': 1}
@@ -181,6 +185,7 @@ def test_curves_and_events(tmp_path: Path, tiny: dict[str, Any]) -> None:
     assert image.step == 4 and image.width == sheet(tmp_path / 'samples' / 'step4.png').shape[1]
 
 
+@pytest.mark.usefixtures('with_curves_png')
 def test_several_rates_have_a_curve_each(tmp_path: Path, tiny: dict[str, Any]) -> None:
     options = {**tiny, 'model.adapters.two': dict(type='T2IAdapter'), 'train_cfg.max_iters': 1,
                'optim_wrapper.paramwise_cfg.lr.two': 0.25}
@@ -189,6 +194,7 @@ def test_several_rates_have_a_curve_each(tmp_path: Path, tiny: dict[str, Any]) -
     assert row['adapter_lr'] == 1e-3 and row['two_lr'] == 0.25 and (tmp_path / 'curves.png').is_file()
 
 
+@pytest.mark.usefixtures('with_curves_png')
 def test_optimizers_without_a_rate_have_curves_too(tmp_path: Path, tiny: dict[str, Any]) -> None:
     """Adafactor with relative steps."""
     train(tmp_path, {**tiny, 'train_cfg.max_iters': 2, 'param_scheduler': None,
@@ -226,7 +232,7 @@ def test_progress_at_a_terminal(tmp_path: Path, tiny: dict[str, Any], monkeypatc
 
 def test_progress_gives_the_terminal_back_when_training_fails(tmp_path: Path, tiny: dict[str, Any],
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.helpers import command
+    from runs import command
     leader, follower = pty.openpty()
     with os.fdopen(follower, 'w') as terminal:
         monkeypatch.setattr(sys, 'stderr', terminal)
@@ -254,8 +260,8 @@ def test_progress_of_a_validation_and_a_test(tmp_path: Path, tiny: dict[str, Any
         assert hook.bar is None and sys.stdout is out
         terminal.flush()
         text = shown_on(leader)
-        assert 'training' in text and 'validation' in text and '6/6' in text and 'pictures' in text
-        assert 'adapted  brightness' in text
+        assert 'training' in text and 'validation' in text and '6/6' in text and 'images' in text
+        assert 'adapted    brightness' in text
         runner.test()
         assert hook.bar is None and sys.stdout is out
         terminal.flush()
@@ -283,9 +289,9 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, tiny: dict[str, Any],
     assert '\x1b[' not in captured.out
 
 
-def test_pictures_that_fail_cost_no_steps(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_samples_that_fail_cost_no_steps(tmp_path: Path, tiny: dict[str, Any]) -> None:
     """The checkpoint of a step is whole before its pictures are made."""
-    with pytest.raises(ValueError, match='not finite'):
+    with pytest.raises(UserError, match='not finite'):
         train(tmp_path, {**tiny, 'model.sampler.guidances': [dict(type='CFG', scale=1e38)], 'default_hooks.samples':
                          dict(type='SampleHook', interval=2, num_from_dataset=1, num_images=1, size=32,
                               at_start=False)})
@@ -310,9 +316,9 @@ def test_pictures_of_a_stream_are_those_of_its_beginning(tmp_path: Path, tiny: d
         assert all(torch.equal(a.conditions[k], b.conditions[k]) for k in a.conditions)
 
 
-def test_an_average_cannot_be_taken_out_of_a_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_an_ema_cannot_be_removed_from_a_run(tmp_path: Path, tiny: dict[str, Any]) -> None:
     train(tmp_path, {**tiny, 'custom_hooks': [dict(type='EMAHook')]})
-    with pytest.raises(ValueError, match='holds an EMA'):
+    with pytest.raises(UserError, match='holds an EMA'):
         train(tmp_path, {**tiny, 'train_cfg.max_iters': 6}, resume=True)
 
 
@@ -320,6 +326,7 @@ def test_two_adapters_of_one_key_take_the_same_pictures(tiny_base: Path, circles
     from diffengine_sdxl.models.sdxl import SDXL
     model = SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(type='T2IAdapter'), b=dict(type='T2IAdapter')))
     one, two = (str(circles / 'images' / f'0000{i}.png') for i in range(2))
-    with pytest.raises(ValueError, match="both read 'conditioning_image'"):
-        prompt_batch(model, ['x'], {'a': [one], 'b': [two]}, (32, 32), [0])
-    assert set(prompt_batch(model, ['x'], {'a': [one], 'b': [one]}, (32, 32), [0]).conditions) == {'conditioning_image'}
+    with pytest.raises(UserError, match="both read 'conditioning_image'"):
+        request_batch(model, [Request(conditions={'a': one, 'b': two})], (32, 32))
+    batch = request_batch(model, [Request(conditions={'a': one, 'b': one})], (32, 32))
+    assert set(batch.conditions) == {'conditioning_image'}

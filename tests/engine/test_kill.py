@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.helpers import curves
+from runs import curves
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,8 +19,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from diffengine_sdxl.engine.lr_schedulers import DiffusersLR
 from diffengine_sdxl.engine.optim import StepOptimWrapper
-from diffengine_sdxl.engine.schedules import DiffusersLR
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, SCOPE
 
 
@@ -195,7 +196,7 @@ def test_a_state_of_other_precision_loads_and_of_other_groups_does_not():
     assert 'loss_scaler' in half
     wrapper.load_state_dict(build(Model(torch.float32)).state_dict())
     half['param_groups'].reverse()
-    with pytest.raises(ValueError, match=r"\['pose', 'style'\].*\['style', 'pose'\]"):
+    with pytest.raises(UserError, match=r"\['pose', 'style'\].*\['style', 'pose'\]"):
         wrapper.load_state_dict(half)
 
 
@@ -234,35 +235,38 @@ def test_modules_within_an_adapter_have_their_own_rate():
                       'style': (2, 2.0, 0.5), 'style.text_encoder': (1, 6.0, 0.5), 'style.unet.mid.c': (1, 4.0, 0.25)}
     nested = build(Nested(), paramwise_cfg=dict(lr={'style': {'unet': {'mid': 3.0}}}))
     assert [g['lr'] for g in nested.optimizer.param_groups] == [1e-2, 3.0, 1e-2]
-    with pytest.raises(ValueError, match=r"names 'style.unet.mi', which is not trained"):
+    with pytest.raises(UserError, match=r"names 'style.unet.mi', which is not trained"):
         build(Nested(), paramwise_cfg=dict(lr={'style.unet.mi': 1.0}))
 
 
 @pytest.mark.parametrize(('paramwise', 'word'), [
     (dict(lr={'styl': 1e-3}), "Did you mean 'style'"), (dict(lr=1e-3), 'must be a dict'),
-    (dict(lr_rate={'style': 1}), 'lr_rate is no argument of AdamW')])
+    (dict(lr_rate={'style': 1}), 'lr_rate is not an argument of AdamW')])
 def test_wrong_group_settings_are_refused(paramwise, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(UserError, match=word):
         build(Model(), paramwise_cfg=paramwise)
 
 
 def test_nothing_to_train_is_refused():
     model = Model()
     model.trainables = lambda: {'style': []}
-    with pytest.raises(ValueError, match='Nothing to train'):
+    with pytest.raises(UserError, match='Nothing to train'):
         build(model)
 
 
 @pytest.mark.parametrize(('cfg', 'word'), [
-    (dict(accumulative_counts=0), 'accumulative_counts=0'), (dict(mixed_precision='fp8'), "'fp8'.*Did you mean"),
+    (dict(accumulative_counts=0), 'accumulative_counts=0'), (dict(mixed_precision='fp8'), "'fp8'.*'bf16'"),
     (dict(clip_grad=dict(max_nrom=1.0)), "Did you mean 'max_norm'"), (dict(clip_grad=dict(max_norm=0)), 'max_norm=0'),
     (dict(clip_grad=dict(type='norms', max_norm=1)), "type='norms'"), (dict(clip_grad={}), 'max_norm=None'),
+    (dict(optimizer=dict(type='AdamW', lr=-1)), 'Invalid learning rate: -1'),
+    (dict(optimizer=dict(type='AdamW', lrate=1)), "type='AdamW'.*lrate"),
+    (dict(mixed_precision='fp16', loss_scale=dict(growth_factor=0.5)), 'loss_scale=.*growth factor'),
     (dict(optimizer=dict(type='AdmaW')), "Did you mean 'AdamW'"),
     (dict(optimizer=dict(type='Adafactor', lr=1e-3, relative_step=True)), 'relative_step')])
 def test_wrong_settings_are_refused(cfg, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(UserError, match=word):
         build(Model(), **cfg)
-    with pytest.raises(ValueError, match='fp32'):
+    with pytest.raises(UserError, match='fp32'):
         StepOptimWrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1).half())], lr=1), mixed_precision='fp16')
 
 
@@ -278,7 +282,7 @@ def test_optimizers_of_other_packages(monkeypatch, name, module, package):
     assert type(built) is torch.optim.RMSprop and built.defaults['lr'] == 0.5
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=f"type='{name}' needs.*pip install {package}"):
+    with pytest.raises(UserError, match=f"type='{name}' needs.*pip install {package}"):
         OPTIMIZERS.build(dict(type=name, params=parameters))
 
 
@@ -360,10 +364,13 @@ def test_resumed_rates_are_those_not_stopped(name, stop, first_end):
 
 
 @pytest.mark.parametrize(('cfg', 'word'), [
-    (dict(name='cosin'), "Did you mean 'cosine'"), (dict(name='linear'), 'needs num_training_steps'),
+    (dict(name='cosin'), "'cosin' is unknown.*'cosine'"), (dict(num_warmup_steps=0.5), 'num_warmup_steps=0.5'),
+    (dict(name='piecewise_constant', step_rules='1:ten,0.1'), "literal for int.*'1:ten,0.1'"),
+    (dict(name='polynomial', num_training_steps=4, lr_end=1.0), 'lr_end'),
+    (dict(name='linear'), 'needs num_training_steps'),
     (dict(name='piecewise_constant'), 'needs step_rules'), (dict(by_epoch=True), 'by_epoch')])
 def test_wrong_schedules_are_refused(cfg, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(UserError, match=word):
         DiffusersLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3), **cfg)
 
 

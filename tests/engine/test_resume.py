@@ -1,4 +1,4 @@
-"""A run that died and was resumed is the run that did not: bitwise."""
+"""A run that died and was resumed equals one that did not, bitwise."""
 
 import random
 import shutil
@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.helpers import assert_same_run, build, curves, train, weights
+from runs import assert_same_run, build, curves, cut_off, train, weights
 
-from diffengine_sdxl.engine import checkpoint, identity
+from diffengine_sdxl.engine import run_identity as identity
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.objectives.denoise import Denoise
 
 RANDOM_TRANSFORMS = [
@@ -19,14 +21,22 @@ RANDOM_TRANSFORMS = [
 COSINE = dict(_delete_=True, type='DiffusersLR', name='cosine', num_warmup_steps=3)
 
 
+@pytest.fixture(scope='module')
+def whole(tiny_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny options. Don't write into it."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    train(folder, tiny_options)
+    return folder
+
+
 @pytest.fixture
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeds are drawn as ever, but the same each time, so that two runs without a given seed can be compared."""
+    """Draw the same seed each time, so that two runs without a configured seed can be compared."""
     monkeypatch.setattr(identity.secrets, 'randbelow', lambda _: 987654321)
 
 
-def check_resume(folder: Path, options: dict[str, Any], steps: int = 20, die_at: int = 10) -> None:
-    """Died after `die_at` of `steps`, with its last checkpoint some steps before that."""
+def check_resume(folder: Path, options: dict[str, Any], steps: int, die_at: int) -> None:
+    """Compare a whole run with one that dies at `die_at`, after its last checkpoint, and is resumed."""
     train(folder / 'whole', options)
     train(folder / 'cut', options, die_at=die_at)
     last = checkpoint.latest(folder / 'cut')
@@ -36,26 +46,26 @@ def check_resume(folder: Path, options: dict[str, Any], steps: int = 20, die_at:
 
 
 def test_with_everything_that_is_random(tmp_path: Path, tiny: dict[str, Any], one_seed: None) -> None:
-    """Accumulation 3, two workers, shuffling, dropped captions, random crops and flips, a cosine, an EMA, pictures on
-    the way, and no seed given: 20 steps, cut off at 10."""
-    options = {**tiny, 'train_cfg.max_iters': 20, 'optim_wrapper.accumulative_counts': 3, 'randomness.seed': None,
+    """Accumulation 3, two workers, shuffling, dropped captions, random crops and flips, a cosine, an EMA, sample
+    images, and no seed: 10 steps, cut off at 6."""
+    options = {**tiny, 'train_cfg.max_iters': 10, 'optim_wrapper.accumulative_counts': 3, 'randomness.seed': None,
                'train_dataloader.num_workers': 2, 'train_dataloader.dataset.transforms': RANDOM_TRANSFORMS,
                'param_scheduler': COSINE, 'custom_hooks': [dict(type='EMAHook', decay=0.9)],
                'default_hooks.checkpoint.interval': 4,
                'default_hooks.samples': dict(type='SampleHook', interval=3, num_from_dataset=1, num_images=1,
                                              size='$resolution')}
-    check_resume(tmp_path, options)
-    state = torch.load(tmp_path / 'cut' / 'step20.pth', weights_only=True)
-    assert state['meta']['seed'] == 987654321 and state['meta']['position'] == 20 * 3 * 2
-    assert state['ema']['step'] == 20 and state['ema']['weights'].keys() == state['state_dict'].keys()
+    check_resume(tmp_path, options, 10, die_at=6)
+    state = torch.load(tmp_path / 'cut' / 'step10.pth', weights_only=True)
+    assert state['meta']['seed'] == 987654321 and state['meta']['position'] == 10 * 3 * 2
+    assert state['ema']['step'] == 10 and state['ema']['weights'].keys() == state['state_dict'].keys()
     rates = [row['lr'] for row in curves(tmp_path / 'cut')]
-    assert rates[0] == 0 and rates[3] == max(rates) and rates[-1] < rates[10] < rates[3]
+    assert rates[0] == 0 and rates[3] == max(rates) and rates[-1] < rates[6] < rates[3]
 
 
 def test_a_drawn_seed_is_kept(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """Without a seed two runs differ; a resumed one draws none, whatever `secrets` would say."""
+    """Without a seed two runs differ; a resumed one keeps its seed."""
     options = {**tiny, 'randomness.seed': None}
-    seeds = [train(tmp_path / name, options, die_at=3).seed for name in 'ab']
+    seeds = [train(tmp_path / name, options, die_at=2).seed for name in 'ab']
     assert seeds[0] != seeds[1]
     assert torch.load(tmp_path / 'a' / 'step2.pth')['meta']['seed'] == seeds[0]
     losses = [curves(tmp_path / name)[0]['loss'] for name in 'ab']
@@ -66,7 +76,7 @@ def test_a_drawn_seed_is_kept(tmp_path: Path, tiny: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize('kind', ['fp16', 'mmengine', 'stream', 'adafactor'])
 def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """Also with fp16's gradient scaler, with mmengine's schedules, with a stream, with another optimizer."""
+    """With fp16's gradient scaler, mmengine's schedules, a stream, another optimizer."""
     options = {**tiny, 'train_cfg.max_iters': 6, 'default_hooks.checkpoint.export': False, **{
         # The first steps overflow and are left out, then the scale grows every two steps.
         'fp16': {'mixed_precision': 'fp16', 'optim_wrapper.accumulative_counts': 2,
@@ -77,7 +87,9 @@ def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
                    'train_dataloader.num_workers': 2, 'train_dataloader.sampler': None},
         'adafactor': {'optim_wrapper.optimizer': dict(_delete_=True, type='Adafactor', lr=1e-3)},
     }[kind]}
-    check_resume(tmp_path, options, 6, die_at=5)
+    train(tmp_path / 'whole', options)
+    train(cut_off(tmp_path / 'whole', tmp_path / 'cut', step=4), options, resume=True)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 6)
     if kind == 'fp16':
         state = torch.load(tmp_path / 'cut' / 'step6.pth', weights_only=True)
         scales = state['log_scalars']['train/loss_scale']['history'].tolist()
@@ -89,9 +101,9 @@ def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
 
 def test_with_a_model_that_draws_for_itself(tmp_path: Path, tiny: dict[str, Any],
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout and its like use the global generators: these are set in each micro-batch, so nothing is saved of them.
+    """Dropout and the like use the global generators, which are seeded for each micro-batch and never saved.
 
-    No two draws of a run are the same, and reading the data or making pictures does not shift them.
+    No two draws of a run are the same, and reading the data or making images does not shift them.
     """
     drawn: list[tuple[float, ...]] = []
     honest = Denoise.__call__
@@ -106,47 +118,46 @@ def test_with_a_model_that_draws_for_itself(tmp_path: Path, tiny: dict[str, Any]
     assert len(set(drawn)) == 8 and all(len(set(column)) == 8 for column in zip(*drawn[:8], strict=True))
 
 
-def test_a_run_may_become_longer(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """4 steps and 8 after a resume, as in the issue's commands, equal 8 at a constant rate."""
-    train(tmp_path / 'whole', {**tiny, 'train_cfg.max_iters': 8})
-    train(tmp_path / 'cut', tiny)
-    train(tmp_path / 'cut', {**tiny, 'train_cfg.max_iters': 8}, resume=True)
-    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 8)
+def test_a_run_can_be_made_longer(tmp_path: Path, tiny: dict[str, Any], whole: Path) -> None:
+    """4 steps, resumed with 6, equal 6 at a constant rate."""
+    train(tmp_path / 'long', {**tiny, 'train_cfg.max_iters': 6})
+    train(cut_off(whole, tmp_path / 'cut', step=4), {**tiny, 'train_cfg.max_iters': 6}, resume=True)
+    assert_same_run(tmp_path / 'long', tmp_path / 'cut', 6)
 
 
-def test_resume_at_the_end_changes_nothing(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    train(tmp_path, tiny)
-    before = {p.name: p.read_bytes() for p in tmp_path.glob('step*.pth')}
-    train(tmp_path, tiny, resume=True)
-    assert {p.name: p.read_bytes() for p in tmp_path.glob('step*.pth')} == before
-    assert [row['step'] for row in curves(tmp_path)] == [1, 2, 3, 4]
+def test_resume_at_the_end_changes_nothing(tmp_path: Path, tiny: dict[str, Any], whole: Path) -> None:
+    folder = cut_off(whole, tmp_path / 'run', step=4)
+    train(folder, tiny, resume=True)
+    assert {p.name: p.read_bytes() for p in folder.glob('step*.pth')} == {
+        p.name: p.read_bytes() for p in whole.glob('step*.pth')}
+    assert [row['step'] for row in curves(folder)] == [1, 2, 3, 4]
 
 
 def test_resume_of_a_named_checkpoint(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """An older checkpoint, into another folder: the seed comes with it, and the end is the same."""
+    """An older checkpoint, in another folder: the seed comes with it, and the end is the same."""
     options = {**tiny, 'randomness.seed': None}
     train(tmp_path / 'old', options)
     runner = train(tmp_path / 'new', options, resume=str(tmp_path / 'old' / 'step2.pth'))
     assert runner.seed == identity.read(tmp_path / 'old')['seed']
     old, new = (torch.load(tmp_path / name / 'step4.pth', weights_only=True) for name in ('old', 'new'))
     assert all(torch.equal(old['state_dict'][k], new['state_dict'][k]) for k in old['state_dict'])
-    with pytest.raises(ValueError, match='seed'):
+    with pytest.raises(UserError, match='seed was'):
         train(tmp_path / 'third', {**tiny, 'randomness.seed': 5}, resume=str(tmp_path / 'old' / 'step2.pth'))
 
 
-def test_resume_of_a_run_that_died_before_its_first_checkpoint(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """It starts at its beginning, from the weights it was given and with the seed it had drawn."""
-    train(tmp_path / 'first', tiny)
-    options = {**tiny, 'load_from': str(tmp_path / 'first' / 'step4.pth'), 'randomness.seed': None}
+def test_resume_of_a_run_that_died_before_its_first_checkpoint(tmp_path: Path, tiny: dict[str, Any],
+                                                               whole: Path) -> None:
+    """It starts over, from the weights of `load_from` and with the seed it had drawn."""
+    options = {**tiny, 'load_from': str(whole / 'step4.pth'), 'randomness.seed': None, 'train_cfg.max_iters': 2}
     seed = train(tmp_path / 'cut', options, die_at=1).seed
     assert checkpoint.latest(tmp_path / 'cut') is None
     train(tmp_path / 'cut', options, resume=True)
-    train(tmp_path / 'whole', {**options, 'randomness.seed': seed})
-    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 4)
+    train(tmp_path / 'again', {**options, 'randomness.seed': seed})
+    assert_same_run(tmp_path / 'again', tmp_path / 'cut', 2)
 
 
-def test_an_ema_begins_with_the_weights_that_were_loaded(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """load_from takes the averages of the other run, and they are where the new average begins."""
+def test_an_ema_starts_with_the_loaded_weights(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    """load_from takes the averages of the other run, and the new average starts there."""
     options = {**tiny, 'custom_hooks': [dict(type='EMAHook', decay=0.5, warmup=False)]}
     train(tmp_path / 'first', options)
     first = torch.load(tmp_path / 'first' / 'step4.pth', weights_only=True)
@@ -161,31 +172,29 @@ def test_an_ema_begins_with_the_weights_that_were_loaded(tmp_path: Path, tiny: d
     assert 0 < distance < 1.1e-3
 
 
-def test_an_ema_that_the_checkpoint_lacks_is_refused(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    train(tmp_path, tiny)
-    with pytest.raises(ValueError, match='holds no EMA'):
-        train(tmp_path, {**tiny, 'custom_hooks': [dict(type='EMAHook')]}, resume=True)
+def test_an_ema_that_the_checkpoint_lacks_is_refused(tmp_path: Path, tiny: dict[str, Any], whole: Path) -> None:
+    with pytest.raises(UserError, match='holds no EMA'):
+        train(cut_off(whole, tmp_path / 'run'), {**tiny, 'custom_hooks': [dict(type='EMAHook')]}, resume=True)
 
 
-def test_intervals_and_workers_may_change(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """Nothing that a sample sees hangs on them."""
-    train(tmp_path / 'whole', tiny)
-    train(tmp_path / 'cut', tiny, die_at=3)
+def test_intervals_and_workers_may_change(tmp_path: Path, tiny: dict[str, Any], whole: Path) -> None:
+    """No sample depends on them."""
+    cut_off(whole, tmp_path / 'cut')
     changed = {**tiny, 'train_dataloader.num_workers': 1, 'default_hooks.checkpoint.interval': 3,
                'default_hooks.logger.interval': 1, 'model.gradient_checkpointing': True}
     train(tmp_path / 'cut', changed, resume=True)
-    assert_same_run(tmp_path / 'whole', tmp_path / 'cut', 4)
+    assert_same_run(whole, tmp_path / 'cut', 4)
     assert sorted(p.name for p in (tmp_path / 'cut').glob('step*.pth')) == ['step2.pth', 'step3.pth', 'step4.pth']
 
 
-def test_a_run_that_is_killed_leaves_no_rest(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """Half-written files of a killed process are swept away, and an export without a checkpoint is made again."""
-    train(tmp_path, tiny, die_at=3)
+def test_files_of_a_killed_run_are_removed(tmp_path: Path, tiny: dict[str, Any], whole: Path) -> None:
+    """Half-written files of a killed process are removed, and an export without a checkpoint is made again."""
+    tmp_path = cut_off(whole, tmp_path / 'run')
     (tmp_path / '.step4.pth.abc.part').write_bytes(b'half')
     (tmp_path / '.step4.abc.part').mkdir()
     shutil.copytree(tmp_path / 'step2', tmp_path / 'step4')
     with open(tmp_path / 'curves.jsonl', 'a') as file:
-        file.write('{"step": 3, "lo')
+        file.write('{"step": 5, "lo')
     train(tmp_path, tiny, resume=True)
     assert not list(tmp_path.glob('.*'))
     assert [row['step'] for row in curves(tmp_path)] == [1, 2, 3, 4]

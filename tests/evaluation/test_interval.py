@@ -68,8 +68,8 @@ def test_values_that_repeat_in_their_cluster_count_once() -> None:
 
 @pytest.mark.parametrize('value', [0.0, 1.0])
 def test_equal_values_are_worth_their_clusters(value: float) -> None:
-    found = interval.share([value] * 60, [i % 20 for i in range(60)])
-    assert found == (value, *interval.wilson(value, 20), 60) and found.high - found.low > 0.1
+    estimate = interval.share([value] * 60, [i % 20 for i in range(60)])
+    assert estimate == (value, *interval.wilson(value, 20), 60) and estimate.high - estimate.low > 0.1
 
 
 def test_never_more_than_the_values() -> None:
@@ -93,8 +93,8 @@ def coverage(truth: float, correlation: float, num: int = 60, size: int = 4, run
     for _ in range(runs):
         chances = rng.beta(truth * scale, (1 - truth) * scale, size=num).repeat(size)
         values = (rng.random(num * size) < chances).astype(float)
-        found, (low, high) = interval.share(values.tolist(), clusters), interval.wilson(values.mean(), num * size)
-        hits += (found.low <= truth <= found.high, low <= truth <= high)
+        estimate, (low, high) = interval.share(values.tolist(), clusters), interval.wilson(values.mean(), num * size)
+        hits += (estimate.low <= truth <= estimate.high, low <= truth <= high)
     return hits[0] / runs, hits[1] / runs
 
 
@@ -112,8 +112,8 @@ def test_mean_holds_the_truth_in_95_of_100() -> None:
     clusters = [i // 4 for i in range(240)]
     for _ in range(1500):
         values = np.clip(0.8 + 0.05 * rng.normal(size=60).repeat(4) + 0.05 * rng.normal(size=240), 0, 1)
-        found = interval.mean(values.tolist(), clusters)
-        hits += found.low <= 0.8 <= found.high
+        estimate = interval.mean(values.tolist(), clusters)
+        hits += estimate.low <= 0.8 <= estimate.high
     assert 0.925 <= hits / 1500 <= 0.965
 
 

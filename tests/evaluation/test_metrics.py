@@ -1,4 +1,4 @@
-"""The metrics of the shapes world: true pictures, wrong ones, batches that lack something, two processes."""
+"""The metrics of the shapes world: correct images, wrong ones, incomplete batches, two processes."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import torch
 from mmengine.evaluator import Evaluator
 
 from diffengine_sdxl.datasets import collate
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.evaluation import base, interval
 from diffengine_sdxl.evaluation.base import observed
 from diffengine_sdxl.registry import METRICS
@@ -36,21 +37,21 @@ def tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
-def picture(scene: Scene, size: int = 64) -> torch.Tensor:
+def image_of(scene: Scene, size: int = 64) -> torch.Tensor:
     return tensor(draw.render(scene, size))
 
 
 def batch(scenes: Sequence[Scene], size: int = 64, first: int = 0) -> dict[str, Any]:
-    """As the data set Shapes with truth=True gives it, through our own collate."""
+    """Make the batch of the data set Shapes with truth=True."""
     return collate([{'key': f'test/{first + i}', 'text': scene.caption, 'shape': scene.shape, 'style': scene.style,
                      'fill': scene.fill, 'ground': scene.ground, 'num_skipped': 0,
                      'shape_mask': tensor(draw.condition(scene, size, 'mask'))} for i, scene in enumerate(scenes)])
 
 
-def made(data: dict[str, Any], seed: int = 0, **images: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
-    """What the model hands over."""
+def generated(data: dict[str, Any], seed: int = 0, **images: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+    """Make the model's output for a batch."""
     return [{'key': key, 'seed': seed, 'prompt': data['text'][i],
-             'images': {variant: pictures[i] for variant, pictures in images.items()}}
+             'images': {variant: batch_images[i] for variant, batch_images in images.items()}}
             for i, key in enumerate(data['key'])]
 
 
@@ -59,10 +60,10 @@ def metric(kind: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize('kind', NAMES)
-def test_right_and_wrong_pictures(kind: str) -> None:
-    found, data = metric(kind), batch([SCENE])
-    found.process(data, made(data, base=[picture(WRONG[kind])], adapted=[picture(SCENE)]))
-    numbers, name = found.evaluate(1), NAMES[kind]
+def test_right_and_wrong_images(kind: str) -> None:
+    evaluated, data = metric(kind), batch([SCENE])
+    evaluated.process(data, generated(data, base=[image_of(WRONG[kind])], adapted=[image_of(SCENE)]))
+    numbers, name = evaluated.evaluate(1), NAMES[kind]
     parts = ('', '/low', '/high', '/num_samples')
     assert list(numbers) == [f'{variant}/{name}{part}' for variant in ('base', 'adapted') for part in parts]
     assert numbers[f'adapted/{name}'] == pytest.approx(1, abs=0.03) and numbers[f'base/{name}'] < 0.5
@@ -79,20 +80,20 @@ def test_one_wrong_thing_is_wrong_in_its_metric_only(kind: str) -> None:
     for other in NAMES:
         if other == 'MaskIoU' and kind == 'ShapeAccuracy':
             continue  # another shape covers other pixels
-        found = metric(other)
-        found.process(data, made(data, base=[picture(WRONG[kind])]))
-        value = found.evaluate(1)[f'base/{NAMES[other]}']
+        evaluated = metric(other)
+        evaluated.process(data, generated(data, base=[image_of(WRONG[kind])]))
+        value = evaluated.evaluate(1)[f'base/{NAMES[other]}']
         assert value < 0.5 if other == kind else value > 0.97, (other, kind, value)
 
 
-def test_all_metrics_on_many_pictures_by_mmengines_evaluator() -> None:
+def test_all_metrics_on_many_images_by_mmengines_evaluator() -> None:
     scenes = [draw_scene(3, i, STYLES, 'all', 'metrics') for i in range(24)]
     evaluator = Evaluator([metric(kind) for kind in NAMES])
     wrong = scenes[1:] + scenes[:1]
     for first in range(0, 24, 8):
         data = batch(scenes[first:first + 8], first=first)
-        evaluator.process(made(data, adapted=[picture(s) for s in scenes[first:first + 8]],
-                               base=[picture(s) for s in wrong[first:first + 8]]), data)
+        evaluator.process(generated(data, adapted=[image_of(s) for s in scenes[first:first + 8]],
+                               base=[image_of(s) for s in wrong[first:first + 8]]), data)
     numbers = evaluator.evaluate(24)
     assert len(numbers) == 2 * 5 * 4
     for name in NAMES.values():
@@ -108,8 +109,8 @@ def test_what_the_batch_lacks_is_named(kind: str) -> None:
     data = batch([SCENE])
     for name in ('key', *metric(kind).needs):
         lacking = {key: value for key, value in data.items() if key != name}
-        with pytest.raises(ValueError, match=rf"{kind} needs '{name}' .*'Shapes' gives it with truth=True"):
-            metric(kind).process(lacking, made(data, base=[picture(SCENE)]))
+        with pytest.raises(UserError, match=rf"{kind} needs '{name}' .*'Shapes' provides it with truth=True"):
+            metric(kind).process(lacking, generated(data, base=[image_of(SCENE)]))
 
 
 @pytest.mark.parametrize(('kind', 'word'), [('ShapeAccuracy', 'shape'), ('FillAccuracy', 'fill'),
@@ -117,71 +118,71 @@ def test_what_the_batch_lacks_is_named(kind: str) -> None:
 def test_a_word_that_cannot_be_seen_is_refused(kind: str, word: str) -> None:
     data = batch([SCENE])
     data[word] = [{'shape': 'sqare', 'style': 'stripped', 'fill': 'grey', 'ground': 'grey'}[word]]
-    with pytest.raises(ValueError, match=rf"{kind}: the {word} '.*' of 'test/0' .*Did you mean"):
-        metric(kind).process(data, made(data, base=[picture(SCENE)]))
+    with pytest.raises(UserError, match=rf"{kind}: the {word} '.*' of 'test/0' .*Did you mean"):
+        metric(kind).process(data, generated(data, base=[image_of(SCENE)]))
 
 
-def test_a_picture_that_is_not_finite_is_refused() -> None:
-    data, broken = batch([SCENE]), picture(SCENE)
+def test_a_image_that_is_not_finite_is_refused() -> None:
+    data, broken = batch([SCENE]), image_of(SCENE)
     broken[0, 3, 3] = float('nan')
-    with pytest.raises(ValueError, match="'adapted' of sample 'test/0' is not finite"):
-        metric('GroundAccuracy').process(data, made(data, adapted=[broken]))
+    with pytest.raises(UserError, match="'adapted' of sample 'test/0' is not finite"):
+        metric('GroundAccuracy').process(data, generated(data, adapted=[broken]))
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
     data = batch([SCENE], size=32)
-    with pytest.raises(ValueError, match=r"shape_mask of sample 'test/0' is \[32, 32\] and its picture \[64, 64\]"):
-        metric('MaskIoU').process(data, made(data, base=[picture(SCENE)]))
+    with pytest.raises(UserError, match=r"shape_mask of sample 'test/0' is \[32, 32\] and its image \[64, 64\]"):
+        metric('MaskIoU').process(data, generated(data, base=[image_of(SCENE)]))
 
 
 def test_values_outside_0_to_1_are_cut() -> None:
-    assert observed(picture(SCENE) * 1.5 - 0.2).shape == 'star'
+    assert observed(image_of(SCENE) * 1.5 - 0.2).shape == 'star'
     bright = observed(torch.full((3, 16, 16), 9.0))
     assert bright.ground == 'white' and not bright.mask.any()
 
 
 def test_one_style_may_be_wanted_of_all() -> None:
     scenes = [replace(SCENE, style=style) for style in STYLES]
-    data, pictures = batch(scenes), [picture(scene) for scene in scenes]
+    data, images = batch(scenes), [image_of(scene) for scene in scenes]
     dotted, own = metric('StyleScore', style='dotted'), metric('StyleScore')
-    for found in (dotted, own):
-        found.process(data, made(data, adapted=pictures))
+    for evaluated in (dotted, own):
+        evaluated.process(data, generated(data, adapted=images))
     assert dotted.evaluate(6)['adapted/style_score'] == pytest.approx(1 / 6)
     assert own.evaluate(6)['adapted/style_score'] == 1
     lacking = {key: value for key, value in data.items() if key != 'style'}
-    metric('StyleScore', style='dotted').process(lacking, made(data, adapted=pictures))
-    with pytest.raises(ValueError, match="'doted' of the config .*Did you mean 'dotted'"):
+    metric('StyleScore', style='dotted').process(lacking, generated(data, adapted=images))
+    with pytest.raises(UserError, match="'doted' of the config .*Did you mean 'dotted'"):
         metric('StyleScore', style='doted')
 
 
 def test_a_prefix_keeps_two_of_a_kind_apart() -> None:
     data = batch([SCENE])
     evaluator = Evaluator([metric('StyleScore'), metric('StyleScore', style='flat', prefix='flat')])
-    evaluator.process(made(data, base=[picture(SCENE)]), data)
+    evaluator.process(generated(data, base=[image_of(SCENE)]), data)
     numbers = evaluator.evaluate(1)
     assert (numbers['base/style_score'], numbers['flat/base/style_score']) == (1, 0)
 
 
 def test_no_warning_of_a_missing_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr('mmengine.evaluator.metric.print_log', lambda message, **_: said.append(message))
-    assert metric('ShapeAccuracy').prefix is None and not said
+    messages: list[str] = []
+    monkeypatch.setattr('mmengine.evaluator.metric.print_log', lambda message, **_: messages.append(message))
+    assert metric('ShapeAccuracy').prefix is None and not messages
 
 
-def test_a_picture_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[np.ndarray] = []
     observe = base.observe
     monkeypatch.setattr(base, 'observe', lambda pixels: seen.append(pixels) or observe(pixels))
-    monkeypatch.setattr(base, '_seen', type(base._seen)())
+    monkeypatch.setattr(base, '_cache', type(base._cache)())
     scenes = [replace(SCENE, x=0.5 + 0.01 * i) for i in range(3)]
     data = batch(scenes)
     for kind in NAMES:
-        metric(kind).process(data, made(data, adapted=[picture(s) for s in scenes], base=[picture(SCENE)] * 3))
+        metric(kind).process(data, generated(data, adapted=[image_of(s) for s in scenes], base=[image_of(SCENE)] * 3))
     assert len(seen) == 4
-    monkeypatch.setattr(base, 'KEPT', 2)
-    observed(picture(WRONG['ShapeAccuracy']))
-    assert len(base._seen) == 2 and len(seen) == 5
-    # A picture with the same bytes in another shape is another one.
+    monkeypatch.setattr(base, 'CACHE_SIZE', 2)
+    observed(image_of(WRONG['ShapeAccuracy']))
+    assert len(base._cache) == 2 and len(seen) == 5
+    # An image with the same bytes but another shape is another one.
     flat = torch.zeros(3, 4, 16)
     assert [observed(p).mask.shape for p in (flat, flat.reshape(3, 8, 8))] == [(4, 16), (8, 8)]
 
@@ -191,12 +192,12 @@ def test_seeds_of_a_prompt_are_one_cluster() -> None:
     data, accuracy, overlap = batch(scenes), metric('ShapeAccuracy'), metric('MaskIoU')
     right = [scene if i % 3 else replace(scene, shape='circle') for i, scene in enumerate(scenes)]
     for seed in range(4):
-        for found in (accuracy, overlap):
-            found.process(data, made(data, seed, base=[picture(scene) for scene in right]))
+        for evaluated in (accuracy, overlap):
+            evaluated.process(data, generated(data, seed, base=[image_of(scene) for scene in right]))
     numbers = {**accuracy.evaluate(sys.maxsize), **overlap.evaluate(sys.maxsize)}
     assert numbers['base/shape_accuracy/num_samples'] == numbers['base/iou/num_samples'] == 24
     assert (numbers['base/shape_accuracy/low'], numbers['base/shape_accuracy/high']) == interval.wilson(2 / 3, 6)
-    ious = [iou(observed(picture(shown)).mask, draw.mask(scene, 64) >= 0.5)
+    ious = [iou(observed(image_of(shown)).mask, draw.mask(scene, 64) >= 0.5)
             for shown, scene in zip(right, scenes, strict=True)]
     half = 1.959964 * np.std(ious, ddof=1) / np.sqrt(6)
     assert numbers['base/iou/low'] == pytest.approx(np.mean(ious) - half)
@@ -207,11 +208,11 @@ def test_no_results_are_no_numbers() -> None:
 
 
 def test_a_variant_that_only_some_samples_have() -> None:
-    data, found = batch([SCENE, SCENE]), metric('FillAccuracy')
-    samples = made(data, base=[picture(SCENE), picture(SCENE)])
-    samples[1]['images']['adapted'] = picture(WRONG['FillAccuracy'])
-    found.process(data, samples)
-    numbers = found.evaluate(2)
+    data, evaluated = batch([SCENE, SCENE]), metric('FillAccuracy')
+    samples = generated(data, base=[image_of(SCENE), image_of(SCENE)])
+    samples[1]['images']['adapted'] = image_of(WRONG['FillAccuracy'])
+    evaluated.process(data, samples)
+    numbers = evaluated.evaluate(2)
     assert (numbers['base/fill_accuracy/num_samples'], numbers['adapted/fill_accuracy/num_samples']) == (2, 1)
     assert (numbers['base/fill_accuracy'], numbers['adapted/fill_accuracy']) == (1, 0)
 
@@ -219,24 +220,24 @@ def test_a_variant_that_only_some_samples_have() -> None:
 TWO = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from evaluation.test_metrics import NAMES, batch, made, metric, mixed, picture
+from evaluation.test_metrics import NAMES, batch, generated, image_of, metric, mixed
 rank, folder = int(sys.argv[2]), sys.argv[3]
 torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
 numbers = {}
 for kind in NAMES:
-    found = metric(kind, collect_dir=f'{folder}/parts')
+    evaluated = metric(kind, collect_dir=f'{folder}/parts')
     for i in range(rank, 6, 2):
         scenes, shown = mixed(i)
         data = batch(scenes, first=i)
-        found.process(data, made(data, base=[picture(s) for s in shown]))
-    numbers |= found.evaluate(6)
+        evaluated.process(data, generated(data, base=[image_of(s) for s in shown]))
+    numbers |= evaluated.evaluate(6)
 open(f'{folder}/{rank}.json', 'w').write(json.dumps(numbers))
 torch.distributed.destroy_process_group()
 """
 
 
 def mixed(i: int) -> tuple[list[Scene], list[Scene]]:
-    """What sample i is and what its picture shows; every third is wrong."""
+    """Return the scene of sample i and the scene that its image shows; every third is wrong."""
     scene = draw_scene(5, i, STYLES, 'all', 'two')
     return [scene], [scene if i % 3 else draw_scene(6, i, STYLES, 'all', 'two')]
 
@@ -257,13 +258,13 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     assert codes == [0, 0], ''.join(Path(log.name).read_text() for log in logs)[-3000:]
     one: dict[str, Any] = {}
     for kind in NAMES:
-        found = metric(kind)
+        evaluated = metric(kind)
         for i in range(6):
             scenes, shown = mixed(i)
             data = batch(scenes, first=i)
-            found.process(data, made(data, base=[picture(s) for s in shown]))
-        assert pickle.loads(pickle.dumps(found.results)) == found.results
-        one |= found.evaluate(6)
+            evaluated.process(data, generated(data, base=[image_of(s) for s in shown]))
+        assert pickle.loads(pickle.dumps(evaluated.results)) == evaluated.results
+        one |= evaluated.evaluate(6)
     two = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
     assert two[0] == two[1] and two[0] == pytest.approx(one, abs=1e-12)
     assert not (tmp_path / '.dist_test').exists()

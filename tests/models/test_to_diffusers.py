@@ -1,4 +1,4 @@
-"""A model as a stock pipeline: bitwise our own sampler's latents, and nothing that is done to it shows in the model."""
+"""A model as a diffusers pipeline: bitwise our sampler's latents, and nothing done to it changes the model."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffengine_sdxl.adapters.base import Adapter
-from diffengine_sdxl.models.pipeline import TASKS, to_diffusers
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.diffusers_pipeline import TASKS, to_diffusers
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Start
 from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_refiner, write_tiny_sdxl
@@ -36,16 +37,16 @@ def make(base: Path, configs: dict[str, Any], **settings: Any) -> SDXL:
                                                       if config.get('trainable', True)))
 
 
-def ours(model: SDXL, num: int = 2, steps: int = 3, strength: float | None = None,
+def ours(model: SDXL, num: int = 2, steps: int = 2, strength: float | None = None,
          conditions: dict[str, Tensor] | None = None, **fields: Any) -> Tensor:
-    """Latents of our sampler, of the first `num` pictures."""
+    """Latents of our sampler, of the first `num` images."""
     cut = {name: tensor[:num] for name, tensor in (conditions or {}).items()}
     batch = picture_batch(PROMPTS[:num], SEEDS[:num], conditions=cut, **fields)
     return sampler(steps=steps).changed(strength=strength)(model, batch)
 
 
-def theirs(pipeline: Any, num: int = 2, steps: int = 3, **arguments: Any) -> Tensor:
-    """Those of a pipeline."""
+def theirs(pipeline: Any, num: int = 2, steps: int = 2, **arguments: Any) -> Tensor:
+    """Latents of a diffusers pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     if 'strength' not in arguments:
         arguments |= {'height': 64, 'width': 64}
@@ -53,27 +54,27 @@ def theirs(pipeline: Any, num: int = 2, steps: int = 3, **arguments: Any) -> Ten
                     generator=generators(SEEDS[:num]), **pipeline.call_arguments, **arguments).images
 
 
-def given(model: SDXL, conditions: dict[str, Tensor], num: int) -> dict[str, Any]:
-    """The conditions as the stock pipeline takes them."""
-    pictures: dict[str, Any] = {}
-    for adapter in (a for a in model.adapters.values() if a.reads is not None):
-        shown = conditions[adapter.reads][:num]
-        pictures.setdefault('image' if adapter.of_picture_size else 'ip_adapter_image', []).append(
-            shown if adapter.of_picture_size else adapter.encoder.normalised(shown))
-    if len(pictures.get('image', [])) == 1:
-        pictures['image'] = pictures['image'][0]
-    return pictures
+def arguments_of(model: SDXL, conditions: dict[str, Tensor], num: int) -> dict[str, Any]:
+    """The conditions as arguments of the diffusers pipeline."""
+    arguments: dict[str, Any] = {}
+    for adapter in (a for a in model.adapters.values() if a.condition_key is not None):
+        shown = conditions[adapter.condition_key][:num]
+        arguments.setdefault('image' if adapter.condition_has_image_size else 'ip_adapter_image', []).append(
+            shown if adapter.condition_has_image_size else adapter.encoder.normalize(shown))
+    if len(arguments.get('image', [])) == 1:
+        arguments['image'] = arguments['image'][0]
+    return arguments
 
 
 def both(model: SDXL, conditions: dict[str, Tensor], num: int = 2, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """Ours and stock's latents from noise."""
-    return ours(model, num, conditions=conditions), theirs(to_diffusers(model), num, **given(model, conditions, num),
-                                                           **arguments)
+    """Our latents and those of diffusers, from noise."""
+    arguments |= arguments_of(model, conditions, num)
+    return ours(model, num, conditions=conditions), theirs(to_diffusers(model), num, **arguments)
 
 
 @contextmanager
 def unchanged(model: SDXL, conditions: dict[str, Tensor], num: int = 1) -> Iterator[None]:
-    """After what is done inside, the model is what it was, in every respect that a pipeline could reach."""
+    """Check that what is done inside leaves the model unchanged, in every respect that a pipeline could reach."""
     def seen() -> dict[str, Any]:
         modules = {name: module for name, module in model.named_modules() if name}
         configs = {part: dict(getattr(model, part).config) if part in ('unet', 'vae') else
@@ -87,7 +88,7 @@ def unchanged(model: SDXL, conditions: dict[str, Tensor], num: int = 1) -> Itera
             'configs': json.dumps(configs, default=str), 'words': [len(model.tokenizer), len(model.tokenizer_2)],
             'scalings': [dict(m.scaling) for m in modules.values() if hasattr(m, 'scaling')]}
 
-    latents = ours(model, num, conditions=conditions)  # at first: transformers' encoders hook themselves when called
+    latents = ours(model, num, conditions=conditions)  # first: transformers' encoders register hooks when called
     before, values = seen(), {name: p.detach().clone() for name, p in model.named_parameters()}
     yield
     after = seen()
@@ -98,10 +99,10 @@ def unchanged(model: SDXL, conditions: dict[str, Tensor], num: int = 1) -> Itera
 
 @pytest.mark.parametrize('kind', CASES)
 def test_every_kind_is_bitwise_our_sampler(tiny_base: Path, kind: str) -> None:
-    """At full strength and, where there is such, at half; making the pipeline changes nothing, no random number."""
+    """At each scale of the case; the conversion changes neither the model nor the random state."""
     case = CASES[kind]
     model, shown = shaken(build(tiny_base, dict(a=case.config)), case), conditions(case.config)
-    # Stock repeats an image prompt's embeddings for each prompt, which mixes pictures of several prompts up.
+    # diffusers repeats image embeddings for each prompt, which mixes up the images of several prompts.
     num, seen = 1 if 'reference' in shown else 2, []
     with unchanged(model, shown):
         state = torch.get_rng_state()
@@ -115,16 +116,17 @@ def test_every_kind_is_bitwise_our_sampler(tiny_base: Path, kind: str) -> None:
     assert all((seen[0] - other).abs().max() > 1e-3 for other in seen[1:])
 
 
+WEAK_T2I, DEPTH_OF = {**T2I, 'scale': 0.7}, {'condition_key': 'depth', 'scale': 0.4}
 COMPOSED: dict[str, dict[str, Any]] = {
     'lora and ip': dict(a=EVERYWHERE, b=ip_adapter(scale=0.6, blocks={'up': {'block_0': [0.0, 0.5]}, 'mid': 1.0})),
-    'lora x 2 and t2i': dict(a=lora(scale=0.3), b=lora(kind='loha'), c={**T2I, 'scale': 0.7, 'window': (0.0, 0.7)}),
-    't2i x 2 and ip plus': dict(a={**T2I, 'scale': 0.7}, b={**T2I, 'reads': 'depth', 'scale': 0.4}, c=ip_adapter(
-        variant='plus', num_tokens=8, depth=2, ff_mult=2)),
-    'controlnet x 2 and lora': dict(a={**CONTROLNET, 'window': (0.3, 1.0)}, b={**CONTROLNET, 'reads': 'depth',
-                                                                              'scale': 0.4}, c=EVERYWHERE),
+    'lora x 2 and t2i': dict(a=lora(scale=0.3), b=lora(kind='loha'), c={**WEAK_T2I, 'active_range': (0.0, 0.7)}),
+    't2i x 2 and ip plus': dict(a=WEAK_T2I, b={**T2I, **DEPTH_OF},
+                                c=ip_adapter(architecture='plus', num_tokens=8, depth=2, ff_mult=2)),
+    'controlnet x 2 and lora': dict(a={**CONTROLNET, 'active_range': (0.3, 1.0)}, b={**CONTROLNET, **DEPTH_OF},
+                                    c=EVERYWHERE),
     'controlnet, ip and a word': dict(a={**CONTROLNET, 'scale': 0.5}, b=ip_adapter(num_tokens=6), c=WORD),
     'word x 2 and dora': dict(a=WORD, b=CASES['dora_everywhere'].config, c={**WORD, 'token': 'red'}),
-    'ip x 2': dict(a={**ip_adapter(scale=0.5), 'reads': 'reference'}, b={**ip_adapter(), 'reads': 'depth'}),
+    'ip x 2': dict(a=ip_adapter(scale=0.5), b={**ip_adapter(), 'condition_key': 'depth'}),
     'frozen': dict(a={**T2I, 'trainable': False}, b=ip_adapter(trainable=False)),
     'nothing': {},
 }
@@ -132,7 +134,7 @@ COMPOSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize('kind', COMPOSED)
 def test_compositions_are_bitwise_our_sampler(tiny_base: Path, kind: str) -> None:
-    """Scales, windows that diffusers has, blocks, projectors that its loader does not read, several of a kind."""
+    """Scales, active ranges, blocks, projectors that diffusers' loader cannot read, several of a kind."""
     configs, shown = COMPOSED[kind], {**SHOWN, 'depth': DEPTH}
     model = make(tiny_base, configs)
     num = 1 if any(config['type'] == 'IPAdapter' for config in configs.values()) else 2
@@ -152,20 +154,22 @@ MASK[:, :, 8:40, 16:] = 1
 @pytest.mark.parametrize('configs', [dict(a=EVERYWHERE, b=ip_adapter()), dict(a={**CONTROLNET, 'scale': 0.5})])
 @pytest.mark.parametrize('task', TASKS[1:])
 def test_other_tasks_are_bitwise_our_sampler(tiny_base: Path, task: str, configs: dict[str, Any]) -> None:
-    """Image-to-image and inpainting, with what enters the base and with what stands beside it."""
+    """Image-to-image and inpainting, with adapters inside the base and beside it."""
     model, picture = make(tiny_base, configs), images(2, seed=3)
     num = 1 if 'b' in configs else 2
     mask = MASK[:num] if task == 'inpainting' else None
     own = ours(model, num, 4, 0.6, SHOWN, start=Start(image=picture[:num] * 2 - 1, mask=mask))
-    shown = {'control_image' if key == 'image' else key: value for key, value in given(model, SHOWN, num).items()}
+    arguments = arguments_of(model, SHOWN, num)
+    if 'image' in arguments:
+        arguments['control_image'] = arguments.pop('image')
     masked = {} if mask is None else {'mask_image': mask}
-    stock = theirs(to_diffusers(model, task), num, 4, image=picture[:num], strength=0.6, **shown, **masked)
+    stock = theirs(to_diffusers(model, task), num, 4, image=picture[:num], strength=0.6, **arguments, **masked)
     assert torch.equal(own, stock)
 
 
 def test_a_mask_of_an_image_prompt(tiny_base: Path) -> None:
-    """Is an argument of the call in diffusers."""
-    model = make(tiny_base, dict(a=ip_adapter(mask='where'), b={**ip_adapter(), 'reads': 'depth'}))
+    """An argument of the call in diffusers."""
+    model = make(tiny_base, dict(a=ip_adapter(mask='where'), b={**ip_adapter(), 'condition_key': 'depth'}))
     shown = {'reference': images(1, seed=2), 'depth': DEPTH[:1], 'where': MASK[:1]}
     own, stock = both(model, shown, 1, cross_attention_kwargs={'ip_adapter_masks': [MASK[:1], None]})
     assert torch.equal(own, stock)
@@ -173,8 +177,8 @@ def test_a_mask_of_an_image_prompt(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize('size', [64, 48])
-def test_pictures_go_through_the_feature_extractor(tiny_base: Path, tmp_path: Path, size: int) -> None:
-    """As a person gives them, two of them, of other proportions; by the encoder's own settings."""
+def test_images_go_through_the_feature_extractor(tiny_base: Path, tmp_path: Path, size: int) -> None:
+    """Two PIL images of different aspect ratios; with the encoder's own settings."""
     folder = write_tiny_image_encoder(tmp_path / 'encoder', image_size=size)
     settings = json.loads((folder / 'preprocessor_config.json').read_text())
     settings.update(image_mean=[0.4, 0.5, 0.6], size={'shortest_edge': size + 16})
@@ -193,15 +197,15 @@ def refiner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize('task', [None, 'inpainting'])
 def test_a_refiner(refiner: Path, task: str | None) -> None:
-    """Goes on from a picture and is told an aesthetic score; with a LoRA and a word in its only text encoder."""
+    """From an image, with an aesthetic score, and with a LoRA and a new token in its only text encoder."""
     model = make(refiner, dict(a=lora(parts=['unet', 'text_encoder_2']), b=WORD))
     picture, mask = images(2, seed=3), None if task is None else MASK
     ids = [[64.0, 64, 0, 0, score] for score in (6.0, 2.5)]
     own = ours(model, 2, 4, 0.6, start=Start(image=picture * 2 - 1, mask=mask), time_ids=torch.tensor(ids[:1] * 2),
                negative_time_ids=torch.tensor(ids[1:] * 2))
     pipeline = to_diffusers(model, task)
-    assert type(pipeline) is (diffusers.StableDiffusionXLInpaintPipeline if task else
-                              diffusers.StableDiffusionXLImg2ImgPipeline)
+    cls = diffusers.StableDiffusionXLInpaintPipeline if task else diffusers.StableDiffusionXLImg2ImgPipeline
+    assert type(pipeline) is cls
     assert pipeline.config.requires_aesthetics_score and not pipeline.config.force_zeros_for_empty_prompt
     assert pipeline.text_encoder is None and pipeline.tokenizer is None
     masked = {} if mask is None else {'mask_image': mask}
@@ -209,7 +213,7 @@ def test_a_refiner(refiner: Path, task: str | None) -> None:
 
 
 def test_a_unet_that_takes_a_mask(tmp_path: Path) -> None:
-    """Nine channels; 'inpainting' without being asked."""
+    """Nine channels; 'inpainting' by default."""
     base = write_tiny_sdxl(tmp_path / 'base', in_channels=9)
     model, picture = make(base, dict(a=lora())), images(2, seed=3)
     own = ours(model, 2, 4, 0.6, start=Start(image=picture * 2 - 1, mask=MASK))
@@ -217,16 +221,16 @@ def test_a_unet_that_takes_a_mask(tmp_path: Path) -> None:
     assert type(pipeline) is diffusers.StableDiffusionXLInpaintPipeline
     assert torch.equal(own, theirs(pipeline, 2, 4, image=picture, mask_image=MASK, strength=0.6))
     for task in TASKS[:2]:
-        with pytest.raises(ValueError, match=rf"{task} with a UNet of 9 input channels.*task='inpainting'"):
+        with pytest.raises(UserError, match=rf"{task} with a UNet of 9 input channels.*task='inpainting'"):
             to_diffusers(model, task)
-    with pytest.raises(ValueError, match="'control'.*reads 9 channels.*the 4 of latents"):
+    with pytest.raises(UserError, match="'control'.*reads 9 channels.*the 4 of the latents"):
         to_diffusers(make(base, dict(control=CONTROLNET)))
 
 
-def test_scheduler_and_null_text(tiny_base: Path) -> None:
-    """The sampler's scheduler with its settings, else Euler's; each with the model's own noise schedule."""
+def test_scheduler_and_null_prompt(tiny_base: Path) -> None:
+    """The sampler's scheduler with its settings, else Euler's; each with the model's noise schedule."""
     settings = dict(type='DPMSolverMultistepScheduler', algorithm_type='sde-dpmsolver++', use_karras_sigmas=True)
-    model = make(tiny_base, dict(a=lora()), zero_terminal_snr=True, prediction_type='v_prediction', null_text='empty',
+    model = make(tiny_base, dict(a=lora()), zero_terminal_snr=True, prediction_type='v_prediction', null_prompt='empty',
                  sampler=dict(type='Sampler', scheduler=settings, num_inference_steps=4))
     pipeline = to_diffusers(model)
     assert type(pipeline.scheduler) is diffusers.DPMSolverMultistepScheduler
@@ -234,8 +238,8 @@ def test_scheduler_and_null_text(tiny_base: Path) -> None:
     assert torch.equal(model.sampler(model, picture_batch(PROMPTS[:2], SEEDS)), theirs(pipeline, steps=4))
     model.sampler = None
     euler = to_diffusers(model).scheduler
-    assert type(euler) is diffusers.EulerDiscreteScheduler
-    assert euler.config.prediction_type == 'v_prediction' and euler.config.rescale_betas_zero_snr
+    assert type(euler) is diffusers.EulerDiscreteScheduler and euler.config.prediction_type == 'v_prediction'
+    assert euler.config.rescale_betas_zero_snr
     plain = to_diffusers(SDXL(pretrained=str(tiny_base)))
     assert plain.config.force_zeros_for_empty_prompt and plain.watermark is None
 
@@ -244,8 +248,8 @@ ALL = dict(t2i=T2I, style=EVERYWHERE, dora=CASES['dora'].config, face=ip_adapter
 
 
 def test_weights_are_shared_and_nothing_else(tiny_base: Path) -> None:
-    """Every weight has the model's memory, in a Parameter of its own that is frozen, as sampling is. Only the
-    embeddings of text encoders, which a new word makes longer, are new."""
+    """Every weight shares the model's memory, in a frozen Parameter of its own; only the text encoders' embeddings,
+    which a new token enlarges, are new."""
     model = make(tiny_base, ALL)
     pipeline = to_diffusers(model)
     own = {p.data_ptr(): p for p in (*model.parameters(), *model.buffers()) if p.numel()}
@@ -263,7 +267,7 @@ def test_weights_are_shared_and_nothing_else(tiny_base: Path) -> None:
     assert not inner & {id(module) for module in model.modules()}
 
 
-def test_what_is_done_to_the_pipeline_does_not_show(tiny_base: Path, tmp_path: Path) -> None:
+def test_changes_to_the_pipeline_do_not_change_the_model(tiny_base: Path, tmp_path: Path) -> None:
     """Loading, scaling, fusing, deleting and unloading LoRAs, scales of image prompts, processors, embeddings, configs,
     weights, dtype, FreeU, tiling, a scheduler's steps, calls."""
     from safetensors.torch import load_file
@@ -272,7 +276,7 @@ def test_what_is_done_to_the_pipeline_does_not_show(tiny_base: Path, tmp_path: P
     model = make(tiny_base, ALL)
     with unchanged(model, SHOWN):
         pipeline = to_diffusers(model)
-        call = partial(theirs, pipeline, 1, **given(model, SHOWN, 1))
+        call = partial(theirs, pipeline, 1, **arguments_of(model, SHOWN, 1))
         made = [call()]
         assert torch.equal(made[0], ours(model, 1, conditions=SHOWN))
         pipeline.set_adapters(['style', 'dora'], [0.4, 0.7])
@@ -312,8 +316,8 @@ def test_what_is_done_to_the_pipeline_does_not_show(tiny_base: Path, tmp_path: P
     assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(made) for b in made[:i])
 
 
-def test_a_word_has_rows_of_its_own(tiny_base: Path) -> None:
-    """Also where the encoders have rows to spare, which diffusers writes to in place."""
+def test_a_token_has_its_own_rows(tiny_base: Path) -> None:
+    """Also if the encoders have spare rows, which diffusers writes to in place."""
     model = make(tiny_base, dict(a=WORD))
     for encoder in (model.text_encoder, model.text_encoder_2):
         encoder.resize_token_embeddings(516).requires_grad_(False)
@@ -323,7 +327,7 @@ def test_a_word_has_rows_of_its_own(tiny_base: Path) -> None:
 
 
 def test_loras_fused_and_saved(tiny_base: Path, tmp_path: Path) -> None:
-    """As with any stock pipeline: fused and unloaded it is a folder that anyone loads. Fusing rounds: 1e-5."""
+    """Fused and unloaded, the pipeline is saved as any other; fusing rounds by 1e-5."""
     model = make(tiny_base, dict(a=EVERYWHERE, b=lora(scale=0.5)))
     with unchanged(model, {}):
         pipeline, own = to_diffusers(model), ours(model)
@@ -335,20 +339,20 @@ def test_loras_fused_and_saved(tiny_base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(ours(SDXL(pretrained=str(tmp_path / 'fused'))), fused, rtol=0, atol=0)
 
 
-def test_the_pipeline_follows_what_is_trained(tiny_base: Path) -> None:
-    """The weights are the model's: a step of training shows in a pipeline that was made before it."""
+def test_training_changes_the_pipeline(tiny_base: Path) -> None:
+    """The weights are the model's, also in a pipeline made before a training step."""
     model = make(tiny_base, dict(t2i=T2I, style=EVERYWHERE))
     pipeline, shown = to_diffusers(model), {'image': EDGES}
     before = theirs(pipeline, **shown)
     shaken(model, CASES['lora'], CASES['t2i_adapter'])
     after = theirs(pipeline, **shown)
     assert not torch.equal(before, after) and torch.equal(after, ours(model, conditions=SHOWN))
-    with model.without_adapters():
+    with model.disable_adapters():
         assert torch.equal(theirs(to_diffusers(model)), ours(SDXL(pretrained=str(tiny_base))))
 
 
 def test_half_precision(tiny_base: Path) -> None:
-    """Parts keep their dtypes; trained fp32 networks beside a bf16 base are cast, as stock has no autocast."""
+    """Components keep their dtypes; fp32 networks beside a bf16 base are cast, as diffusers has no autocast."""
     model = make(tiny_base, dict(t2i=T2I, style=EVERYWHERE, face=ip_adapter()), mixed_precision='bf16')
     pipeline = to_diffusers(model)
     assert all(getattr(pipeline, name).dtype == getattr(model, name).dtype for name in PARTS)
@@ -358,43 +362,42 @@ def test_half_precision(tiny_base: Path) -> None:
     assert (own - stock).norm() < 0.03 * own.norm()
 
 
-@pytest.mark.parametrize(('configs', 'task', 'words'), [
+@pytest.mark.parametrize(('configs', 'task', 'parts'), [
     (dict(pose=T2I), 'image-to-image', ['image-to-image', 'T2I-Adapters']),
-    (dict(pose=T2I), 'inpainting', ['inpainting', 'T2I-Adapters']),
     (dict(pose=T2I, edges=CONTROLNET), 'text-to-image', ['T2I-Adapters and ControlNets']),
-    (dict(pose={**T2I, 'window': (0.2, 1.0)}), 'text-to-image', ["'pose'", '(0.2, 1.0)', 'first step']),
-    (dict(pose=T2I, depth={**T2I, 'window': (0.0, 0.5)}), 'text-to-image', ["'depth' has 0.5", "'pose' 1"]),
-    (dict(style=lora(window=(0.0, 0.5))), 'text-to-image', ["'style'", '(0.0, 0.5)']),
-    (dict(face=ip_adapter(window=(0.5, 1.0))), 'text-to-image', ["'face'", '(0.5, 1.0)']),
-    (dict(face=ip_adapter(several='average')), 'text-to-image', ["'face'", "several='average'"]),
+    (dict(pose={**T2I, 'active_range': (0.2, 1.0)}), 'text-to-image', ["'pose'", '(0.2, 1.0)', 'first step']),
+    (dict(pose=T2I, depth={**T2I, 'active_range': (0.0, 0.5)}), 'text-to-image', ["'depth' has 0.5", "'pose' 1"]),
+    (dict(style=lora(active_range=(0.0, 0.5))), 'text-to-image', ["'style'", '(0.0, 0.5)']),
+    (dict(face=ip_adapter(active_range=(0.5, 1.0))), 'text-to-image', ["'face'", '(0.5, 1.0)']),
+    (dict(face=ip_adapter(multi_image='average')), 'text-to-image', ["'face'", "multi_image='average'"]),
     (dict(style=lora()), 'text-to-imagee', ["'text-to-imagee'", "Did you mean 'text-to-image'"]),
 ])
-def test_what_stock_cannot_do_is_refused(tiny_base: Path, configs: dict[str, Any], task: str, words: list[str]) -> None:
-    """By the adapter's name and the setting."""
-    with pytest.raises(ValueError) as caught:
+def test_unsupported_by_diffusers(tiny_base: Path, configs: dict[str, Any], task: str, parts: list[str]) -> None:
+    """The error names the adapter and the setting."""
+    with pytest.raises(UserError) as caught:
         to_diffusers(make(tiny_base, configs), task)
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_other_bases_and_kinds_are_refused(tiny_base: Path, refiner: Path, tmp_path: Path) -> None:
-    """Noise for a refiner, channels that no pipeline has, two image encoders, a kind that says nothing."""
-    with pytest.raises(ValueError, match="refiner goes on from a picture.*task='image-to-image'"):
+    """Text-to-image by a refiner, channels of no pipeline, two image encoders, a kind without `add_to_pipeline`."""
+    with pytest.raises(UserError, match="no text-to-image pipeline for a refiner.*task='image-to-image'"):
         to_diffusers(SDXL(pretrained=str(refiner)), 'text-to-image')
     base = write_tiny_sdxl(tmp_path / 'base', in_channels=8)
-    with pytest.raises(ValueError, match='inpainting with a UNet of 8 input channels'):
+    with pytest.raises(UserError, match='inpainting with a UNet of 8 input channels'):
         to_diffusers(SDXL(pretrained=str(base)))
     encoder = write_tiny_image_encoder(tmp_path / 'other', seed=1)
-    with pytest.raises(ValueError, match="'face' and 'style' see with different ones"):
+    with pytest.raises(UserError, match="'face' and 'style' have different ones"):
         to_diffusers(make(tiny_base, dict(face=ip_adapter(), style={**ip_adapter(), 'image_encoder': str(encoder)})))
     model = SDXL(pretrained=str(tiny_base))
     model.adapters['mine'] = adapter = Adapter()
     adapter.name = 'mine'
-    with pytest.raises(ValueError, match="'mine' cannot be part of a stock .* pipeline: it has nothing for Adapter"):
+    with pytest.raises(UserError, match="'mine' cannot be part of a .*diffusers pipeline: .*Adapter"):
         to_diffusers(model)
 
 
-def test_the_model_has_it(tiny_base: Path) -> None:
-    """By task; an image encoder takes no part in it, as in our own pictures."""
+def test_the_models_method(tiny_base: Path) -> None:
+    """By task; an image encoder has no part in sampling, here as there."""
     settings = dict(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = build(tiny_base, dict(eye=dict(type='ImageEncoder', **settings)))
     assert torch.equal(theirs(model.to_diffusers()), ours(model))

@@ -154,8 +154,8 @@ def rows(batch: Batch, index: list[int]) -> Batch:
     return replace(batch, **{n: take(getattr(batch, n)) for n in names})
 
 
-def given(batch: Batch) -> Batch:
-    """With latents in place of the images."""
+def with_latents(batch: Batch) -> Batch:
+    """Latents in place of the images."""
     num = len(batch)
     latents = torch.randn((num, 4, 8, 8), generator=torch.Generator().manual_seed(8))
     return replace(batch, img=None, latents=latents)
@@ -184,9 +184,9 @@ def inputs_of_unet(model: SDXL, batch: Batch) -> tuple[Tensor, Tensor]:
     return seen[0]['sample'], seen[0]['timestep']
 
 
-def test_what_a_sample_sees_depends_on_its_key_alone(model: SDXL) -> None:
+def test_noise_and_timestep_depend_on_the_key_only(model: SDXL) -> None:
     """Noise, timestep and VAE sample: bitwise under any split or order (the VAE itself: 1e-6)."""
-    batch = given(make_batch(4))
+    batch = with_latents(make_batch(4))
     x, t = inputs_of_unet(model, batch)
     for index in ([2, 0, 3, 1], [1], [3, 2]):
         other_x, other_t = inputs_of_unet(model, rows(batch, index))
@@ -211,7 +211,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_base: Path) -> None:
     results, counts = [], []
     for on in (False, True):
         model = SDXL(pretrained=str(tiny_base), objective=CUBIC, trainable=trainable, gradient_checkpointing=on,
-                     adapters=dict(adapter=t2i(window=(0.2, 1.0))))
+                     adapters=dict(adapter=t2i(active_range=(0.2, 1.0))))
         count = [0, 0]
         block = model.unet.mid_block.attentions[0].transformer_blocks[0]
         block.register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
@@ -224,11 +224,11 @@ def test_gradient_checkpointing_changes_nothing(tiny_base: Path) -> None:
     assert_same(results[1][1], results[0][1])
 
 
-@pytest.mark.parametrize('null_text', ['zeros', 'empty'])
+@pytest.mark.parametrize('null_prompt', ['zeros', 'empty'])
 @pytest.mark.parametrize('embedded', [False, True])
-def test_dropped_text(tiny_base: Path, null_text: str, embedded: bool) -> None:
-    """A dropped row is the null text: of prompts and of delivered embeddings alike."""
-    model = SDXL(pretrained=str(tiny_base), objective=CUBIC, null_text=null_text)
+def test_dropped_text(tiny_base: Path, null_prompt: str, embedded: bool) -> None:
+    """A dropped row is the null text, of prompts and of precomputed embeddings."""
+    model = SDXL(pretrained=str(tiny_base), objective=CUBIC, null_prompt=null_prompt)
     batch = make_batch(3, text=['a', 'b', 'c'], drop={'text': torch.tensor([False, True, False])})
     if embedded:
         full = model.encode(replace(batch, drop={}))
@@ -236,7 +236,7 @@ def test_dropped_text(tiny_base: Path, null_text: str, embedded: bool) -> None:
     got = model.encode(batch)
     empty = model.encode(make_batch(3, text=['a', '', 'c']))
     expected = [empty.text.clone(), empty.pooled.clone()]
-    if null_text == 'zeros':
+    if null_prompt == 'zeros':
         expected[0][1], expected[1][1] = 0, 0
     torch.testing.assert_close(got.text, expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.pooled, expected[1], rtol=1e-5, atol=1e-6)
@@ -257,8 +257,8 @@ def test_weight_and_mask(model: SDXL) -> None:
     assert sum(halves) == pytest.approx(sum(loss) / 2, rel=1e-5) and min(halves) > 0.1 * sum(halves)
 
 
-def test_delivered_latents_and_embeddings(model: SDXL) -> None:
-    """What the data set delivers is taken, bitwise, and the encoders are not called."""
+def test_precomputed_latents_and_embeddings(model: SDXL) -> None:
+    """They are used, bitwise, and the encoders are not called."""
     batch = make_batch(2)
     conditioning = model.encode(batch)
     expected, _ = grads(model, batch)
@@ -287,7 +287,7 @@ def test_images_that_cannot_be_encoded(model: SDXL, change: dict[str, Any], sent
         model(make_batch(2, **change), mode='loss')
 
 
-def test_a_step_leaves_the_batch_and_the_model_as_they_were(model: SDXL) -> None:
+def test_a_step_changes_neither_batch_nor_model(model: SDXL) -> None:
     """The UNet pops from the lists it gets and adds in place; a second step is bitwise the first."""
     batch = make_batch(2)
     before = copy.deepcopy(batch)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffengine_sdxl.noise_schedule import NoiseSchedule
 from diffengine_sdxl.registry import LOSSES
-from diffengine_sdxl.schedule import NoiseSchedule
 
 CONFIG = {'beta_schedule': 'scaled_linear', 'beta_start': 0.00085, 'beta_end': 0.012}
 SCHEDULE = NoiseSchedule.from_config(CONFIG)

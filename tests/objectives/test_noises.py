@@ -1,4 +1,4 @@
-"""Noises against their formulas, written out here for each sample on its own."""
+"""Noises against their formulas, written out here for each sample."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from diffengine_sdxl.rng import Draws, generator
 SHAPE = (4, 12, 16)
 KINDS = [dict(type='PlainNoise'), dict(type='OffsetNoise', strength=0.3), dict(type='PyramidNoise'),
          dict(type='InputPerturbation'),
-         dict(type='InputPerturbation', base=dict(type='OffsetNoise', base=dict(type='PyramidNoise')))]
+         dict(type='InputPerturbation', inner=dict(type='OffsetNoise', inner=dict(type='PyramidNoise')))]
 
 
 def draws(names='abc', epoch=1):
@@ -25,7 +25,7 @@ def base(names='abc'):
 
 
 @pytest.mark.parametrize('cfg', KINDS)
-def test_a_sample_sees_the_same_whatever_is_beside_it(cfg):
+def test_a_sample_does_not_depend_on_its_batch(cfg):
     noise = NOISES.build(cfg)
     both = noise(draws('abc'), SHAPE)
     for row, name in enumerate('abc'):
@@ -77,7 +77,7 @@ def test_pyramid(discount, num_levels):
     assert for_input is noise
 
 
-def test_input_perturbation_leaves_the_target_alone():
+def test_input_perturbation_keeps_the_target():
     noise, for_input = NOISES.build(dict(type='InputPerturbation', strength=0.2))(draws(), SHAPE)
     fresh = torch.stack([normal(n, 'noise_perturbation', SHAPE) for n in 'abc'])
     assert torch.equal(noise, base())
@@ -86,11 +86,11 @@ def test_input_perturbation_leaves_the_target_alone():
 
 def test_kinds_nest():
     offset = dict(type='OffsetNoise', strength=0.3)
-    noise, for_input = NOISES.build(dict(type='InputPerturbation', strength=0.2, base=offset))(draws(), SHAPE)
+    noise, for_input = NOISES.build(dict(type='InputPerturbation', strength=0.2, inner=offset))(draws(), SHAPE)
     assert torch.equal(noise, NOISES.build(offset)(draws(), SHAPE)[0])
     plain = NOISES.build(dict(type='InputPerturbation', strength=0.2))(draws(), SHAPE)
     torch.testing.assert_close(for_input - noise, plain[1] - plain[0], rtol=0, atol=1e-6)
-    turned = NOISES.build({**offset, 'base': dict(type='InputPerturbation', strength=0.2)})(draws(), SHAPE)
+    turned = NOISES.build({**offset, 'inner': dict(type='InputPerturbation', strength=0.2)})(draws(), SHAPE)
     torch.testing.assert_close(turned[1], for_input, rtol=0, atol=1e-6)
     assert torch.equal(turned[0], noise)
 
@@ -98,7 +98,7 @@ def test_kinds_nest():
 @pytest.mark.parametrize(('cfg', 'word'), [
     (dict(type='OffsetNoise', strength=-1), 'strength=-1'), (dict(type='InputPerturbation', strength=-1), 'strength'),
     (dict(type='PyramidNoise', discount=0), 'discount=0'), (dict(type='PyramidNoise', num_levels=0), 'num_levels=0'),
-    (dict(type='OffsetNoise', base=dict(type='PyramidNoise', base=dict(type='OffsetNoise'))), 'twice'),
+    (dict(type='OffsetNoise', inner=dict(type='PyramidNoise', inner=dict(type='OffsetNoise'))), 'twice'),
     (dict(type='OfsetNoise'), "Did you mean 'OffsetNoise'")])
 def test_what_is_refused(cfg, word):
     with pytest.raises(ValueError, match=word):

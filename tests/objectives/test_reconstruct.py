@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from engine.helpers import curves, train
 from parity import assert_same, make_batch, t2i
+from runs import curves, train
 from torch import Tensor
 
 from diffengine_sdxl import rng
@@ -31,7 +31,7 @@ def batch_of(num: int = 3, **changes: Any) -> Batch:
 
 
 def reference(base: Path, batch: Batch, kl_weight: float, power: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients with the parts of diffusers' VAE and the formulas of the docstring."""
+    """Losses and gradients by diffusers' VAE and the formulas of the docstring."""
     vae = AutoencoderKL.from_pretrained(base, subfolder='vae').double()
     assert batch.img is not None
     x = batch.img.double()
@@ -52,7 +52,7 @@ def reference(base: Path, batch: Batch, kl_weight: float, power: int) -> tuple[d
 
 @pytest.mark.parametrize(('kl_weight', 'power'), [(1e-6, 2), (0.1, 2), (0.01, 1)])
 def test_losses_and_gradients(tiny_base: Path, kl_weight: float, power: int) -> None:
-    """1e-10, of encoder and decoder; the base's other parts get none."""
+    """1e-10, of encoder and decoder; the base's other parts have none."""
     model, batch = build(tiny_base, kl_weight=kl_weight, power=power), batch_of()
     expected, gradients = reference(tiny_base, batch, kl_weight, power)
     losses = model(batch, mode='loss')
@@ -69,8 +69,8 @@ def test_losses_and_gradients(tiny_base: Path, kl_weight: float, power: int) -> 
         assert any(n.startswith(f'vae.{part}.') and g.abs().max() > 0 for n, g in found.items()), part
 
 
-def test_the_decoder_alone(tiny_base: Path) -> None:
-    """The same reconstruction and decoder's gradients; the encoder has none, and no KL is asked for."""
+def test_decoder_only(tiny_base: Path) -> None:
+    """The same reconstruction and decoder's gradients; the encoder has none, and there is no KL."""
     batch = batch_of()
     expected, gradients = reference(tiny_base, batch, 0.0, 2)
     model = build(tiny_base, decoder_only=True)
@@ -85,7 +85,7 @@ def test_the_decoder_alone(tiny_base: Path) -> None:
     assert set(found) == set(model.state_dict()) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_the_draw_is_the_samples_own(tiny_base: Path) -> None:
+def test_the_draw_depends_on_the_sample_only(tiny_base: Path) -> None:
     """Of (seed, key, epoch), not of the place in the batch or of torch's generator; fp32 for an fp32 VAE."""
     model, batch = build(tiny_base, dtype=None), batch_of()
 
@@ -108,7 +108,7 @@ def test_the_draw_is_the_samples_own(tiny_base: Path) -> None:
 @pytest.mark.parametrize(('options', 'words'), [
     (dict(trainable=[]), r"trains the VAE alone, but model.trainable is \[\] and nothing would train; set trainable"),
     (dict(trainable=['vae', 'unet']), r"\['vae', 'unet'\] and vae, unet would train"),
-    (dict(trainable=['vae'], adapters=dict(a=t2i())), 'vae, a would train.*take the adapters out'),
+    (dict(trainable=['vae'], adapters=dict(a=t2i())), 'vae, a would train.*remove the adapters'),
     (dict(trainable=[], adapters=dict(a=t2i())), r'model.trainable is \[\] and a would train')])
 def test_what_else_trains_is_refused(tiny_base: Path, options: dict[str, Any], words: str) -> None:
     model = SDXL(pretrained=str(tiny_base), objective=dict(type='Reconstruct'), **options)
@@ -116,21 +116,22 @@ def test_what_else_trains_is_refused(tiny_base: Path, options: dict[str, Any], w
         model(make_batch(1, SIZE), mode='loss')
 
 
-def test_a_frozen_adapter_is_in_nobodys_way(tiny_base: Path) -> None:
+def test_a_frozen_adapter_is_allowed(tiny_base: Path) -> None:
     model = SDXL(pretrained=str(tiny_base), objective=dict(type='Reconstruct'), trainable=['vae'],
                  adapters=dict(a=t2i(trainable=False)))
     assert model(make_batch(1, (32, 32)), mode='loss')['loss_reconstruction'] > 0
 
 
-def test_what_it_cannot_learn_from_is_refused(tiny_base: Path) -> None:
+def test_invalid_batches_and_settings(tiny_base: Path) -> None:
     model = build(tiny_base, dtype=None)
     for batch in (batch_of(1, img=None), batch_of(1, img=None, latents=torch.zeros(1, 4, 4, 3))):
-        with pytest.raises(ValueError, match="hold no 'img', which Reconstruct compares with; .* cached latents"):
+        with pytest.raises(ValueError, match="have no 'img', which Reconstruct needs; .* cached latents"):
             model(batch, mode='loss')
     with pytest.raises(ValueError, match=r"'img' is 32 x 20; its sides must be divisible by 8"):
         model(make_batch(1, (32, 20)), mode='loss')
-    for options in (dict(kl_weight=-1e-9), dict(power=3), dict(power=0)):
-        with pytest.raises(ValueError, match='Reconstruct: kl_weight=.* must not be negative and power=.* be 1 or 2'):
+    for options, words in ((dict(kl_weight=-1e-9), 'kl_weight=-1e-09 must not be negative'),
+                           (dict(power=3), 'power=3 is unknown; choose one of 1, 2'), (dict(power=0), 'power=0')):
+        with pytest.raises(ValueError, match=f'Reconstruct: {words}'):
             OBJECTIVES.build(dict(type='Reconstruct', **options))
 
 
@@ -143,7 +144,7 @@ def test_denoising_neither_trains_the_vae_nor_its_decoder(tiny_base: Path) -> No
 
 
 def test_it_learns(tiny_base: Path, tmp_path: Path) -> None:
-    """The config of the shapes world's VAE, on a tiny one: it comes nearer, and what is exported is what trained."""
+    """The shapes world's VAE config on a tiny VAE: the loss falls, and the export holds the trained weights."""
     runner = train(tmp_path, {
         'model.pretrained': str(tiny_base), 'model.config': None, 'resolution': 32, 'train_cfg.max_iters': 24,
         'train_dataloader.batch_size': 4, 'train_dataloader.dataset.length': 4, 'optim_wrapper.optimizer.lr': 5e-3,

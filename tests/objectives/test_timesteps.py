@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
+from diffengine_sdxl.noise_schedule import NoiseSchedule
 from diffengine_sdxl.registry import TIMESTEPS
 from diffengine_sdxl.rng import Draws
-from diffengine_sdxl.schedule import NoiseSchedule
 
 NUM = 6000
 SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.005, 1000))
 
 
-class Given(Draws):
-    """Draws whose numbers the test chooses."""
+class FixedDraws(Draws):
+    """Draws with numbers that the test sets."""
 
     def __init__(self, values):
         self.values = torch.as_tensor(values, dtype=torch.float32)
@@ -31,9 +31,9 @@ def draws():
     """Keyed draws of many samples, drawn once for the whole file."""
     keyed = Draws(torch.zeros(NUM, dtype=torch.long), [str(i) for i in range(NUM)], torch.zeros(NUM, dtype=torch.long))
     uniform, normal = keyed.uniform('timestep'), keyed.normal('timestep', ())
-    given = Given(uniform)
-    given.normal = lambda stream, shape: normal
-    return given
+    fixed = FixedDraws(uniform)
+    fixed.normal = lambda stream, shape: normal
+    return fixed
 
 
 def cumulative(t):
@@ -57,7 +57,7 @@ UPPER = torch.arange(1, 1001).double() / 1000
 def test_uniform(draws):
     close(build(type='UniformTimesteps')(draws, SCHEDULE), UPPER)
     close(build(type='UniformTimesteps', low=100, high=300)(draws, SCHEDULE), ((UPPER - 0.1) / 0.2).clamp(0, 1))
-    ends = Given([0, 1 - 2**-24])
+    ends = FixedDraws([0, 1 - 2**-24])
     assert build(type='UniformTimesteps', low=100, high=300)(ends, SCHEDULE).tolist() == [100, 299]
 
 
@@ -67,7 +67,7 @@ def test_cubic_is_the_scripts_formula(draws):
     timesteps = (1 - timesteps**3) * 1000
     assert torch.equal(t, timesteps.long().clamp(0, 999))
     close(t, 1 - (1 - UPPER) ** (1 / 3))
-    assert build(type='CubicTimesteps')(Given([0, 1 - 2**-24]), SCHEDULE).tolist() == [999, 0]
+    assert build(type='CubicTimesteps')(FixedDraws([0, 1 - 2**-24]), SCHEDULE).tolist() == [999, 0]
 
 
 BIASED = [(dict(strategy='earlier', multiplier=4, portion=0.25), slice(0, 250)),
@@ -84,27 +84,27 @@ def test_biased(draws, cfg, part):
     weights /= weights.sum()
     torch.testing.assert_close(biased.weights(1000), weights.double(), rtol=1e-5, atol=0)
     close(biased(draws, SCHEDULE), weights.double().cumsum(0))
-    assert biased(Given([0, 1 - 2**-24]), SCHEDULE).tolist() == [0, 999]
+    assert biased(FixedDraws([0, 1 - 2**-24]), SCHEDULE).tolist() == [0, 999]
 
 
 def test_biased_never_draws_across_an_edge():
     biased = build(type='BiasedTimesteps', strategy='earlier', multiplier=3, portion=0.5)
     edges = biased.weights(1000).cumsum(0).float()
-    below, above = biased(Given(edges - 1e-6), SCHEDULE), biased(Given(edges[:-1] + 1e-6), SCHEDULE)
+    below, above = biased(FixedDraws(edges - 1e-6), SCHEDULE), biased(FixedDraws(edges[:-1] + 1e-6), SCHEDULE)
     assert torch.equal(below, torch.arange(1000)) and torch.equal(above, torch.arange(1, 1000))
     four = NoiseSchedule(torch.tensor([0.9, 0.6, 0.3, 0.1]))  # [0, 1/4) is timestep 0, and so on
-    assert build(type='BiasedTimesteps')(Given([0, 0.25, 0.5, 0.75]), four).tolist() == [0, 1, 2, 3]
+    assert build(type='BiasedTimesteps')(FixedDraws([0, 0.25, 0.5, 0.75]), four).tolist() == [0, 1, 2, 3]
 
 
 def test_logit_normal(draws):
     for mean, std in [(0.0, 1.0), (0.5, 0.6)]:
         expected = torch.special.ndtr((torch.logit(UPPER) - mean) / std)
         close(build(type='LogitNormalTimesteps', mean=mean, std=std)(draws, SCHEDULE), expected)
-    assert build(type='LogitNormalTimesteps')(Given([-200, 0, 200]), SCHEDULE).tolist() == [0, 500, 999]
+    assert build(type='LogitNormalTimesteps')(FixedDraws([-200, 0, 200]), SCHEDULE).tolist() == [0, 500, 999]
 
 
 @pytest.mark.parametrize('name', ['UniformTimesteps', 'CubicTimesteps', 'BiasedTimesteps', 'LogitNormalTimesteps'])
-def test_a_sample_sees_the_same_whatever_is_beside_it(name):
+def test_a_sample_does_not_depend_on_its_batch(name):
     def keyed(names):
         return Draws(torch.full((len(names),), 3), list(names), torch.zeros(len(names), dtype=torch.long))
     timesteps = build(type=name)

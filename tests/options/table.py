@@ -1,4 +1,4 @@
-"""docs/options.md as a table, and a world in which an option of it can be set and looked at."""
+"""docs/options.md as a table, and a small config in which an option of it can be set and checked."""
 
 import re
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from diffengine_sdxl import config
 from diffengine_sdxl.datasets import Draw
-from diffengine_sdxl.engine import config
 from diffengine_sdxl.engine.optim import AdapterOptimWrapperConstructor
 from diffengine_sdxl.registry import DATASETS, MODELS, RUNNERS
 
@@ -18,10 +18,10 @@ FILL50K = 'stable_diffusion_xl_t2i_adapter_fill50k'
 
 
 def read_table() -> dict[str, str]:
-    """Option -> what stands in the table's second column, without the quotes."""
+    """Return option -> the text of the table's second column, without backquotes."""
     rows = re.findall(r'^\| `(\w+)` \| (?:`([^`]+)`|(none)) \| .*\|$', (ROOT / 'docs' / 'options.md').read_text(), re.M)
-    table = {option: here or none for option, here, none in rows}
-    assert len(table) == len(rows), 'an option stands twice in docs/options.md'
+    table = {option: setting or none for option, setting, none in rows}
+    assert len(table) == len(rows), 'docs/options.md lists an option twice'
     return table
 
 
@@ -30,48 +30,48 @@ Overrides = dict[str, Any]
 
 
 class Cases:
-    """The checks of one file; called as a decorator, it adds one."""
+    """The checks of one file; as a decorator, it adds one."""
 
     def __init__(self) -> None:
         self.checks: dict[str, tuple[Overrides, Callable[..., None]]] = {}
 
     def __call__(self, *options: str, **values: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-        """The check of `options`. `values`: last part of a key -> value in place of the table's."""
+        """Register the check of `options`. `values`: last part of a key -> value in place of the table's."""
         def add(function: Callable[..., None]) -> Callable[..., None]:
             self.checks.update(dict.fromkeys(options, (values, function)))
             return function
         return add
 
     def run(self, option: str, request: pytest.FixtureRequest) -> None:
-        """Check `option`, with the fixtures that its check asks for behind the world."""
+        """Check `option`, with the fixtures that its check names after the world."""
         values, check = self.checks[option]
         base, data, tmp = (request.getfixturevalue(name) for name in ('tiny_base', 'circles', 'tmp_path'))
-        wanted = check.__code__.co_varnames[1:check.__code__.co_argcount]
-        check(World(base, data, tmp, option, values), *(request.getfixturevalue(name) for name in wanted))
+        fixtures = check.__code__.co_varnames[1:check.__code__.co_argcount]
+        check(World(base, data, tmp, option, values), *(request.getfixturevalue(name) for name in fixtures))
 
 
 class World:
-    """Builds parts of the real config on a tiny base, with an option's overrides."""
+    """Build parts of the real config on a tiny base, with an option's overrides."""
 
     def __init__(self, base: Path, data: Path, tmp: Path, option: str, values: Overrides) -> None:
-        self.base, self.data, self.tmp, self.here = base, data, tmp, TABLE[option]
-        self.places = {'BASE': base, 'DATA': data, 'DIR': tmp / 'dir'}
+        self.base, self.data, self.tmp, self.setting = base, data, tmp, TABLE[option]
+        self.placeholders = {'BASE': base, 'DATA': data, 'DIR': tmp / 'dir'}
         self.overrides: Overrides = {}
-        self.name = FILL50K if 'condition.' not in self.here else 'stable_diffusion_xl_t2i_adapter_canny'
-        if not self.here.startswith('--'):
-            self.overrides = config.parse_overrides(self.here.split())
+        self.name = FILL50K if 'condition.' not in self.setting else 'stable_diffusion_xl_t2i_adapter_canny'
+        if not self.setting.startswith('--'):
+            self.overrides = config.parse_overrides(self.setting.split())
             for key, value in self.overrides.items():
                 self.overrides[key] = values.get(key.rpartition('.')[2], value)
 
     def config(self, **others: Any) -> Any:
-        """The resolved config; the tiny base and data go before the real ones, the option's overrides before all."""
+        """Load the config with the tiny base and data; the option's overrides take precedence."""
         tiny = {'model.pretrained': str(self.base), 'model.vae': None, 'resolution': 64, 'mixed_precision': 'no',
                 'train_dataloader.dataset.source': str(self.data), 'train_dataloader.num_workers': 0,
                 'train_cfg.max_iters': 4, **others, **self.overrides}
-        return config.load(self.name, {k: self._placed(v) for k, v in tiny.items()})
+        return config.load(self.name, {k: self._replaced(v) for k, v in tiny.items()})
 
-    def _placed(self, value: Any) -> Any:
-        return str(self.places[value]) if isinstance(value, str) and value in self.places else value
+    def _replaced(self, value: Any) -> Any:
+        return str(self.placeholders[value]) if isinstance(value, str) and value in self.placeholders else value
 
     def resolved(self, **others: Any) -> Any:
         return config.resolve(self.config(**others))
@@ -99,7 +99,7 @@ class World:
         return RUNNERS.build(cfg)
 
     def rates(self, num: int) -> list[float]:
-        """The learning rates of a run of `num` steps, by its own scheduler."""
+        """Return the learning rates of a run of `num` steps."""
         runner = self.runner(**{'train_cfg.max_iters': num, 'optim_wrapper.optimizer.lr': 1.0})
         runner._train_loop = runner.build_train_loop(runner._train_loop)
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
@@ -112,7 +112,7 @@ class World:
 
 
 class Two(torch.nn.Module):
-    """A model of two weights that trains as an SDXL does."""
+    """A model of two weights with the `trainables` of an SDXL."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from options.table import Cases, World
 
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.testing import write_tiny_sdxl
 
 case = Cases()
@@ -16,13 +17,13 @@ case = Cases()
 
 @case('pretrained_model_name_or_path')
 def base(world: World) -> None:
-    world.places['BASE'] = write_tiny_sdxl(world.tmp / 'other', channels=(8, 16, 24))
+    world.placeholders['BASE'] = write_tiny_sdxl(world.tmp / 'other', channels=(8, 16, 24))
     assert world.model().unet.config.block_out_channels == [8, 16, 24]
 
 
 @case('pretrained_vae_model_name_or_path')
 def vae(world: World) -> None:
-    world.places['VAE'] = write_tiny_sdxl(world.tmp / 'other', vae_blocks=3)
+    world.placeholders['VAE'] = write_tiny_sdxl(world.tmp / 'other', vae_blocks=3)
     assert world.model().vae_factor == 4
 
 
@@ -31,14 +32,14 @@ def adapter(world: World) -> None:
     from diffusers import T2IAdapter
     net = T2IAdapter(channels=(16, 32, 64, 64), downscale_factor=16, adapter_type='full_adapter_xl')
     net.save_pretrained(world.tmp / 'adapter')
-    world.places['ADAPTER'] = world.tmp / 'adapter'
+    world.placeholders['ADAPTER'] = world.tmp / 'adapter'
     loaded = world.model().adapters['adapter'].net.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
 
 
 @pytest.fixture
 def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The hub's cache as two revisions of 'some/sdxl' and a data set would leave it, and no network."""
+    """Write a hub cache with two revisions of 'some/sdxl'; go offline."""
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     repo = tmp_path / 'cache' / 'models--some--sdxl'
@@ -55,14 +56,14 @@ def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @case('revision')
 def revision(world: World, hub: Path) -> None:
-    world.places['REVISION'] = Path('v2')
+    world.placeholders['REVISION'] = Path('v2')
     model = world.model(**{'model.pretrained': 'some/sdxl', 'model.cache_dir': str(hub)})
     assert model.unet.config.block_out_channels == [8, 16, 24]
 
 
 @case('cache_dir')
 def cache_dir(world: World, hub: Path) -> None:
-    world.places['CACHE'] = hub
+    world.placeholders['CACHE'] = hub
     model = world.model(**{'model.pretrained': 'some/sdxl'})
     assert model.unet.config.block_out_channels == [16, 32, 64]
     assert world.dataset().data.cache_files[0]['filename'].startswith(str(hub))
@@ -72,11 +73,11 @@ def cache_dir(world: World, hub: Path) -> None:
 def variant(world: World, tiny_base: Path) -> None:
     from diffusers import DiffusionPipeline
     DiffusionPipeline.from_pretrained(tiny_base).save_pretrained(world.tmp / 'base', variant='half')
-    world.places['VARIANT'] = Path('half')
+    world.placeholders['VARIANT'] = Path('half')
     base = {'model.pretrained': str(world.tmp / 'base')}
     assert world.model(**base).unet is not None
     world.overrides.clear()
-    with pytest.raises(ValueError, match='could not be loaded'):
+    with pytest.raises(UserError, match='could not be loaded'):
         world.model(**base)
 
 
@@ -86,7 +87,7 @@ def tokenizer(world: World, tiny_base: Path) -> None:
         shutil.copytree(tiny_base / name, world.tmp / 'words' / name)
         path = world.tmp / 'words' / name / 'tokenizer_config.json'
         path.write_text(json.dumps({**json.loads(path.read_text()), 'model_max_length': 33}))
-    world.places['TOKENIZERS'] = world.tmp / 'words'
+    world.placeholders['TOKENIZERS'] = world.tmp / 'words'
     model = world.model()
     assert (model.tokenizer.model_max_length, model.tokenizer_2.model_max_length) == (33, 33)
 
@@ -103,7 +104,7 @@ def xformers(world: World) -> None:
     except ImportError:
         package = None
     if package is None:
-        with pytest.raises(ValueError, match='needs the package xformers'):
+        with pytest.raises(UserError, match='needs the package xformers'):
             world.model()
     else:
         assert any('XFormers' in type(p).__name__ for p in world.model().unet.attn_processors.values())

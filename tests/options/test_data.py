@@ -20,7 +20,7 @@ def dataset_name(world: World) -> None:
 
 def write_rows(world: World, names: tuple[str, str, str] = ('image', 'conditioning_image', 'text'), num: int = 3,
                name: str = 'train') -> Path:
-    """A jsonl of `num` rows with columns of these names, beside the pictures that it points to."""
+    """Write a jsonl of `num` rows with columns of these names, beside the images that it names."""
     folder = world.tmp / 'rows'
     if not folder.exists():
         shutil.copytree(world.data, folder, ignore=shutil.ignore_patterns('metadata.jsonl'))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from options.table import Cases, World
 
+from diffengine_sdxl.errors import UserError
+
 case = Cases()
 
 
@@ -90,7 +92,7 @@ def use_8bit_adam(world: World) -> None:
     try:
         import bitsandbytes
     except ImportError:
-        with pytest.raises(ValueError, match='needs the package bitsandbytes'):
+        with pytest.raises(UserError, match='needs the package bitsandbytes'):
             world.optim_wrapper()
     else:
         assert isinstance(world.optim_wrapper().optimizer, bitsandbytes.optim.AdamW8bit)
@@ -122,13 +124,13 @@ def max_grad_norm(world: World) -> None:
 
 @case('set_grads_to_none')
 def set_grads_to_none(world: World) -> None:
-    for wanted in (True, False):
-        world.overrides['optim_wrapper.set_grads_to_none'] = wanted
+    for enabled in (True, False):
+        world.overrides['optim_wrapper.set_grads_to_none'] = enabled
         wrapper = world.optim_wrapper()
         weight = wrapper.param_groups[0]['params'][0]
         weight.grad = torch.ones(2)
         wrapper.zero_grad()
-        assert (weight.grad is None) == wanted
+        assert (weight.grad is None) == enabled
 
 
 @pytest.mark.parametrize('option', case.checks)

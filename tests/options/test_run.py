@@ -1,4 +1,4 @@
-"""Options of the run: those that show in one only are read off one run of four steps; see test_table.py."""
+"""Options of the run, most of them checked on one run of four steps; see test_table.py."""
 
 import argparse
 import json
@@ -12,29 +12,30 @@ import pytest
 from options.table import FILL50K, ROOT, TABLE, Cases, Overrides, World
 from PIL import Image
 
-from diffengine_sdxl.engine import config, launch
+from diffengine_sdxl import config, errors
+from diffengine_sdxl.commands.common import load_config
 from diffengine_sdxl.registry import HOOKS, RUNNERS, VISUALIZERS
 
 case = Cases()
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
-    """What tools/train.py makes of a command line."""
+    """Return how tools/train.py parses a command line."""
     import runpy
-    found = []
+    calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['train.py', FILL50K, *arguments])
-        patch.setattr(launch, 'train', lambda args: found.append(args) or 0)
+        patch.setattr(errors, 'run_command', lambda name, args: calls.append(args) or 0)
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / 'tools' / 'train.py'), run_name='__main__')
-    return found[0]
+    return calls[0]
 
 
 @case('output_dir')
 def output_dir(world: World) -> None:
-    flag, _ = world.here.split()
-    assert launch.prepare(parsed(flag, 'some/where')).work_dir == 'some/where'
-    assert launch.prepare(parsed()).work_dir == f'work_dirs/{FILL50K}'
+    flag, _ = world.setting.split()
+    assert load_config(parsed(flag, 'some/where')).work_dir == 'some/where'
+    assert load_config(parsed()).work_dir == f'work_dirs/{FILL50K}'
 
 
 @case('seed')
@@ -45,7 +46,7 @@ def seed(world: World) -> None:
 
 @pytest.fixture(scope='module')
 def run(tiny_base: Path, circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work_dir of four steps; each key comes from the table and does something else than its default."""
+    """The work_dir of four steps; each key comes from the table, with a value that is not its default."""
     folder = tmp_path_factory.mktemp('run')
     image = circles / 'conditioning_images' / '00003.png'
     values: Overrides = {
@@ -56,7 +57,7 @@ def run(tiny_base: Path, circles: Path, tmp_path_factory: pytest.TempPathFactory
     cfg = config.load(FILL50K, {
         'model.pretrained': str(tiny_base), 'model.vae': None, 'resolution': 64, 'mixed_precision': 'no',
         'train_dataloader.dataset.source': str(circles), 'train_dataloader.num_workers': 0,
-        'model.sampler.num_inference_steps': 2, 'optim_wrapper.accumulative_counts': 1, **overrides})
+        'model.sampler.num_inference_steps': 1, 'optim_wrapper.accumulative_counts': 1, **overrides})
     cfg.work_dir = str(folder)
     RUNNERS.build(cfg).train()
     return folder
@@ -71,18 +72,18 @@ def checkpoints(world: World, run: Path) -> None:
 def samples(world: World, run: Path) -> None:
     assert sorted(p.name for p in (run / 'samples').iterdir()) == ['step2.png', 'step4.png']
     width, height = Image.open(run / 'samples' / 'step4.png').size
-    # Cells of 128 pixels: condition and three pictures side by side, one row for each of two prompts.
+    # Cells of 128 pixels: condition and three images side by side, a row for each of two prompts.
     assert 4 * 128 < width < 5 * 128 and 2 * 128 < height < 3 * 128
 
 
 @case('resume_from_checkpoint')
 def resume(world: World, run: Path) -> None:
-    assert launch.prepare(parsed(world.here)).resume is True
+    assert load_config(parsed(world.setting)).resume is True
     work_dir = shutil.copytree(run, world.tmp / 'run')
     (work_dir / 'step4.pth').unlink()
     for arguments in ([], [str(work_dir / 'step3.pth')]):
         cfg = config.load(next(work_dir.glob('*.py')))
-        cfg.resume = launch.prepare(parsed(world.here, *arguments)).resume
+        cfg.resume = load_config(parsed(world.setting, *arguments)).resume
         cfg.work_dir, cfg.experiment_name = str(work_dir), f'resume {len(arguments)}'
         RUNNERS.build(cfg).train()
         steps = [json.loads(line)['step'] for line in (work_dir / 'curves.jsonl').read_text().splitlines()]
@@ -91,7 +92,7 @@ def resume(world: World, run: Path) -> None:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A stand-in for the optional package wandb, and the arguments of each `wandb.init`."""
+    """Replace the optional package wandb; return the arguments of each `wandb.init`."""
     calls: list[dict[str, Any]] = []
     module = types.ModuleType('wandb')
     module.init = lambda **options: calls.append(options)  # type: ignore[attr-defined]
@@ -128,14 +129,14 @@ def logging_dir(world: World) -> None:
 
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What would be uploaded, in place of the upload: (repository, folder)."""
+    """Replace uploads; return their (repository, folder)."""
     import huggingface_hub
-    found: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
     monkeypatch.setattr(huggingface_hub, 'create_repo',
                         lambda name, **_: types.SimpleNamespace(repo_id=name if '/' in name else f'me/{name}'))
     monkeypatch.setattr(huggingface_hub, 'upload_folder',
-                        lambda repo_id, folder_path, **_: found.append((repo_id, folder_path)))
-    return found
+                        lambda repo_id, folder_path, **_: calls.append((repo_id, folder_path)))
+    return calls
 
 
 @case('push_to_hub', 'hub_model_id')
@@ -143,7 +144,7 @@ def push_to_hub(world: World, uploads: list[tuple[str, str]], run: Path) -> None
     import logging
     hook = HOOKS.build(dict(world.resolved().default_hooks.hub))
     hook.after_run(types.SimpleNamespace(work_dir=str(run), max_iters=4, logger=logging.getLogger('uploads')))
-    name = 'OWNER/NAME' if 'repo_id' in world.here else f'me/{run.name}'
+    name = 'OWNER/NAME' if 'repo_id' in world.setting else f'me/{run.name}'
     assert uploads == [(name, str(run / 'step4'))]
 
 

@@ -1,12 +1,12 @@
-"""Each option of diffusers' train_t2i_adapter_sdxl.py has its place: docs/options.md says which, these set and look.
+"""docs/options.md maps each option of diffusers' train_t2i_adapter_sdxl.py to a config key; these tests set the keys.
 
-The keys come from the table, so that the two cannot drift apart. Parts are built where the effect shows there.
+The keys come from the table, so that the two cannot differ.
 """
 
 from options import test_base, test_data, test_optim, test_run
 from options.table import TABLE
 
-# All that `parse_args` of the script knows (diffusers 0.42).
+# All options of the script's `parse_args` (diffusers 0.42).
 OPTIONS = '''
     pretrained_model_name_or_path pretrained_vae_model_name_or_path adapter_model_name_or_path revision variant
     tokenizer_name output_dir cache_dir seed resolution detection_resolution crops_coords_top_left_h
@@ -23,4 +23,4 @@ OPTIONS = '''
 def test_the_table_holds_every_option() -> None:
     assert sorted(TABLE) == sorted(OPTIONS.split())
     checked = [option for file in (test_base, test_data, test_optim, test_run) for option in file.case.checks]
-    assert sorted(option for option, here in TABLE.items() if here != 'none') == sorted(checked)
+    assert sorted(option for option, setting in TABLE.items() if setting != 'none') == sorted(checked)

@@ -21,8 +21,8 @@ from parity import (
 from torch import Tensor
 from torch.nn import functional
 
+from diffengine_sdxl.inference.stages import Stage, run
 from diffengine_sdxl.models.sdxl import SDXL
-from diffengine_sdxl.models.stages import Stage, run
 from diffengine_sdxl.samplers.sampler import Sampler
 from diffengine_sdxl.structures import Batch, Start
 from diffengine_sdxl.testing import write_tiny_refiner, write_tiny_sdxl
@@ -32,17 +32,18 @@ STEPS = 5
 PICTURES, REFERENCES = images(2, SIZE), images(2, seed=6)
 MASK = (images(2, SIZE, channels=1, seed=9) > 0.5).float()
 CONTROLS = [images(2, SIZE, seed=seed) for seed in (8, 10)]
-#: Where the image prompt acts: the same for both pictures, as stock has one mask for all.
+#: Where the image prompt acts: the same for both images, as stock has one mask for all.
 HALF = torch.zeros(1, 1, *SIZE)
 HALF[..., 24:] = 1
 NAMES = {'lora_1': 'lora', 'lora_2': 'lora_everywhere', 'plus': 'ip_adapter_plus', 't2i_1': 't2i_adapter',
          't2i_2': 't2i_adapter'}
 CHANGES: dict[str, dict[str, Any]] = {
-    'lora_1': dict(scale=1.4), 'plus': dict(scale=0.8, mask='where'), 't2i_1': dict(scale=0.6, window=(0.0, 0.6)),
-    't2i_2': dict(reads='sketch')}
+    'lora_1': dict(scale=1.4), 'plus': dict(scale=0.8, mask='where'), 't2i_1': dict(scale=0.6, active_range=(0.0, 0.6)),
+    't2i_2': dict(condition_key='sketch')}
 ALWAYS, EARLY, LATE = (0.0, 1.0), (0.0, 0.6), (0.4, 1.0)
-GUIDANCES = [dict(type='CFG', scale=5.0), dict(type='PAG', scale=2.0, window=EARLY), dict(type='SAG', window=LATE)]
-#: Inpainting by blending or by channels; the refiner as an expert for the rest of the way, or after the base.
+GUIDANCES = [dict(type='CFG', scale=5.0), dict(type='PAG', scale=2.0, active_range=EARLY),
+             dict(type='SAG', active_range=LATE)]
+#: Inpainting by blending or by channels; the refiner as an expert for the last steps, or after the base.
 EXPERTS: dict[str, Any] = dict(first=dict(denoising_end=0.7), second=dict(denoising_start=0.7))
 KINDS: dict[str, dict[str, Any]] = {
     'blended, experts': dict(channels=4, solver='ancestral', **EXPERTS),
@@ -50,8 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
     'by channels, experts': dict(channels=9, solver='euler', **EXPERTS)}
 
 
-def asked(refiner: bool, **changes: Any) -> Batch:
-    """With negatives and time ids of their own."""
+def make_request(refiner: bool, **changes: Any) -> Batch:
+    """A batch with negative prompts and negative time ids."""
     own, null = ([*SIZE, 0, 0, 6.0], [*SIZE, 0, 0, 2.5]) if refiner else ([*SIZE, 8, 0, *SIZE], [48, 32, 0, 0, *SIZE])
     return picture_batch(TEXTS, SEEDS, SIZE, negative_text=NEGATIVES, time_ids=torch.tensor([own] * 2).float(),
                          negative_time_ids=torch.tensor([null] * 2).float(), **changes)
@@ -68,7 +69,7 @@ def normal(shared: list[torch.Generator]) -> Tensor:
 
 
 def blended(scheduler: Any, kept: Tensor, noise: Tensor, last: int) -> Any:
-    """What a loop does after each step to inpaint; nothing of the noise is left after the last one."""
+    """The blending after each step of inpainting; there is no noise after the last one."""
     mask = functional.interpolate(MASK, size=kept.shape[-2:])
 
     def after(i: int, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def blended(scheduler: Any, kept: Tensor, noise: Tensor, last: int) -> Any:
 
 def base_by_hand(pipeline: Any, model: SDXL, encoder: Path, kind: dict[str, Any], shared: list[torch.Generator],
                  folder: Path) -> tuple[Tensor, float]:
-    """The base's latents; inpainting from 0.8 of the way back, to its end or to where the refiner takes over."""
+    """The base's latents: inpainting at strength 0.8, to the end or to where the refiner takes over."""
     from diffusers import T2IAdapter
     load_adapters(pipeline, model, folder)
     controls = []
@@ -90,7 +91,7 @@ def base_by_hand(pipeline: Any, model: SDXL, encoder: Path, kind: dict[str, Any]
         controls.append((features, (0.6, EARLY) if name == 't2i_1' else (1.0, ALWAYS)))
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(STEPS)
-    batch, first = asked(False), STEPS - int(STEPS * 0.8)
+    batch, first = make_request(False), STEPS - int(STEPS * 0.8)
     last = STEPS if not kind['first'] else int((scheduler.timesteps >= round(1000 - 0.7 * 1000)).sum())
     assert first < last - 1
     scheduler.set_begin_index(first) if hasattr(scheduler, 'set_begin_index') else None
@@ -109,8 +110,8 @@ def base_by_hand(pipeline: Any, model: SDXL, encoder: Path, kind: dict[str, Any]
 
 
 def refiner_by_hand(pipeline: Any, latents: Tensor, kind: dict[str, Any], shared: list[torch.Generator]) -> Tensor:
-    """What the refiner makes of them, within the same mask."""
-    scheduler, batch = pipeline.scheduler, asked(True)
+    """The refiner's latents, with the same mask."""
+    scheduler, batch = pipeline.scheduler, make_request(True)
     scheduler.set_timesteps(STEPS)
     experts = 'denoising_start' in kind['second']
     first = int((scheduler.timesteps >= 300).sum()) if experts else STEPS - int(STEPS * 0.6)
@@ -124,7 +125,7 @@ def refiner_by_hand(pipeline: Any, latents: Tensor, kind: dict[str, Any], shared
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_everything_is_a_loop_by_hand(tiny_base: Path, tmp_path: Path, kind: str) -> None:
-    """Inpainting with two LoRAs, an IP-Adapter plus in a part of the picture, two T2I-Adapters, one of them early, CFG,
+    """Inpainting with two LoRAs, an IP-Adapter plus in a part of the image, two T2I-Adapters, one of them early, CFG,
     PAG early, SAG late, and a refiner: 1e-5 relative, as SAG is computed in fp64 by hand."""
     case = KINDS[kind]
     folder = tiny_base
@@ -133,13 +134,14 @@ def test_everything_is_a_loop_by_hand(tiny_base: Path, tmp_path: Path, kind: str
     configs = {name: {**CASES[known].config, **CHANGES.get(name, {})} for name, known in NAMES.items()}
     model = shaken(build(folder, configs), *(CASES[NAMES[name]] for name in sorted(NAMES)))
     refiner_folder = write_tiny_refiner(tmp_path / 'refiner')
-    refiner = SDXL(pretrained=str(refiner_folder), shared=['text_encoder_2', 'vae'], base=model)
-    batch = asked(False, start=Start(image=PICTURES * 2 - 1, mask=MASK), conditions={
+    refiner = SDXL(pretrained=str(refiner_folder), shared_components=['text_encoder_2', 'vae'], base_model=model)
+    batch = make_request(False, start=Start(image=PICTURES * 2 - 1, mask=MASK), conditions={
         'reference': REFERENCES, 'where': HALF.expand(2, -1, -1, -1), 'conditioning_image': CONTROLS[0],
         'sketch': CONTROLS[1]})
     solver = SOLVERS[case['solver']]
     got = run(Stage(model, batch, Sampler(solver, STEPS, GUIDANCES, strength=0.8, **case['first'])),
-              Stage(refiner, asked(True), Sampler(solver, STEPS, [dict(type='CFG', scale=4.0)], **case['second'])))
+              Stage(refiner, make_request(True),
+                    Sampler(solver, STEPS, [dict(type='CFG', scale=4.0)], **case['second'])))
 
     plain, shared = stock(folder), generators(SEEDS)
     refining = stock(refiner_folder, 'StableDiffusionXLImg2ImgPipeline', vae=plain.vae,
@@ -149,23 +151,23 @@ def test_everything_is_a_loop_by_hand(tiny_base: Path, tmp_path: Path, kind: str
     expected = refiner_by_hand(stock_like(refining, 'StableDiffusionXLImg2ImgPipeline', solver), latents, case, shared)
     assert margin > 1e-5, f'choose other inputs: the map comes within {margin:.1e} of the threshold'
     assert torch.isfinite(expected).all() and float((got - expected).norm() / expected.norm()) < 1e-5
-    for name in NAMES if kind == 'blended, experts' else ():  # each part has its say
+    for name in NAMES if kind == 'blended, experts' else ():  # each adapter has an effect
         adapter = model.adapters[name]
         scale, adapter.scale = adapter.scale, 0.0
-        without = Stage(model, batch, Sampler(solver, STEPS, GUIDANCES, strength=0.8, **case['first']))
-        assert float((run(without) - latents).norm() / latents.norm()) > 1e-4, name
+        without = Sampler(solver, STEPS, GUIDANCES, strength=0.8, **case['first'])(model, batch)
+        assert float((without - latents).norm() / latents.norm()) > 1e-4, name
         adapter.scale = scale
 
 
 @pytest.mark.parametrize('solver', SOLVERS)
 def test_two_t2i_adapters_are_bitwise_stocks(tiny_base: Path, tmp_path: Path, solver: str) -> None:
-    """With a scale each, for the first half of the way. One prompt: stock's MultiAdapter takes single pictures."""
+    """With a scale each, in the first half of denoising. One prompt: stock's MultiAdapter takes single images."""
     from diffusers import MultiAdapter, T2IAdapter
     config, names = CASES['t2i_adapter'].config, ('a', 'b')
     scales, factor = (0.6, 1.2), 0.5
     if solver == 'heun':  # stock counts evaluations against steps: 3 of 7 lie in the first half
         factor = 3 / 4
-    configs = {name: {**config, 'reads': name, 'scale': scale, 'window': (0.0, 0.5)}
+    configs = {name: {**config, 'condition_key': name, 'scale': scale, 'active_range': (0.0, 0.5)}
                for name, scale in zip(names, scales, strict=True)}
     model = shaken(build(tiny_base, configs), *[CASES['t2i_adapter']] * 2)
     for name in names:

@@ -1,4 +1,4 @@
-"""Guidances: PAG and Rescale bitwise stock's, SAG against its formulas, windows, what they cost and what they leave."""
+"""Guidances: PAG and Rescale bitwise stock's, SAG against its formulas, active ranges, costs, and refusals."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from parity import (
 )
 from torch import Tensor
 
-from diffengine_sdxl.models.predictions import without_adapters
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.samplers.sampler import Sampler
 from diffengine_sdxl.structures import Start
@@ -48,7 +47,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
 
 
 def noise(size: tuple[int, int], scheduler: Any) -> Tensor:
-    """What text-to-image begins with."""
+    """The initial latents of text-to-image."""
     drawn = [torch.randn((1, 4, size[0] // 8, size[1] // 8), generator=g) for g in generators(SEEDS)]
     return torch.cat(drawn) * scheduler.init_noise_sigma
 
@@ -69,7 +68,7 @@ def assert_close(got: Tensor, expected: Tensor, margin: float) -> None:
 
 
 def with_pag(pipeline: Any, cls: str, solver: str, layers: Any = 'mid', **call: Any) -> Tensor:
-    """Latents of a stock pipeline. Given latents, those from a picture forget to take PAG out of the UNet again."""
+    """Latents of a stock pipeline. Given latents, those from an image leave PAG in the UNet."""
     pipe = stock_like(pipeline, cls, SOLVERS[solver], pag_applied_layers=layers)
     before = pipe.unet.attn_processors
     made = pipe(TEXTS, generator=generators(SEEDS), output_type='latent', **call).images
@@ -100,7 +99,7 @@ def test_pag_is_bitwise_stocks(model: SDXL, pipeline: Any, solver: str) -> None:
 
 
 @pytest.mark.parametrize('solver', ['euler', 'ancestral', 'ddim'])
-def test_pag_from_a_picture_is_bitwise_stocks(model: SDXL, pipeline: Any, solver: str) -> None:
+def test_pag_from_an_image_is_bitwise_stocks(model: SDXL, pipeline: Any, solver: str) -> None:
     """Image-to-image and inpainting, 4 channels."""
     call: dict[str, Any] = dict(image=PICTURES, strength=0.7, num_inference_steps=4, guidance_scale=5.0, pag_scale=2.0)
     guidances = guided(PAG=dict(scale=2.0))
@@ -147,7 +146,7 @@ def test_sag_is_its_formulas(tiny_base: Path, pipeline: Any, solver: dict[str, A
 
 @pytest.mark.parametrize('solver', ['euler', 'ddim'])
 def test_sag_with_all_adapters_of_the_guide(tiny_base: Path, tmp_path: Path, solver: str) -> None:
-    """Two LoRAs, an IP-Adapter plus and a T2I-Adapter: the degraded pass is told what the unconditional rows are."""
+    """Two LoRAs, an IP-Adapter plus and a T2I-Adapter; the degraded pass has the unconditional rows' conditioning."""
     size, names = (96, 64), ('lora', 'lora_everywhere', 'ip_adapter_plus', 't2i_adapter')
     configs = [CASES[n].config for n in names]
     configs[0] = {**configs[0], 'scale': 1.4}
@@ -177,19 +176,20 @@ def counted(model: SDXL, call: Any) -> list[int]:
     return rows
 
 
-def test_outside_its_window_a_guidance_costs_nothing(model: SDXL, pipeline: Any) -> None:
-    """All rows in one call, SAG's in a second one; what is left is what a loop by hand gives."""
+def test_outside_its_active_range_a_guidance_costs_nothing(model: SDXL, pipeline: Any) -> None:
+    """All rows in one call, SAG's in a second one; the result is that of a loop by hand."""
     size, made = (64, 64), []
-    # A step that lies in a window in part does not lie in it.
-    windows: dict[str, tuple[float, float]] = dict(SAG=(0.2, 0.85), PAG=(0.3, 1.0), CFG=(0.0, 0.7))
-    guidances = [dict(type='SAG', window=windows['SAG']), dict(type='PAG', scale=2.0, window=windows['PAG']),
-                 dict(type='CFG', scale=5.0, window=windows['CFG'])]
+    # A step that is partly in an active range is not in it.
+    ranges: dict[str, tuple[float, float]] = dict(SAG=(0.2, 0.85), PAG=(0.3, 1.0), CFG=(0.0, 0.7))
+    guidances = [dict(type='SAG', active_range=ranges['SAG']),
+                 dict(type='PAG', scale=2.0, active_range=ranges['PAG']),
+                 dict(type='CFG', scale=5.0, active_range=ranges['CFG'])]
     # u + c; and SAG; and PAG; no CFG; neither
     expected_rows = [4, 4, 2, 6, 2, 4, 2, 4]
     assert counted(model, lambda: made.append(ours(model, guidances, steps=5, size=size))) == expected_rows
     reference = by_hand(pipeline, SOLVERS['euler'], 5, size)
     x = noise(size, reference.pipeline.scheduler)
-    expected = reference(x, cfg=(5.0, windows['CFG']), sag=(0.75, windows['SAG']), pag=(2.0, windows['PAG']))
+    expected = reference(x, cfg=(5.0, ranges['CFG']), sag=(0.75, ranges['SAG']), pag=(2.0, ranges['PAG']))
     assert_close(made[0], expected, reference.margin)
     for off in ([dict(type='SAG', scale=0.0), dict(type='PAG', scale=0.0), dict(type='CFG', scale=1.0)], []):
         assert counted(model, lambda off=off: ours(model, off)) == [2, 2, 2]
@@ -197,7 +197,7 @@ def test_outside_its_window_a_guidance_costs_nothing(model: SDXL, pipeline: Any)
 
 
 def test_rows_are_unconditional_conditional_perturbed(model: SDXL) -> None:
-    """In this order, and the perturbed are told what the conditional are."""
+    """In this order; the perturbed have the conditioning of the conditional."""
     told: list[Tensor] = []
     hook = model.unet.register_forward_pre_hook(
         lambda _unet, _args, kwargs: told.append(kwargs['encoder_hidden_states']), with_kwargs=True)
@@ -208,7 +208,7 @@ def test_rows_are_unconditional_conditional_perturbed(model: SDXL) -> None:
     assert not null.any() and own.any() and torch.equal(own, perturbed) and torch.equal(told[1], torch.cat([own, own]))
 
 
-def test_a_picture_is_the_same_alone(tiny_base: Path) -> None:
+def test_an_image_does_not_depend_on_its_batch(tiny_base: Path) -> None:
     """Image k of a batch of 4 against itself alone, with all guidances and adapters, and noise in every step: 1e-5."""
     size = (64, 64)
     names = ('ip_adapter_plus', 't2i_adapter')
@@ -225,7 +225,7 @@ def test_a_picture_is_the_same_alone(tiny_base: Path) -> None:
         assert float((alone - together[k - 1]).norm() / alone.norm()) > 0.1
 
 
-def test_taps_leave_no_trace(tiny_base: Path, model: SDXL) -> None:
+def test_probes_are_removed(tiny_base: Path, model: SDXL) -> None:
     """Processors are the same objects afterwards, also after an error, and beside image prompts."""
     case = CASES['ip_adapter']
     with_images = shaken(build(tiny_base, dict(a=case.config)), case)
@@ -241,17 +241,17 @@ def test_taps_leave_no_trace(tiny_base: Path, model: SDXL) -> None:
         hook.remove()
         assert {name: id(processor) for name, processor in one.unet.attn_processors.items()} == before
         assert torch.equal(Sampler(None, 2)(one, batch), plain)
-    with without_adapters(with_images):
+    with with_images.disable_adapters():
         assert torch.equal(ours(with_images, guided(PAG={}, SAG={})), ours(model, guided(PAG={}, SAG={})))
 
 
 @pytest.mark.parametrize(('guidances', 'sentence'), [
-    (guided(PAG=dict(layers=['mid', 'middle'])), "asks for the self-attention 'middle', which this UNet does not have; "
+    (guided(PAG=dict(layers=['mid', 'middle'])), "needs the self-attention 'middle', which this UNet does not have; "
                                                  'it has down_blocks'),
     (guided(PAG=dict(layers=['attn2'])), "the self-attention 'attn2', which this UNet does not have"),
-    (guided(SAG={}), 'kernel of 9; these are 4 x 7, too small'),
-    (guided(1.0, SAG=dict(kernel_size=15)), 'kernel of 15; these are 4 x 7')])
-def test_what_does_not_fit_the_base_is_refused(model: SDXL, guidances: list[dict[str, Any]], sentence: str) -> None:
+    (guided(SAG={}), 'latents of 4 x 7 are too small for kernel_size=9'),
+    (guided(1.0, SAG=dict(kernel_size=15)), '4 x 7 are too small for kernel_size=15')])
+def test_guidances_that_do_not_fit_are_refused(model: SDXL, guidances: list[dict[str, Any]], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ours(model, guidances, size=(32, 56))
 
@@ -261,19 +261,19 @@ def test_what_does_not_fit_the_base_is_refused(model: SDXL, guidances: list[dict
     (dict(type='SAG', sigma=0), 'SAG: sigma=0 must be above 0'),
     (dict(type='Rescale', scale=1.5), 'Rescale: scale=1.5 must be from 0'),
     (dict(type='PAG', layers=[]), 'names no self-attention'),
-    (dict(type='PAG', layers='up_blocks.('), r"PAG: layers: 'up_blocks.\(' is no pattern"),
-    (dict(type='PAG', window=(0.5, 0.5)), r'window=\(0.5, 0.5\) must be \(start, end\)')])
+    (dict(type='PAG', layers='up_blocks.('), r"PAG: layers: 'up_blocks.\(' is not a regular expression"),
+    (dict(type='PAG', active_range=(0.5, 0.5)), r'active_range=\(0.5, 0.5\) must be \(start, end\)')])
 def test_wrong_settings_are_refused(guidance: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Sampler(guidances=[guidance])
 
 
 @pytest.mark.parametrize(('guidances', 'at', 'sentence'), [
-    ([dict(type='CFG', scale=1e39)], None, r'step 1 of 3 on \(timestep 667\).*what CFG\(scale=1e\+39\) gave'),
-    (guided(SAG={}), 4, r"step 3 of 3 on \(timestep 1\).*what the UNet \('uncond'\) gave"),
-    (guided(SAG={}), 3, r'step 2 of 3 on \(timestep 334\).*what SAG\(scale=0.75\) gave'),
-    (guided(PAG=dict(scale=1e39)), None, r'step 1 of 3 .*what PAG\(scale=1e\+39\) gave')])
-def test_what_is_not_finite_is_named(tiny_base: Path, guidances: list[dict[str, Any]], at: int | None,
+    ([dict(type='CFG', scale=1e39)], None, r'step 1 of 3 on \(timestep 667\).*the output of CFG\(scale=1e\+39\)'),
+    (guided(SAG={}), 4, r"step 3 of 3 on \(timestep 1\).*the output of the UNet \('uncond'\)"),
+    (guided(SAG={}), 3, r'step 2 of 3 on \(timestep 334\).*the output of SAG\(scale=0.75\)'),
+    (guided(PAG=dict(scale=1e39)), None, r'step 1 of 3 .*the output of PAG\(scale=1e\+39\)')])
+def test_non_finite_latents_are_traced_to_their_source(tiny_base: Path, guidances: list[dict[str, Any]], at: int | None,
                                      sentence: str) -> None:
     """The step, the timestep, and whose part it was: `at` is the call of the UNet that gives NaN."""
     model, calls = SDXL(pretrained=str(tiny_base)), []
@@ -287,9 +287,8 @@ def test_what_is_not_finite_is_named(tiny_base: Path, guidances: list[dict[str, 
 
 
 def test_a_control_image_of_another_size_is_refused(tiny_base: Path) -> None:
-    """Whatever comes with it."""
     model = build(tiny_base, dict(a=CASES['t2i_adapter'].config))
     batch = picture_batch(TEXTS, SEEDS, (64, 64), conditions={'conditioning_image': images(2, (64, 96))})
     start = Start(image=images(2, (64, 64)) * 2 - 1)
-    with pytest.raises(ValueError, match=r"picture's size \(64 x 64\)"):
+    with pytest.raises(ValueError, match=r"output's size \(64 x 64\)"):
         Sampler(None, 4, guided(SAG={}))(model, replace(batch, start=start))

@@ -110,7 +110,7 @@ def test_without_guidance_and_with_noise_of_ddim(by_channels: Any, channels: int
     assert_all_same(pairs)
 
 
-def test_starting_noise_may_be_given(model: SDXL, pipeline: Any) -> None:
+def test_custom_starting_noise(model: SDXL, pipeline: Any) -> None:
     """Text-to-image: stock's `latents`. Beside a picture it takes the place of what the seeds would give."""
     pipe = stock_like(pipeline, 'StableDiffusionXLPipeline', SOLVERS['ancestral'])
     expected = theirs(pipe, latents=LATENTS, height=SIZE[0], width=SIZE[1])
@@ -172,7 +172,7 @@ def test_image_prompts_and_loras_are_bitwise_stocks(tiny_base: Path, tmp_path: P
 
 
 @pytest.mark.parametrize('channels', [4, 9])
-def test_a_picture_is_the_same_alone(by_channels: Any, channels: int) -> None:
+def test_an_image_does_not_depend_on_its_batch(by_channels: Any, channels: int) -> None:
     """Image k of a batch of 4 against itself alone, with noise in every step: 1e-5, as torch's kernels for one row and
     for several round differently."""
     model = by_channels[channels][0]
@@ -189,13 +189,13 @@ def test_a_picture_is_the_same_alone(by_channels: Any, channels: int) -> None:
 
 @pytest.mark.parametrize(('start', 'settings', 'sentence'), [
     (PICTURE, dict(strength=0.01), 'strength=0.01 leaves none of 4 steps to do'),
-    (Start(mask=MASK), {}, 'mask_image that says what to repaint, but no image'),
-    (Start(image=PICTURES[:1]), {}, r'image must be \[2, 3, 40, 56\] for pictures of 40 x 56; it is \[1, 3, 40, 56\]'),
+    (Start(mask=MASK), {}, 'There is a mask_image but no image to inpaint'),
+    (Start(image=PICTURES[:1]), {}, r'image must be \[2, 3, 40, 56\] for images of 40 x 56; it is \[1, 3, 40, 56\]'),
     (Start(latents=LATENTS[..., :5]), {}, r'starting latents must be \[2, 4, 5, 7\].*it is \[2, 4, 5, 5\]'),
     (Start(noise=LATENTS[:, :3]), {}, r'starting noise \(latents\) must be \[2, 4, 5, 7\].*\[2, 3, 5, 7\]'),
     (replace(PICTURE, mask=MASK[..., :32]), {}, r'mask_image must be \[2, 1, 40, 56\].*\[2, 1, 40, 32\]'),
-    (None, dict(denoising_start=0.5), 'denoising_start=0.5 goes on from a picture')])
-def test_what_does_not_fit_is_refused(model: SDXL, start: Start | None, settings: dict[str, Any],
+    (None, dict(denoising_start=0.5), 'denoising_start=0.5 needs a noisy image to start from')])
+def test_inputs_that_do_not_fit_are_refused(model: SDXL, start: Start | None, settings: dict[str, Any],
                                       sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ours(model, start, **settings)
@@ -203,22 +203,21 @@ def test_what_does_not_fit_is_refused(model: SDXL, start: Start | None, settings
 
 @pytest.mark.parametrize(('start', 'sentence'), [
     (None, 'made to inpaint.*takes a mask.*mask_image'), (PICTURE, 'made to inpaint.*takes a mask'),
-    (Start(latents=LATENTS, mask=MASK), 'give the picture itself as `image`, not latents')])
-def test_a_unet_of_nine_channels_needs_picture_and_mask(by_channels: Any, start: Start | None, sentence: str) -> None:
+    (Start(latents=LATENTS, mask=MASK), 'give the image itself as `image`, not latents')])
+def test_a_unet_of_nine_channels_needs_image_and_mask(by_channels: Any, start: Start | None, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ours(by_channels[9][0], start)
 
 
 @pytest.mark.parametrize('settings', [dict(strength=0.0), dict(strength=1.2), dict(denoising_start=-0.1),
                                       dict(denoising_end=1.5)])
-def test_parts_of_the_way_are_from_0_to_1(settings: dict[str, float]) -> None:
+def test_fractions_are_above_0_and_at_most_1(settings: dict[str, float]) -> None:
     name, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=rf'{name}={value} must be above 0 and at most 1'):
         Sampler(**settings)  # type: ignore[arg-type]
 
 
-def test_a_generator_for_each_picture(model: SDXL) -> None:
-    """Not one for all of them, nor more."""
+def test_one_generator_per_image(model: SDXL) -> None:
     for num in (1, 4):
-        with pytest.raises(ValueError, match=rf'{num} generator\(s\) for 2 pictures'):
+        with pytest.raises(ValueError, match=rf'{num} generator\(s\) for 2 images'):
             Sampler(None, 2)(model, picture_batch(TEXTS, SEEDS, SIZE), generators=generators([1] * num))

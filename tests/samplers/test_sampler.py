@@ -1,4 +1,4 @@
-"""The sampler against diffusers' SDXL pipelines: bitwise in fp32 on the CPU, latents and pictures."""
+"""The sampler against diffusers' SDXL pipelines: bitwise in fp32 on the CPU, latents and images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from parity import (
 
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.samplers.guidance import guidance_embedding, guide
-from diffengine_sdxl.samplers.sampler import Sampler
+from diffengine_sdxl.samplers.sampler import Sampler, evaluate
 from diffengine_sdxl.structures import Batch, Start
 from diffengine_sdxl.testing import write_tiny_sdxl
 
@@ -58,7 +58,7 @@ def test_latents_are_bitwise_stocks(model: SDXL, pipeline: Any, name: str, setti
 
 @pytest.mark.parametrize('scale', [5.0, 1.0])
 @pytest.mark.parametrize('negative', [None, NEGATIVES])
-def test_pictures_are_bitwise_stocks(model: SDXL, pipeline: Any, negative: list[str] | None, scale: float) -> None:
+def test_images_are_bitwise_stocks(model: SDXL, pipeline: Any, negative: list[str] | None, scale: float) -> None:
     """With and without negative prompts, decoded."""
     expected = pipeline(PROMPTS, negative_prompt=negative, height=64, width=64, num_inference_steps=3,
                         guidance_scale=scale, generator=generators(SEEDS), output_type='pt').images
@@ -127,8 +127,8 @@ def test_several_images_of_a_prompt(model: SDXL, pipeline: Any) -> None:
     # Not bitwise from prompts: stock runs the text encoders on two rows and repeats them, we on four.
     torch.testing.assert_close(sampler(steps=2)(model, batch), expected, rtol=1e-5, atol=1e-5)
     text, _, pooled, _ = pipeline.encode_prompt(PROMPTS[:2], num_images_per_prompt=2)
-    given = replace(batch, text_embeds=text, pooled=pooled)
-    assert torch.equal(sampler(steps=2)(model, given), expected)
+    embedded = replace(batch, text_embeds=text, pooled=pooled)
+    assert torch.equal(sampler(steps=2)(model, embedded), expected)
 
 
 def test_eta_of_ddim(model: SDXL, pipeline: Any) -> None:
@@ -142,7 +142,7 @@ def test_eta_of_ddim(model: SDXL, pipeline: Any) -> None:
     assert not torch.equal(got, sampler('DDIMScheduler', 3)(model, batch))
 
 
-def test_embeddings_that_are_given(model: SDXL, pipeline: Any) -> None:
+def test_precomputed_embeddings(model: SDXL, pipeline: Any) -> None:
     """text_embeds and pooled stand for the prompts."""
     text, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     expected = pipeline(PROMPTS, height=64, width=64, num_inference_steps=2, generator=generators(SEEDS),
@@ -174,8 +174,8 @@ def test_a_scheduler_that_cannot_sample_the_models_schedule_is_refused(tiny_base
         sampler('HeunDiscreteScheduler')(model, picture_batch(['a'], [1]))
 
 
-def test_guidance_window_is_a_composition(model: SDXL, tiny_base: Path) -> None:
-    """Outside its window guidance is off: the loop written out with diffusers' classes, bitwise."""
+def test_active_range_against_a_loop(model: SDXL, tiny_base: Path) -> None:
+    """Outside its active range guidance is off: the loop written out with diffusers' classes, bitwise."""
     steps, pipeline = 5, stock(tiny_base)
     text, null, pooled, null_pooled = pipeline.encode_prompt(PROMPTS)
     ids, scheduler = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 3), pipeline.scheduler
@@ -192,18 +192,18 @@ def test_guidance_window_is_a_composition(model: SDXL, tiny_base: Path) -> None:
             else:
                 out = pipeline.unet(row, t, text, added_cond_kwargs=added).sample
             x = scheduler.step(out, t, x).prev_sample
-    assert torch.equal(sampler(steps=steps, window=(0.2, 0.8))(model, picture_batch(PROMPTS, SEEDS)), x)
+    assert torch.equal(sampler(steps=steps, active_range=(0.2, 0.8))(model, picture_batch(PROMPTS, SEEDS)), x)
 
 
-#: Rows of the UNet's calls in six steps of `windowed`, and those without classifier-free guidance.
+#: Rows of the UNet's calls in six steps of `ranged`, and those without classifier-free guidance.
 ROWS = [('cond', 'perturbed'), ('uncond', 'cond', 'perturbed'), ('uncond', 'cond', 'perturbed'), ('uncond', 'cond'),
         ('cond',), ('cond',)]
 
 
-def windowed() -> Sampler:
+def ranged() -> Sampler:
     """PAG in the first half of six steps, classifier-free guidance from the second to the fourth."""
-    return Sampler(None, 6, [dict(type='CFG', scale=4.0, window=(0.16, 0.67)),
-                             dict(type='PAG', scale=2.0, window=(0.0, 0.5))], strength=1.0)
+    return Sampler(None, 6, [dict(type='CFG', scale=4.0, active_range=(0.16, 0.67)),
+                             dict(type='PAG', scale=2.0, active_range=(0.0, 0.5))], strength=1.0)
 
 
 def calls(model: SDXL) -> tuple[list[str], list[Any]]:
@@ -218,8 +218,8 @@ def calls(model: SDXL) -> tuple[list[str], list[Any]]:
 
 
 def encoded_apart(model: SDXL, batch: Batch, channels: Any = None, embedding: Any = None) -> Any:
-    """`windowed`, with an encoding of its own for each step and the rows that it needs."""
-    loop, scheduler = windowed(), windowed().build_scheduler(model)
+    """`ranged`, with an encoding of its own for each step and the rows that it needs."""
+    loop, scheduler = ranged(), ranged().build_scheduler(model)
     scheduler.set_timesteps(6)
     x = torch.cat([torch.randn((1, 4, 8, 8), generator=g) for g in generators(batch.seed.tolist())])
     x = x * scheduler.init_noise_sigma
@@ -227,25 +227,26 @@ def encoded_apart(model: SDXL, batch: Batch, channels: Any = None, embedding: An
         for i, (t, rows) in enumerate(zip(scheduler.timesteps, ROWS, strict=True)):
             if embedding is not None:
                 rows = tuple(row for row in rows if row != 'uncond')
-            told = model.encode(batch, rows, project=True)
-            told.channels = None if channels is None else torch.cat([channels] * len(rows))
-            told.timestep_cond = None if embedding is None else embedding.expand(len(told.text), -1)
+            conditioning = model.encode(batch, rows, project=True)
+            conditioning.channels = None if channels is None else torch.cat([channels] * len(rows))
+            conditioning.timestep_cond = None if embedding is None else embedding.expand(len(rows) * len(batch), -1)
             active = [g for g in loop.guidances if set(g.branches()) <= set(rows) and g.active(i / 6, (i + 1) / 6)]
-            step = loop._evaluated(model, scheduler.scale_model_input(torch.cat([x] * len(rows)), t), t, told,
+            step = evaluate(model, scheduler.scale_model_input(torch.cat([x] * len(rows)), t), t, conditioning,
                                    torch.tensor([[i / 6, (i + 1) / 6]]), rows, active, x.dtype)
             x = scheduler.step(guide(active, step), t, x).prev_sample
     return x
 
 
-def test_windows_do_not_encode_again(tiny_base: Path) -> None:
-    """Each encoder works as often as without windows, and the pictures are those of an encoding for each step."""
+def test_active_ranges_do_not_encode_again(tiny_base: Path) -> None:
+    """Each encoder works as often as without active ranges, and the images are those of an encoding for each step."""
     kinds = ('controlnet', 'ip_adapter_plus', 'lora_everywhere', 't2i_adapter')
     model = shaken(build(tiny_base, {kind: CASES[kind].config for kind in kinds}), *(CASES[kind] for kind in kinds))
     batch = picture_batch(PROMPTS[:2], SEEDS[:2], negative_text=NEGATIVES[:2], conditions={
-        reads: images(2, seed=7 + i) for i, reads in enumerate(sorted({CASES[kind].reads for kind in kinds} - {None}))})
+        key: images(2, seed=7 + i)
+        for i, key in enumerate(sorted({CASES[kind].condition_key for kind in kinds} - {None}))})
     expected = encoded_apart(model, batch)
     seen, hooks = calls(model)
-    got, counted = windowed()(model, batch), sorted(seen)
+    got, counted = ranged()(model, batch), sorted(seen)
     seen.clear()
     always = Sampler(None, 6, [dict(type='CFG', scale=4.0), dict(type='PAG', scale=2.0)])(model, batch)
     for hook in hooks:
@@ -256,14 +257,14 @@ def test_windows_do_not_encode_again(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize('kind', ['inpainting', 'distilled'])
-def test_windows_of_unets_that_read_more(tmp_path: Path, kind: str) -> None:
-    """The mask and what it leaves (9 channels), and the guidance scale, go with the rows."""
+def test_active_ranges_of_unets_with_more_inputs(tmp_path: Path, kind: str) -> None:
+    """The mask and the masked image (9 channels), and the guidance scale, go with the rows."""
     wide = kind == 'inpainting'
     folder = write_tiny_sdxl(tmp_path / 'base', **(dict(in_channels=9) if wide else dict(time_cond_proj_dim=16)))
     model, batch = SDXL(pretrained=str(folder)), picture_batch(PROMPTS[:2], SEEDS[:2], negative_text=NEGATIVES[:2])
     if not wide:
         expected = encoded_apart(model, batch, embedding=guidance_embedding(4.0, 16))
-        torch.testing.assert_close(windowed()(model, batch), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ranged()(model, batch), expected, rtol=1e-5, atol=1e-5)
         return
     start = Start(image=images(2) * 2 - 1, mask=(images(2, channels=1, seed=9) > 0.5).float())
     mask = torch.nn.functional.interpolate(start.mask, size=(8, 8))
@@ -272,10 +273,10 @@ def test_windows_of_unets_that_read_more(tmp_path: Path, kind: str) -> None:
         torch.randn((1, 4, 8, 8), generator=g)
     hidden = model.encode_images(start.image * (start.mask < 0.5), shared)
     expected = encoded_apart(model, batch, channels=torch.cat([mask, hidden], dim=1))
-    torch.testing.assert_close(windowed()(model, replace(batch, start=start)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ranged()(model, replace(batch, start=start)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_picture_does_not_depend_on_its_place(tiny_base: Path) -> None:
+def test_an_image_does_not_depend_on_its_place(tiny_base: Path) -> None:
     """In any order of the batch, also with noise in every step, and alone; fp64, as kernels go by batch size."""
     model, order = SDXL(pretrained=str(tiny_base), dtype='float64'), [2, 0, 1]
     for name in ('EulerDiscreteScheduler', 'EulerAncestralDiscreteScheduler'):
@@ -287,8 +288,8 @@ def test_a_picture_does_not_depend_on_its_place(tiny_base: Path) -> None:
         assert (straight[0] - straight[1]).abs().max() > 0.1
 
 
-def test_predict_mode_returns_what_the_parts_give(tiny_base: Path) -> None:
-    """A dict per sample: key, seed, prompt, pictures in [0, 1]; the number of steps is reported."""
+def test_predict_mode(tiny_base: Path) -> None:
+    """A dict per sample: key, seed, prompt, images in [0, 1]; the number of steps is reported."""
     model = SDXL(pretrained=str(tiny_base), sampler=dict(type='Sampler', num_inference_steps=2))
     batch = picture_batch(PROMPTS, SEEDS)
     out, done = model(batch, mode='predict'), []
@@ -299,7 +300,7 @@ def test_predict_mode_returns_what_the_parts_give(tiny_base: Path) -> None:
         assert (item['key'], item['seed'], item['prompt']) == (f'prompt {i}', SEEDS[i], PROMPTS[i])
         assert list(item['images']) == ['base'] and torch.equal(item['images']['base'], expected[i])
     assert 0 <= expected.min() and expected.max() <= 1 and len(out) == 3
-    with pytest.raises(ValueError, match="mode='los' is not known"):
+    with pytest.raises(ValueError, match="mode='los' is unknown"):
         model(batch, mode='los')
 
 
@@ -320,7 +321,7 @@ def test_the_size_is_that_of_the_images(model: SDXL) -> None:
 
 @pytest.mark.parametrize(('scheduler', 'steps', 'sentence'), [
     (dict(type='EulerDiscretScheduler'), 4, "'EulerDiscretScheduler'.*Did you mean 'EulerDiscreteScheduler'"),
-    (dict(type='AutoencoderKL'), 4, "'AutoencoderKL' is not a scheduler"),
+    (dict(type='AutoencoderKL'), 4, "'AutoencoderKL' is not a supported scheduler"),
     (dict(type='DDIMScheduler', clip_sampel=True), 4, "no setting 'clip_sampel'.*'clip_sample'"),
     (None, 0, 'num_inference_steps=0 must be at least 1')])
 def test_a_wrong_setting_is_refused(scheduler: Any, steps: int, sentence: str) -> None:

@@ -1,6 +1,7 @@
-"""The base that comes with the package: it loads wherever SDXL loads, it is what trained, and it has learned."""
+"""The shipped base: it loads wherever SDXL loads, matches its manifest, and draws what prompts say."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from parity import generators, picture_batch, sampler, stock
 
 from diffengine_sdxl.datasets import Shapes, collate
+from diffengine_sdxl.loading.strict import shipped
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.shapes import BASE
 from diffengine_sdxl.shapes.measure import observe
-from diffengine_sdxl.weights import shipped
 
 NAME = 'diffengine_sdxl::shapes/base'
 TRANSFORMS = [{'type': 'ComputeTimeIds'}, {'type': 'PackInputs'}]
@@ -37,7 +38,12 @@ def test_it_is_a_diffusers_folder_of_half_precision_below_20_mb() -> None:
             assert {str(tensors.get_slice(name).get_dtype()) for name in names} <= {'F16', 'I64'}, path
 
 
-def test_the_manifest_says_how_it_came_about() -> None:
+def test_no_json_holds_a_path_of_the_machine() -> None:
+    """diffusers records where it loaded weights from as `_name_or_path`."""
+    assert [path for path in BASE.rglob('*.json') if re.search(r'_name_or_path|"/\w+/', path.read_text())] == []
+
+
+def test_the_manifest_tells_how_it_was_trained() -> None:
     manifest = json.loads((BASE / 'manifest.json').read_text())
     runs = manifest['runs']
     assert manifest['machine'] and manifest['put_together_at'] and set(runs) >= {'vae', 'unet', 'image_encoder'}
@@ -46,7 +52,7 @@ def test_the_manifest_says_how_it_came_about() -> None:
         assert run['config']['train_dataloader']['dataset'] and run['seed'] is not None
 
 
-def test_stock_makes_the_same_pictures_from_it(model: SDXL) -> None:
+def test_diffusers_makes_the_same_images(model: SDXL) -> None:
     """Bitwise, by the pipeline that `DiffusionPipeline.from_pretrained` builds."""
     pipeline = stock(BASE, 'DiffusionPipeline')
     assert type(pipeline).__name__ == 'StableDiffusionXLPipeline'
@@ -59,19 +65,19 @@ def test_stock_makes_the_same_pictures_from_it(model: SDXL) -> None:
 
 
 @pytest.mark.parametrize(('combinations', 'least'), [('seen', 0.75), ('held_out', 0.6)])
-def test_it_draws_what_it_is_asked_for(model: SDXL, combinations: str, least: float) -> None:
-    """Of 24 captions that no training showed. The full measurement is benchmarks/shapes.py; this is a smoke alarm."""
+def test_it_draws_its_prompts(model: SDXL, combinations: str, least: float) -> None:
+    """24 captions that were never trained on; a smoke test, benchmarks/shapes.py has the full measurement."""
     data = Shapes(length=24, split='test', combinations=combinations, conditioning=None)
     scenes = [data.scene(i) for i in range(len(data))]
     model.sampler = sampler(steps=12, scale=1.5)
-    pictures = model.decode(model.sampler(model, picture_batch([s.caption for s in scenes], list(range(24)))))
-    seen = [observe((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in pictures]
+    images = model.decode(model.sampler(model, picture_batch([s.caption for s in scenes], list(range(24)))))
+    seen = [observe((p * 255).round().byte().permute(1, 2, 0).numpy()) for p in images]
     for what in ('shape', 'fill', 'ground'):
         right = sum(getattr(s, what) == getattr(o, what) for s, o in zip(scenes, seen, strict=True)) / 24
         assert right >= least, (what, right)
 
 
-def test_the_vae_keeps_pictures_it_never_saw(model: SDXL) -> None:
+def test_the_vae_keeps_images_it_never_saw(model: SDXL) -> None:
     data = Shapes(length=24, split='psnr', combinations='all', conditioning=None, transforms=TRANSFORMS)
     batch = model.data_preprocessor(collate([data[i] for i in range(24)]))['inputs']
     with torch.no_grad():
@@ -87,8 +93,8 @@ def test_its_latents_have_a_deviation_of_one(model: SDXL) -> None:
     assert float(latents.std()) == pytest.approx(1, abs=0.05)
 
 
-def test_its_image_encoder_knows_captions_from_pictures(model: SDXL) -> None:
-    """A picture's own caption among 16: the nearest for most."""
+def test_its_image_encoder_knows_captions_from_images(model: SDXL) -> None:
+    """The own caption of an image is the nearest of 16 for most."""
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     encoder = CLIPVisionModelWithProjection.from_pretrained(BASE, subfolder='image_encoder').eval()
     processor = CLIPImageProcessorPil.from_pretrained(BASE, subfolder='feature_extractor')

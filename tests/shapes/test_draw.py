@@ -1,4 +1,4 @@
-"""Pixels against brute force: distances, coverage, sizes; conditioning images against the pictures they are of."""
+"""Pixels against brute force: distances, coverage, sizes; conditioning images against the images they are of."""
 
 import itertools
 from dataclasses import replace
@@ -96,12 +96,12 @@ def test_any_size_shows_the_same_scene() -> None:
 
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('style', STYLES)
-def test_a_picture_has_the_colours_of_its_scene_where_its_mask_is(shape: str, style: str) -> None:
+def test_a_image_has_the_colours_of_its_scene_where_its_mask_is(shape: str, style: str) -> None:
     """Ground outside; inside fill, and the accent as the style says."""
     scene = replace(FLAT, shape=shape, style=style)
-    picture, cover = draw.render(scene, 128).astype(int), draw.mask(scene, 128)
-    assert (picture[cover == 0] == palette.COLOURS['green']).all() and (cover == 0).sum() > 10000
-    inside = picture[cover == 1]
+    image, cover = draw.render(scene, 128).astype(int), draw.mask(scene, 128)
+    assert (image[cover == 0] == palette.COLOURS['green']).all() and (cover == 0).sum() > 10000
+    inside = image[cover == 1]
     filled = (inside == palette.COLOURS['red']).all(axis=-1).mean()
     accented = (np.abs(inside - palette.accent('red')).max(axis=-1) < 1).mean()
     if style == 'flat':
@@ -115,12 +115,12 @@ def test_a_picture_has_the_colours_of_its_scene_where_its_mask_is(shape: str, st
 
 
 def test_styles_differ_everywhere_they_should() -> None:
-    """No two styles of one shape give nearly the same picture."""
+    """No two styles of one shape give nearly the same image."""
     for shape in SHAPES:
-        pictures = {style: draw.render(replace(FLAT, shape=shape, style=style), 64).astype(float) for style in STYLES}
+        images = {style: draw.render(replace(FLAT, shape=shape, style=style), 64).astype(float) for style in STYLES}
         cover = draw.mask(replace(FLAT, shape=shape), 64) == 1
         for one, other in itertools.combinations(STYLES, 2):
-            assert (np.abs(pictures[one] - pictures[other])[cover].max(axis=-1) > 40).mean() > 0.08, (shape, one, other)
+            assert (np.abs(images[one] - images[other])[cover].max(axis=-1) > 40).mean() > 0.08, (shape, one, other)
 
 
 def test_textures_darken_the_ground_as_they_say() -> None:
@@ -133,19 +133,19 @@ def test_textures_darken_the_ground_as_they_say() -> None:
     waves = parts['wavy'][cover == 0]
     assert 0.88 <= waves.min() < 0.885 and 0.995 < waves.max() <= 1
     assert ((np.diff(parts['wavy'][:, 0]) > 0).astype(int) @ np.ones(63)) > 25  # up and down again
-    for picture in found.values():
-        np.testing.assert_allclose(picture[cover == 1], np.tile(palette.COLOURS['red'], (int((cover == 1).sum()), 1)))
+    for image in found.values():
+        np.testing.assert_allclose(image[cover == 1], np.tile(palette.COLOURS['red'], (int((cover == 1).sum()), 1)))
 
 
 @pytest.mark.parametrize('shape', SHAPES)
 @SIZES
-def test_conditions_lie_on_the_shape_of_the_picture(shape: str, size: int) -> None:
+def test_conditions_lie_on_the_shape_of_the_image(shape: str, size: int) -> None:
     scene = replace(FLAT, shape=shape, style='flat')
     found = {kind: draw.condition(scene, size, kind) for kind in draw.CONDITIONS}
-    for picture in found.values():
-        assert picture.shape == (size, size, 3) and picture.dtype == np.uint8 and (picture == picture[..., :1]).all()
-    gray = {kind: picture[..., 0].astype(int) for kind, picture in found.items()}
-    # What is not of the ground's colour in the picture, which is drawn by `paint` alone.
+    for image in found.values():
+        assert image.shape == (size, size, 3) and image.dtype == np.uint8 and (image == image[..., :1]).all()
+    gray = {kind: image[..., 0].astype(int) for kind, image in found.items()}
+    # What is not of the ground's colour in the image, which is drawn by `paint` alone.
     drawn = (np.abs(draw.render(scene, size).astype(int) - palette.COLOURS['green']).max(axis=-1) > 0)
     np.testing.assert_array_equal(gray['mask'] > 2, drawn & (gray['mask'] > 2))
     assert (drawn & (gray['mask'] <= 2)).sum() <= 0.02 * drawn.sum()
@@ -187,9 +187,9 @@ FROZEN = {'flat': (87.9780, 43.1527, 43.4507), 'outlined': (77.6064, 36.9735, 38
 
 @pytest.mark.parametrize('style', STYLES)
 def test_pixels_are_those_that_the_base_was_trained_on(style: str) -> None:
-    """The shipped weights know these pictures: other ones need other weights."""
+    """The shipped weights know these images: other ones need other weights."""
     shape, texture = SHAPES[STYLES.index(style) % 4], ('plain', 'shaded', 'wavy')[STYLES.index(style) % 3]
-    picture = draw.render(replace(FLAT, style=style, shape=shape, texture=texture), 64).astype(float)
+    image = draw.render(replace(FLAT, style=style, shape=shape, texture=texture), 64).astype(float)
     places = np.arange(64) / 64
-    found = picture.mean(), (picture * places[:, None, None]).mean(), (picture * places[None, :, None]).mean()
+    found = image.mean(), (image * places[:, None, None]).mean(), (image * places[None, :, None]).mean()
     np.testing.assert_allclose(found, FROZEN[style], atol=1e-3)

@@ -1,4 +1,4 @@
-"""Scenes are functions of their keys; captions say what is there; what is held out stays out."""
+"""Scenes are functions of their keys; captions describe them; held-out pairs stay out."""
 
 import itertools
 import json
@@ -22,7 +22,6 @@ from diffengine_sdxl.shapes.scene import (
     WITHHELD_STYLES,
     Scene,
     draw_scene,
-    from_facts,
     grounds,
     reference,
 )
@@ -164,4 +163,4 @@ def test_a_reference_has_the_colours_and_another_shape(scenes: list[Scene]) -> N
 def test_facts_are_plain_and_give_the_scene_back(scenes: list[Scene]) -> None:
     for scene in scenes[:100]:
         assert {type(value) for value in scene.facts.values()} == {str, float, int, bool}
-        assert from_facts(json.loads(json.dumps(scene.facts))) == scene
+        assert Scene(**json.loads(json.dumps(scene.facts))) == scene

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import CLIPTokenizer
 
+from diffengine_sdxl.loading.strict import shipped
 from diffengine_sdxl.shapes import palette
 from diffengine_sdxl.shapes.scene import SHAPES, STYLES, TEMPLATES, TEXTURES, Scene
-from diffengine_sdxl.weights import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = Path(str(shipped('diffengine_sdxl::shapes/base')))

@@ -1,2 +1,2 @@
 """A fresh ControlNet: a copy of the base's encoder that adds nothing until it trains."""
-controlnet = dict(type='ControlNet', reads='conditioning_image', weights=None, scale=1.0)
+controlnet = dict(type='ControlNet', condition_key='conditioning_image', weights=None, scale=1.0)

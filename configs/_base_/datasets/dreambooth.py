@@ -1,7 +1,7 @@
-"""DreamBooth: a few pictures of one thing, and pictures of its class, so that the model keeps what it knew of it."""
+"""DreamBooth: a few images of one thing, and images of its class, so that the model keeps what it knew of it."""
 # Pixels; transforms, time ids and sample images follow it.
 resolution = 1024
-# Folders of pictures, and the captions of those without a .txt beside them. `sks` is a rare token that names the thing.
+# Folders of images, and the captions of those without a .txt beside them. `sks` is a rare token that names the thing.
 instance_folder = 'data/instance'
 instance_prompt = 'a photo of sks dog'
 class_folder = 'data/class'

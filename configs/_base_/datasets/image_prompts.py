@@ -16,7 +16,7 @@ train_dataloader = dict(
         caption_column='text',
         max_samples=None,
         transforms=[
-            # Before the geometry: the prompt is the whole picture.
+            # Before the geometry: the prompt is the whole image.
             dict(type='ImagePrompt', source='img', key='reference', size='$image_prompt_size'),
             dict(type='Resize', size='$resolution', interpolation='bilinear'),
             dict(type='Crop', size='$resolution', mode='center'),

@@ -2,5 +2,5 @@
 refiner = dict(
     type='SDXL',
     pretrained='stabilityai/stable-diffusion-xl-refiner-1.0',
-    shared=['text_encoder_2', 'vae'],
+    shared_components=['text_encoder_2', 'vae'],
     mixed_precision='$mixed_precision')

@@ -1,12 +1,12 @@
-"""The single files of kohya's sd-scripts, LyCORIS and ComfyUI: LoRA, LoCon, DoRA, LoHa and LoKr of an SDXL.
+"""Single files of kohya's sd-scripts, LyCORIS and ComfyUI: LoRA, LoCon, DoRA, LoHa and LoKr of an SDXL.
 
-A key is '<layer>.<tensor>', e.g. 'lora_unet_input_blocks_4_1_proj_in.lora_down.weight'; see kohya_names for the layers.
-A change is scaled by alpha / rank; where `alpha` is missing, by 1.
+A key is '<layer>.<tensor>', e.g. 'lora_unet_input_blocks_4_1_proj_in.lora_down.weight'; see layer_names for the layers.
+A change is scaled by alpha / rank; without `alpha`, by 1.
 
     LoRA   up [out, r(, 1, 1)] @ down [r, in(, k, k)]; with a Tucker core mid [r, r, k, k], down is [r, in, 1, 1]
     DoRA   a LoRA with dora_scale [out, 1(, 1, 1)]: the norms of the changed weight's rows
     LoHa   (w1_a [out, r] @ w1_b [r, in * k * k]) * (w2_a @ w2_b); with cores t1, t2 [r, r, k, k] w_a is [r, out]
-    LoKr   kron(w1, w2), each whole or a product of two; where both are whole, `alpha` means nothing
+    LoKr   kron(w1, w2), each whole or a product of two; if both are whole, `alpha` is ignored
 
 Sources: sd-scripts' networks/lora.py, LyCORIS' modules/{locon,loha,lokr}.py, ComfyUI's comfy/weight_adapter.
 """
@@ -25,181 +25,168 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-from diffengine_sdxl.adapters.formats.files import refuse, shown
-from diffengine_sdxl.adapters.formats.kohya_names import PREFIXES, Modules, file_names
-from diffengine_sdxl.adapters.formats.weights import LoRAWeights, PartWeights
+from diffengine_sdxl.adapters.formats import lora_weights
+from diffengine_sdxl.adapters.formats.files import refuse
+from diffengine_sdxl.adapters.formats.layer_names import PREFIXES, Modules, file_names
+from diffengine_sdxl.adapters.formats.lora_weights import LoRAWeights, PartWeights, weight_change
+from diffengine_sdxl.errors import UserError, listed
 
-#: A tensor's name in a file -> its name in peft.
-_LORA = {'lora_down.weight': 'lora_A.weight', 'lora_up.weight': 'lora_B.weight'}
-_MAGNITUDE = {'dora_scale': 'lora_magnitude_vector'}
-_MID = 'lora_mid.weight'
-#: Kind -> the sets of tensors that a layer may have; LyCORIS and peft call them the same in LoHa and LoKr.
-_HADA = ('hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b')
-_FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    'lora': (tuple(_LORA), (*_LORA, _MID)),
-    'loha': (_HADA, (*_HADA, 'hada_t1', 'hada_t2')),
-    'lokr': tuple((*w1, *w2) for w1 in (('lokr_w1',), ('lokr_w1_a', 'lokr_w1_b')) for w2 in (
-        ('lokr_w2',), ('lokr_w2_a', 'lokr_w2_b'), ('lokr_w2_a', 'lokr_w2_b', 'lokr_t2')))}
+#: A tensor's name in a file -> its name in peft; others are called the same.
+_PEFT = {'lora_down.weight': 'lora_A.weight', 'lora_up.weight': 'lora_B.weight', 'dora_scale': 'lora_magnitude_vector'}
+_LORA, _MID = ('lora_down.weight', 'lora_up.weight'), 'lora_mid.weight'
+#: Kind -> the sets of tensors that a layer may have.
+_FORMS = {'lora': (_LORA, (*_LORA, _MID)), **lora_weights.FORMS}
 _KIND_OF = {name: kind for kind, forms in _FORMS.items() for form in forms for name in form}
-_SHARED = ('alpha', *_MAGNITUDE)
-#: What such files may also hold and peft has no exact place for.
+_SHARED = ('alpha', 'dora_scale')
+#: Tensors that such files may also hold and that peft cannot represent exactly.
 _FOREIGN = {
     'diff': 'full differences', 'diff_b': 'full differences', 'w_norm': 'trained norms', 'b_norm': 'trained norms',
     'weight': 'IA3', 'on_input': 'IA3', 'a1.weight': 'GLoRA', 'a2.weight': 'GLoRA', 'b1.weight': 'GLoRA',
     'b2.weight': 'GLoRA', 'bm.weight': 'GLoRA', 'oft_blocks': 'OFT', 'oft_diag': 'OFT', 'rescale': 'OFT'}
-_WHY = {'OFT': ' Each tool has a format of its own for it; ask for the peft folder.'}
+
+#: (part, name in memory) -> (name in the file, its tensors).
+Layers = Mapping[tuple[str, str], tuple[str, dict[str, Tensor]]]
 
 
 def is_kohya(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is one of sd-scripts, LyCORIS or ComfyUI."""
+    """Whether a file with these keys was written by sd-scripts, LyCORIS or ComfyUI."""
     return any(key.startswith((*PREFIXES.values(), 'lora_te_')) for key in keys)
 
 
-def read(tensors: Mapping[str, Any], metadata: Mapping[str, str], modules: Modules, source: str | Path) -> LoRAWeights:
-    """What a file holds, in peft's terms; tensors keep their dtype.
+def read(tensors: Mapping[str, Any], modules: Modules, source: str | Path) -> LoRAWeights:
+    """Read a file's tensors in peft's terms; they keep their dtype.
 
     Args:
-        tensors, metadata: the file's. The metadata says nothing that the tensors don't, and is not used.
+        tensors: the file's. Its metadata adds nothing.
         modules: part -> full name -> module of the live base, without wrappers.
         source: the file, for errors.
 
     Raises:
-        ValueError: keys that are unknown, missing or of a kind that peft has no exact form of, several kinds in one
-            file, or widths of another base; which.
+        UserError: keys are unknown or missing, peft cannot represent their kind exactly, the file mixes kinds, or it
+            was made for another base.
     """
     layers = _layers(tensors, file_names(modules), source)
     kind = _kind(layers, source)
     parts: dict[str, PartWeights] = {}
-    for (part, name), (files, own) in layers.items():
-        held, weight = parts.setdefault(part, PartWeights()), _weight(modules[part][name])
-        found = _fitted(kind, own, weight, f"'{source}': '{files}', which is '{name}' of the {part},")
-        rank = _rank(found)
-        held.tensors |= {f'{name}.{_LORA.get(k) or _MAGNITUDE.get(k) or k}': v for k, v in found.items()}
-        held.rank[name] = rank
-        # Where both factors are whole there is no rank, and LyCORIS and ComfyUI pass `alpha` over.
-        given = 'alpha' in own and not _is_whole(found)
-        held.alpha[name] = _alpha(own['alpha'], files, source) if given else float(rank)
+    for (part, name), (file_name, layer) in layers.items():
+        where = f"'{source}': '{file_name}', which is '{name}' of the {part},"
+        fitted = _fit(kind, layer, _weight(modules[part][name]), where)
+        part_weights, rank = parts.setdefault(part, PartWeights()), _rank(fitted)
+        part_weights.tensors |= {f'{name}.{key}': tensor for key, tensor in _in_peft(fitted).items()}
+        part_weights.rank[name] = rank
+        # Without a product there is no rank, and LyCORIS and ComfyUI ignore `alpha`.
+        has_alpha = 'alpha' in layer and not _is_whole(fitted)
+        part_weights.alpha[name] = _alpha(layer['alpha'], file_name, source) if has_alpha else float(rank)
     return LoRAWeights(kind, {part: parts[part] for part in PREFIXES if part in parts}, source=str(source))
 
 
-def _layers(tensors: Mapping[str, Any], names: Mapping[str, Mapping[str, tuple[str, ...]]],
-            source: str | Path) -> dict[tuple[str, str], tuple[str, dict[str, Tensor]]]:
-    """(part, name in memory) -> (name in the file, its tensors); every key has its place."""
+def _in_peft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_PEFT.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def _layers(tensors: Mapping[str, Any], names: Mapping[str, Mapping[str, tuple[str, ...]]], source: str | Path
+            ) -> Layers:
+    """Assign every key to its layer."""
     table = {file: (part, name) for part, layers in names.items() for name, files in layers.items() for file in files}
     foreign: dict[str, list[str]] = {}
-    unknown, twice = [], []
-    found: dict[tuple[str, str], tuple[str, dict[str, Tensor]]] = {}
+    unknown, duplicate = [], []
+    layers: dict[tuple[str, str], tuple[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
-        file, _, suffix = key.partition('.')
+        file_name, _, suffix = key.partition('.')
         if suffix in _FOREIGN:
             foreign.setdefault(_FOREIGN[suffix], []).append(key)
-        elif file not in table or suffix not in (*_KIND_OF, *_SHARED) or not isinstance(tensor, Tensor):
+        elif file_name not in table or suffix not in (*_KIND_OF, *_SHARED) or not isinstance(tensor, Tensor):
             unknown.append(key)
-        elif found.setdefault(table[file], (file, {}))[0] != file:
-            twice.append(key)
+        elif layers.setdefault(table[file_name], (file_name, {}))[0] != file_name:
+            duplicate.append(key)
         else:
-            found[table[file]][1][suffix] = tensor
+            layers[table[file_name]][1][suffix] = tensor
     if foreign:
         kind, keys = next(iter(foreign.items()))
-        raise ValueError(f"'{source}' holds {kind} in {len(keys)} keys ({shown(sorted(keys))}); of these files LoRA, "
-                         f'LoCon, DoRA, LoHa and LoKr are read.{_WHY.get(kind, "")}')
-    refuse(source, unknown=unknown, given_under_two_names=twice)
-    return found
+        hint = ' Each tool has a format of its own for it; ask for the peft folder.' if kind == 'OFT' else ''
+        raise UserError(f"'{source}' holds {kind} in {len(keys)} keys ({listed(sorted(keys))}); of these files LoRA, "
+                        f'LoCon, DoRA, LoHa and LoKr are read.{hint}')
+    refuse(source, unknown=unknown, given_under_two_names=duplicate)
+    return layers
 
 
-def _kind(layers: Mapping[tuple[str, str], tuple[str, Mapping[str, Tensor]]], source: str | Path) -> str:
-    """The one kind of all layers."""
+def _kind(layers: Layers, source: str | Path) -> str:
+    """Return the one kind of all layers."""
     kinds: dict[str, list[str]] = {}
     missing: list[str] = []
-    for file, own in layers.values():
-        form, present = '', {name for name in own if name not in _SHARED}
+    for file_name, layer in layers.values():
+        form, present = '', {name for name in layer if name not in _SHARED}
         for form in dict.fromkeys(_KIND_OF[name] for name in sorted(present)):
-            decomposed = 'dora_scale' in own
-            kinds.setdefault({'lora': 'dora'}.get(form, f'{form} with dora_scale') if decomposed else form, []).append(
-                file)
+            dora = 'dora' if form == 'lora' else f'{form} with dora_scale'
+            kinds.setdefault(dora if 'dora_scale' in layer else form, []).append(file_name)
         if present not in map(set, _FORMS.get(form, ())):
-            nearest = min((set(f) - present for f in _FORMS.get(form, _FORMS['lora']) if set(f) > present), key=len,
+            lacking = min((set(f) - present for f in _FORMS.get(form, _FORMS['lora']) if set(f) > present), key=len,
                           default={'(other tensors: these do not go together)'})
-            missing += [f'{file}.{name}' for name in nearest]
+            missing += [f'{file_name}.{name}' for name in lacking]
     if len(kinds) > 1:
-        words = '; '.join(f'{kind} in {len(files)} layers ({shown(sorted(files))})' for kind, files in kinds.items())
-        raise ValueError(f"'{source}' mixes kinds, and an adapter here is of one: {words}.")
+        counts = '; '.join(f'{kind} in {len(files)} layers ({listed(sorted(files))})' for kind, files in kinds.items())
+        raise UserError(f"'{source}' mixes kinds, and an adapter must be of one: {counts}.")
     refuse(source, missing=missing)
-    kind = next(iter(kinds))
+    kind, files = next(iter(kinds.items()))
     if kind.endswith('dora_scale'):
-        files = [file for file, _ in layers.values()]
-        raise ValueError(f"'{source}' holds {kind} in {len(files)} layers ({shown(sorted(files))}); peft decomposes "
-                         'the weights of a LoRA only.')
+        raise UserError(f"'{source}' holds {kind} in {len(files)} layers ({listed(sorted(files))}); peft decomposes "
+                        'the weights of a LoRA only.')
     return kind
 
 
-def _fitted(kind: str, own: Mapping[str, Tensor], weight: Tensor, what: str) -> dict[str, Tensor]:
-    """The tensors of one layer in the shapes that peft gives them; a Tucker core of a LoRA is folded into `down`."""
-    found = {k: v for k, v in own.items() if k != 'alpha'}
+def _fit(kind: str, layer: Mapping[str, Tensor], weight: Tensor, where: str) -> dict[str, Tensor]:
+    """Return one layer's tensors in peft's shapes; a Tucker core of a LoRA is folded into `down`."""
+    fitted = {k: v for k, v in layer.items() if k != 'alpha'}
     try:
-        if _MID in found:
-            found['lora_down.weight'] = _folded(found.pop(_MID), found['lora_down.weight'])
-        change = _change(kind, {k: v.to('meta', torch.float32) for k, v in found.items()})
+        if _MID in fitted:
+            fitted['lora_down.weight'] = _fold(fitted.pop(_MID), fitted['lora_down.weight'])
+        change = weight_change(kind, {k: v.to('meta', torch.float32) for k, v in _in_peft(fitted).items()})
     except (RuntimeError, IndexError) as error:
-        shapes = ', '.join(f'{k} {list(v.shape)}' for k, v in own.items())
-        raise ValueError(f'{what} has tensors that do not go together: {shapes}.') from error
-    wanted = weight.flatten(1).shape
-    if change.shape != wanted:
-        raise ValueError(f'{what} changes a weight of {" x ".join(map(str, change.shape))}; the one of this base is '
-                         f'{" x ".join(map(str, wanted))} ({list(weight.shape)}). It was made for another base.')
+        shapes = ', '.join(f'{k} {list(v.shape)}' for k, v in layer.items())
+        raise UserError(f'{where} has tensors that do not go together: {shapes}.') from error
+    expected = weight.flatten(1).shape
+    if change.shape != expected:
+        raise UserError(f'{where} changes a weight of {" x ".join(map(str, change.shape))}; the one of this base is '
+                        f'{" x ".join(map(str, expected))} ({list(weight.shape)}). It was made for another base.')
     if kind in ('lora', 'dora'):
-        rank = _rank(found)
-        # Also between a linear layer and a convolution of 1 x 1, which are the same.
-        found['lora_down.weight'] = found['lora_down.weight'].reshape(rank, *weight.shape[1:])
-        found['lora_up.weight'] = found['lora_up.weight'].reshape(len(weight), rank, *[1] * (weight.dim() - 2))
+        rank = _rank(fitted)
+        # Also between a linear layer and a 1 x 1 convolution, which are the same.
+        fitted['lora_down.weight'] = fitted['lora_down.weight'].reshape(rank, *weight.shape[1:])
+        fitted['lora_up.weight'] = fitted['lora_up.weight'].reshape(len(weight), rank, *[1] * (weight.dim() - 2))
     if kind == 'dora':
-        scale = found['dora_scale']
-        if not len(scale) == scale.numel() == len(weight):
+        scale = fitted['dora_scale']
+        if scale.dim() == 0 or not len(scale) == scale.numel() == len(weight):
+            by_input = scale.dim() > 0 and (len(scale), scale.numel()) == (1, weight.shape[1])
             reason = (f"for input channels (LyCORIS with wd_on_out=False); peft's DoRA has one for each of the "
-                      f'{len(weight)} output channels.' if (len(scale), scale.numel()) == (1, weight.shape[1]) else
+                      f'{len(weight)} output channels.' if by_input else
                       f'and the weight of this base {len(weight)} output channels. It was made for another base.')
-            raise ValueError(f'{what} has magnitudes {list(scale.shape)} {reason}')
-        found['dora_scale'] = scale.reshape(-1) if weight.dim() == 2 else scale.reshape(1, -1, 1, 1)
-    return found
+            raise UserError(f'{where} has magnitudes {list(scale.shape)} {reason}')
+        fitted['dora_scale'] = scale.reshape(-1) if weight.dim() == 2 else scale.reshape(1, -1, 1, 1)
+    return fitted
 
 
-def _folded(mid: Tensor, down: Tensor) -> Tensor:
-    """The one convolution [r, in, k, k] that `down` [r, in, 1, 1] and then `mid` [r, r, k, k] are; of equal rank."""
+def _fold(mid: Tensor, down: Tensor) -> Tensor:
+    """Return the convolution [r, in, k, k] that equals `down` [r, in, 1, 1] followed by `mid` [r, r, k, k]."""
     full = torch.einsum('ijkl,jr->irkl', mid.double(), down.double().flatten(1))
     return full.to(torch.promote_types(down.dtype, torch.float32))
 
 
-def _change(kind: str, t: Mapping[str, Tensor]) -> Tensor:
-    """The change of the weight as a matrix [out, in * k * k], without alpha."""
-    def product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-        return a @ b if core is None else torch.einsum('ij...,ip,jr->pr...', core, a, b).flatten(1)
-
-    if kind in ('lora', 'dora'):
-        return t['lora_up.weight'].flatten(1) @ t['lora_down.weight'].flatten(1)
-    if kind == 'loha':
-        return (product(t['hada_w1_a'], t['hada_w1_b'], t.get('hada_t1'))
-                * product(t['hada_w2_a'], t['hada_w2_b'], t.get('hada_t2')))
-    w1 = t['lokr_w1'] if 'lokr_w1' in t else t['lokr_w1_a'] @ t['lokr_w1_b']
-    w2 = t['lokr_w2'].flatten(1) if 'lokr_w2' in t else product(t['lokr_w2_a'], t['lokr_w2_b'], t.get('lokr_t2'))
-    return torch.kron(w1, w2)
+def _is_whole(tensors: Mapping[str, Tensor]) -> bool:
+    return 'lokr_w1' in tensors and 'lokr_w2' in tensors
 
 
-def _is_whole(found: Mapping[str, Tensor]) -> bool:
-    return 'lokr_w1' in found and 'lokr_w2' in found
-
-
-def _rank(found: Mapping[str, Tensor]) -> int:
-    """The number that alpha is divided by; for a LoKr of two whole factors the least that peft makes such a one of."""
+def _rank(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number that alpha is divided by; for a LoKr of whole factors the least rank that peft makes whole."""
     for name in ('lora_down.weight', 'hada_w1_b', 'lokr_w2_b', 'lokr_w1_b'):
-        if name in found:
-            return len(found[name])
-    return math.ceil(max(found['lokr_w2'].shape[:2]) / 2)
+        if name in tensors:
+            return len(tensors[name])
+    return math.ceil(max(tensors['lokr_w2'].shape[:2]) / 2)
 
 
-def _alpha(alpha: Tensor, file: str, source: str | Path) -> float:
+def _alpha(alpha: Tensor, file_name: str, source: str | Path) -> float:
     value = float(alpha) if alpha.numel() == 1 else math.nan
     if not 0 < value < math.inf:
-        raise ValueError(f"'{source}': '{file}.alpha' is {alpha.tolist()}; it must be a number above 0.")
+        raise UserError(f"'{source}': '{file_name}.alpha' is {alpha.tolist()}; it must be a number above 0.")
     return value
 
 
@@ -210,7 +197,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def write(path: str | Path, weights: LoRAWeights, modules: Modules, metadata: Mapping[str, str] | None = None) -> int:
-    """Write one .safetensors file with the UNet's original names, as sd-scripts does; the number of its tensors.
+    """Write one .safetensors file with the UNet's original names, as sd-scripts does; return the number of tensors.
 
     rslora's factor goes into alpha, alpha / sqrt(rank) = (alpha * sqrt(rank)) / rank; see also `written_alphas`.
 
@@ -218,88 +205,84 @@ def write(path: str | Path, weights: LoRAWeights, modules: Modules, metadata: Ma
         path: the file.
         weights: any kind but 'oft'.
         modules: see `read`.
-        metadata: changes to what `header` says.
+        metadata: replaces parts of the default header.
 
     Raises:
-        ValueError: OFT, which each of these tools holds in another form.
+        UserError: an OFT, which each of these tools stores differently.
     """
     if weights.kind == 'oft':
-        raise ValueError('An OFT has no form that kohya, LyCORIS and ComfyUI share; write it as a peft folder.')
+        raise UserError('An OFT has no format that kohya, LyCORIS and ComfyUI share; write it as a peft folder.')
     names = file_names(modules)
     tensors: dict[str, Tensor] = {}
-    count = 0
     alphas: list[float] = []
-    for part, held in weights.parts.items():
-        written = written_alphas(weights, part)
-        for name, rank in held.rank.items():
-            weight = _weight(modules[part][name])
-            own = {k: held.tensors[key] for k in (*_LORA, *_MAGNITUDE, *_KIND_OF)
-                   if (key := f'{name}.{_LORA.get(k) or _MAGNITUDE.get(k) or k}') in held.tensors}
-            count += len(own)
-            if 'dora_scale' in own:
-                own['dora_scale'] = own['dora_scale'].reshape(-1, *[1] * (weight.dim() - 1))
-            first = next(k for k in ('lora_up.weight', 'lokr_w1', 'lokr_w1_a', 'hada_w1_a') if k in own)
-            alpha, factor = written[name], _alpha_of(weights, part, name) / written[name]
-            if _is_whole(own):  # readers take no alpha here
+    count = 0
+    for part, part_weights in weights.parts.items():
+        new_alphas = written_alphas(weights, part)
+        for name, rank in part_weights.rank.items():
+            layer = {k: part_weights.tensors[key] for k in (*_PEFT, *_KIND_OF)
+                     if (key := f'{name}.{_PEFT.get(k, k)}') in part_weights.tensors}
+            count += len(layer)
+            if 'dora_scale' in layer:
+                dim = _weight(modules[part][name]).dim()
+                layer['dora_scale'] = layer['dora_scale'].reshape(-1, *[1] * (dim - 1))
+            first = next(k for k in ('lora_up.weight', 'lokr_w1', 'lokr_w1_a', 'hada_w1_a') if k in layer)
+            alpha, factor = new_alphas[name], _effective_alpha(weights, part, name) / new_alphas[name]
+            if _is_whole(layer):  # readers ignore alpha here
                 alpha, factor = float(rank), factor * alpha / rank
-            dtype = torch.promote_types(own[first].dtype, torch.float32)
+            dtype = torch.promote_types(layer[first].dtype, torch.float32)
             if factor != 1:
-                own[first] = (own[first].to(dtype) * factor).to(own[first].dtype)
-            own['alpha'] = torch.tensor(alpha, dtype=dtype)
+                layer[first] = (layer[first].to(dtype) * factor).to(layer[first].dtype)
+            layer['alpha'] = torch.tensor(alpha, dtype=dtype)
             alphas.append(alpha)
-            tensors |= {f'{names[part][name][0]}.{k}': v.detach().cpu().contiguous() for k, v in own.items()}
-    assert count == sum(len(held.tensors) for held in weights.parts.values()), 'every tensor has its name'
-    digest = hashlib.sha256(_body(tensors)).hexdigest()
-    save_file(tensors, path, metadata={**header(weights, alphas), 'modelspec.title': Path(path).stem,
+            tensors |= {f'{names[part][name][0]}.{k}': v.detach().cpu().contiguous() for k, v in layer.items()}
+    assert count == sum(len(p.tensors) for p in weights.parts.values()), 'every tensor must have a name'
+    data: bytes = save(tensors)
+    # Tools identify a file by the digest of its body, which stays when the metadata is edited.
+    digest = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], 'little'):]).hexdigest()
+    save_file(tensors, path, metadata={**_header(weights, alphas), 'modelspec.title': Path(path).stem,
                                        'modelspec.hash_sha256': f'0x{digest}', 'sshs_model_hash': digest,
                                        **(metadata or {})})
     return len(tensors)
 
 
-def _body(tensors: dict[str, Tensor]) -> bytes:
-    """What stands behind the header; tools know a file by its digest, as it stays when the metadata is edited."""
-    data: bytes = save(tensors)
-    return data[8 + int.from_bytes(data[:8], 'little'):]
-
-
-def _alpha_of(weights: LoRAWeights, part: str, name: str) -> float:
-    """Of a layer, for a change that is scaled by alpha / rank."""
-    held = weights.parts[part]
-    return held.alpha[name] * (math.sqrt(held.rank[name]) if weights.rslora else 1.0)
+def _effective_alpha(weights: LoRAWeights, part: str, name: str) -> float:
+    """Return a layer's alpha for a change that is scaled by alpha / rank."""
+    part_weights = weights.parts[part]
+    return part_weights.alpha[name] * (math.sqrt(part_weights.rank[name]) if weights.rslora else 1.0)
 
 
 def written_alphas(weights: LoRAWeights, part: str) -> dict[str, float]:
-    """The alphas of a part's layers as `write` gives them.
+    """Return the alphas of a part's layers that `write` writes.
 
-    Those of a LoRA are made one where that is exact, by powers of two in `lora_up`: where they differ, as they do with
-    blocks of other ranks, diffusers 0.42 gives all attentions the most frequent one. The least one is taken, so that
-    no half-precision weight underflows.
+    A LoRA's are made equal if powers of two in `lora_up` do it exactly: where they differ, as with blocks of other
+    ranks, diffusers 0.42 gives all attentions the most frequent one. They become the least one, so that no
+    half-precision weight underflows.
     """
-    found = {name: _alpha_of(weights, part, name) for name in weights.parts[part].rank}
-    least = min(found.values())
-    exact = weights.kind == 'lora' and all(math.frexp(alpha / least)[0] == 0.5 for alpha in found.values())
-    return dict.fromkeys(found, least) if exact else found
+    alphas = {name: _effective_alpha(weights, part, name) for name in weights.parts[part].rank}
+    least = min(alphas.values())
+    exact = weights.kind == 'lora' and all(math.frexp(alpha / least)[0] == 0.5 for alpha in alphas.values())
+    return dict.fromkeys(alphas, least) if exact else alphas
 
 
-def header(weights: LoRAWeights, alphas: Iterable[float]) -> dict[str, str]:
-    """The metadata that these tools show or read: modelspec 1.0.0 and sd-scripts' ss_ keys.
-
-    Args:
-        weights: what is written. alphas: of its layers, as they are written.
+def _header(weights: LoRAWeights, alphas: Iterable[float]) -> dict[str, str]:
+    """Return the metadata that these tools show or read: modelspec 1.0.0 and sd-scripts' ss_ keys.
 
     Source: Stability-AI/ModelSpec; sd-scripts' library/sai_model_spec.py and train_network.py.
+
+    Args:
+        alphas: of the layers, as written.
     """
     def common(values: Iterable[float]) -> str:
-        found = set(values)
-        return f'{found.pop():g}' if len(found) == 1 else 'Dynamic'
+        distinct = set(values)
+        return f'{distinct.pop():g}' if len(distinct) == 1 else 'Dynamic'
 
-    ranks = [rank for held in weights.parts.values() for rank in held.rank.values()]
+    ranks = [rank for part_weights in weights.parts.values() for rank in part_weights.rank.values()]
     plain = weights.kind == 'lora'
-    arguments = {} if plain else {'algo': {'dora': 'lora'}.get(weights.kind, weights.kind)}
+    arguments = {'lora': {}, 'dora': {'algo': 'lora', 'dora_wd': 'True'}}.get(weights.kind, {'algo': weights.kind})
     return {'modelspec.sai_model_spec': '1.0.0', 'modelspec.architecture': 'stable-diffusion-xl-v1-base/lora',
             'modelspec.implementation': 'https://github.com/Stability-AI/generative-models',
             'modelspec.resolution': '1024x1024', 'modelspec.date': time.strftime('%Y-%m-%dT%H:%M:%S'),
             'ss_base_model_version': 'sdxl_base_v1-0', 'ss_v2': 'False',
             'ss_network_module': 'networks.lora' if plain else 'lycoris.kohya',
             'ss_network_dim': common(ranks), 'ss_network_alpha': common(alphas),
-            'ss_network_args': json.dumps(arguments | ({'dora_wd': 'True'} if weights.kind == 'dora' else {}))}
+            'ss_network_args': json.dumps(arguments)}

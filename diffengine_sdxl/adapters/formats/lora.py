@@ -1,113 +1,109 @@
-"""LoRAs and their relatives in any file that people have: which format it is, and one way to read and to write it."""
+"""LoRAs and their relatives in any format: detect the format, read and write."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from diffengine_sdxl.adapters.formats import diffusers_lora, files, peft_lora
-from diffengine_sdxl.adapters.formats.kohya_names import Modules
-from diffengine_sdxl.adapters.formats.peft_lora import PeftWeights
-from diffengine_sdxl.adapters.formats.weights import PARTS, LoRAWeights
-from diffengine_sdxl.weights import told
+from diffengine_sdxl.adapters.formats import diffusers_lora, files, kohya, peft_lora
+from diffengine_sdxl.adapters.formats.layer_names import Modules
+from diffengine_sdxl.adapters.formats.lora_weights import PARTS, LoRAWeights, weight_change
+from diffengine_sdxl.errors import UserError, listed
+from diffengine_sdxl.loading.strict import log_loaded
 
 NAMES = (diffusers_lora.WEIGHTS, 'pytorch_lora_weights.bin', peft_lora.WEIGHTS, 'adapter_model.bin')
 
 
 def read_lora(source: str | Path, modules: Modules, subfolder: str | None = None, weight_name: str | None = None,
               revision: str | None = None) -> LoRAWeights:
-    """Read diffusers' file, a peft folder (also one with a folder for each part), or a kohya single file.
+    """Read diffusers' file, a peft folder (or one with a subfolder per part), or a kohya single file.
 
     Args:
         source, subfolder, weight_name, revision: see `files.find`.
         modules: part -> full name -> plain layer of the live base, which gives every name and width.
 
     Raises:
-        ValueError: there is no such file, keys are unknown or missing, or it was made for another base.
+        UserError: there is no such file, keys are unknown or missing, or it was made for another base.
     """
     folder = files.parts_folder(source, (peft_lora.CONFIG, peft_lora.WEIGHTS), subfolder, revision)
     parts = [part for part in PARTS if (folder / part / peft_lora.CONFIG).is_file()]
     if parts and weight_name is None:
-        found: LoRAWeights = _joined({part: _read_file(folder / part, modules, part=part) for part in parts}, folder)
+        weights = _join({part: _read_file(folder / part, modules, part=part) for part in parts}, folder)
     else:
-        found = _read_file(source, modules, subfolder, weight_name, revision)
-    _check_widths(found, modules)
-    told(f'A {found.kind} of {", ".join(found.parts)}', source, sum(len(p.tensors) for p in found.parts.values()))
-    return found
+        weights = _read_file(source, modules, subfolder, weight_name, revision)
+    for part, part_weights in weights.parts.items():
+        layers: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in part_weights.tensors.items():
+            name, suffix = peft_lora.split(key)
+            layers.setdefault(name, {})[suffix] = tensor
+        for name, tensors in layers.items():
+            _check_widths(weights, f'{part}.{name}', tensors, modules[part][name])
+    num_keys = sum(len(part_weights.tensors) for part_weights in weights.parts.values())
+    log_loaded(f'A {weights.kind} of {", ".join(weights.parts)}', source, num_keys)
+    return weights
 
 
 def _read_file(source: str | Path, modules: Modules, subfolder: str | None = None, weight_name: str | None = None,
                revision: str | None = None, part: str | None = None) -> LoRAWeights:
     path = files.find(source, NAMES, subfolder, weight_name, revision)
     file = files.read(path)
-    if odd := [str(k) for k, t in file.tensors.items() if not isinstance(t, Tensor)]:
-        raise ValueError(f"'{path}' holds more than named tensors ({files.shown(odd)}); it is no LoRA's file.")
-    from diffengine_sdxl.adapters.formats import kohya
+    if others := [str(k) for k, t in file.tensors.items() if not isinstance(k, str) or not isinstance(t, Tensor)]:
+        raise UserError(f"'{path}' holds more than named tensors ({listed(others)}); it is not a LoRA.")
     if kohya.is_kohya(file.tensors):
-        return kohya.read(file.tensors, file.metadata, modules, path)
+        return kohya.read(file.tensors, modules, path)
     if path.name.startswith('adapter_model.') or (path.parent / peft_lora.CONFIG).is_file():
-        return peft_lora.read(file, modules, None if path == Path(source) else subfolder,
-                              path.parent if path == Path(source) else source, revision, part)
+        is_file = path == Path(source)
+        return peft_lora.read(file, modules, None if is_file else subfolder, path.parent if is_file else source,
+                              revision, part)
     return diffusers_lora.read(file, modules)
 
 
-def _joined(parts: Mapping[str, LoRAWeights], folder: Path) -> PeftWeights:
-    """One adapter of a folder for each part."""
-    one = next(iter(parts.values()))
+def _join(parts: Mapping[str, LoRAWeights], folder: Path) -> LoRAWeights:
+    """Join the parts' folders into one adapter."""
+    first = next(iter(parts.values()))
     for part, other in parts.items():
-        if (other.kind, other.rslora) != (one.kind, one.rslora):
-            raise ValueError(f"'{folder}' holds a {one.kind} and, in '{part}', a {other.kind}"
-                             f'{" with rslora" if other.rslora else ""}; an adapter is of one kind.')
-    return PeftWeights(one.kind, {part: w.parts[part] for part, w in parts.items()}, one.rslora, str(folder),
-                       getattr(one, 'options', {}))
+        if (other.kind, other.rslora) != (first.kind, first.rslora):
+            raise UserError(f"'{folder}' holds a {first.kind} and, in '{part}', a {other.kind}"
+                            f'{" with rslora" if other.rslora else ""}; all parts of an adapter must be of one kind.')
+    return LoRAWeights(first.kind, {part: w.parts[part] for part, w in parts.items()}, first.rslora, str(folder),
+                       first.options)
 
 
-def _check_widths(weights: LoRAWeights, modules: Modules) -> None:
-    """Compare what each module's change needs with what the live layer has.
+def _check_widths(weights: LoRAWeights, name: str, tensors: Mapping[str, Tensor], layer: nn.Module) -> None:
+    """Compare the shape of a layer's change with that of its weight.
 
     Raises:
-        ValueError: names the module and both.
+        UserError: they differ, or the tensors do not fit each other.
     """
-    for part, held in weights.parts.items():
-        layers: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in held.tensors.items():
-            name, suffix = peft_lora.split(key)
-            layers.setdefault(name, {})[suffix] = tensor
-        for name, own in layers.items():
-            weight = modules[part][name].weight
-            assert isinstance(weight, Tensor)
-            there = (weight.shape[0], weight[0].numel())
-            if (asked := _widths(weights.kind, own, there)) != there:
-                raise ValueError(f"'{weights.source}' was made for another base: it changes '{part}.{name}' from "
-                                 f'{asked[1]} to {asked[0]} channels, and there it goes from {there[1]} to {there[0]} '
-                                 '(times the size of a kernel, where there is one).')
-
-
-def _widths(kind: str, own: Mapping[str, Tensor], there: tuple[int, int]) -> tuple[int, int]:
-    """Outputs and inputs (times kernel) of a weight that these tensors change."""
-    def rows(name: str) -> int:
-        return own[name].shape[0] if name in own else own[f'{name}_a'].shape[int('lokr_t2' in own and '2' in name)]
-
-    def columns(name: str) -> int:
-        return own[name][0].numel() if name in own else own[f'{name}_b'][0].numel()
-    if kind in ('lora', 'dora'):
-        a, b = own['lora_A.weight'], own['lora_B.weight']
-        inner = a.shape[0] == b.shape[1] and own.get('lora_magnitude_vector', b[:, 0]).numel() == b[:, 0].numel()
-        return (b.shape[0] if inner else -1, a[0].numel())
-    if kind == 'oft':
-        blocks, elements = own['oft_R.weight'].shape
-        size = int((1 + (1 + 8 * elements) ** 0.5) / 2)
-        return there[0], there[1] if blocks == 1 and there[1] % size == 0 else blocks * size
-    kernel = next((t[0, 0].numel() for k, t in own.items() if k in ('hada_t1', 'lokr_t2')), 1)
-    if kind == 'loha':
-        return own['hada_w1_a'].shape[int('hada_t1' in own)], own['hada_w1_b'].shape[1] * kernel
-    return rows('lokr_w1') * rows('lokr_w2'), columns('lokr_w1') * columns('lokr_w2') * kernel
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    num_out, num_in = weight.flatten(1).shape
+    magnitude = tensors.get('lora_magnitude_vector')
+    try:
+        if weights.kind == 'oft':
+            blocks, elements = tensors['oft_R.weight'].shape
+            size = int((1 + (1 + 8 * elements) ** 0.5) / 2)
+            change = torch.Size((num_out, num_in if blocks == 1 and num_in % size == 0 else blocks * size))
+        else:
+            meta = {k: t.to('meta', weight.dtype) for k, t in tensors.items()}
+            change = weight_change(weights.kind, meta).shape
+        fits = magnitude is None or magnitude.numel() == change[0]
+    except (RuntimeError, IndexError, ValueError):
+        fits = False
+    if not fits:
+        shapes = ', '.join(f'{k} {list(t.shape)}' for k, t in tensors.items())
+        raise UserError(f"'{weights.source}': the tensors of '{name}' do not fit each other: {shapes}.")
+    if change != (num_out, num_in):
+        raise UserError(f"'{weights.source}' was made for another base: it changes '{name}' from {change[1]} to "
+                        f'{change[0]} channels, and the layer goes from {num_in} to {num_out} (times the kernel size '
+                        'of a convolution).')
 
 
 def write_lora(folder: Path, weights: LoRAWeights, modules: Modules) -> bool:
-    """Write diffusers' file, or, for what stock diffusers cannot load, a peft folder for each part.
+    """Write diffusers' file, or a peft folder per part for what stock diffusers cannot load.
 
     Returns:
         whether stock diffusers can load it.

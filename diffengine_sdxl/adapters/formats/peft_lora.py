@@ -1,18 +1,17 @@
-"""peft's folders, adapter_config.json and adapter_model.safetensors, one for each part; and its configs.
+"""peft's folders, adapter_config.json and adapter_model.safetensors, one per part; and peft's configs.
 
 peft's keys are '<module>.lora_A.weight', with 'base_model.model.' before them in what PeftModel saves
-(peft/utils/save_and_load.py). Ranks and alphas that differ from the most frequent one stand in rank_pattern and
-alpha_pattern, regular expressions over module names.
+(peft/utils/save_and_load.py). rank_pattern and alpha_pattern hold the ranks and alphas that differ from the most
+frequent one, by regular expressions of module names.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +19,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffengine_sdxl.adapters import lora_layers
+from diffengine_sdxl.adapters.formats import lora_weights
 from diffengine_sdxl.adapters.formats.files import WeightFile, find, refuse
-from diffengine_sdxl.adapters.formats.kohya_names import Modules
-from diffengine_sdxl.adapters.formats.weights import PARTS, LoRAWeights, PartWeights
-from diffengine_sdxl.weights import said
+from diffengine_sdxl.adapters.formats.layer_names import Modules
+from diffengine_sdxl.adapters.formats.lora_weights import PARTS, LoRAWeights, PartWeights
+from diffengine_sdxl.adapters.untrusted_patterns import first_matches
+from diffengine_sdxl.errors import UserError, one_of
+from diffengine_sdxl.loading.files import read_json
 
 CONFIG, WEIGHTS, PREFIX = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.model.'
-_TYPES = {'LORA': 'lora', 'LOHA': 'loha', 'LOKR': 'lokr', 'OFT': 'oft'}
-_AB, _HADA = ('lora_A.weight', 'lora_B.weight'), ('hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b')
+_TYPES = ('LORA', 'LOHA', 'LOKR', 'OFT')
+_AB = ('lora_A.weight', 'lora_B.weight')
 #: Kind -> the sets of tensors that a layer may have.
-FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    'lora': (_AB,), 'dora': ((*_AB, 'lora_magnitude_vector'),), 'oft': (('oft_R.weight',),),
-    'loha': (_HADA, (*_HADA, 'hada_t1', 'hada_t2')),
-    'lokr': tuple((*w1, *w2) for w1 in (('lokr_w1',), ('lokr_w1_a', 'lokr_w1_b')) for w2 in (
-        ('lokr_w2',), ('lokr_w2_a', 'lokr_w2_b'), ('lokr_t2', 'lokr_w2_a', 'lokr_w2_b')))}
+FORMS = {'lora': (_AB,), 'dora': ((*_AB, 'lora_magnitude_vector'),), 'oft': (('oft_R.weight',),), **lora_weights.FORMS}
 SUFFIXES = tuple(sorted({name for forms in FORMS.values() for form in forms for name in form}))
-#: Settings of peft that change what a layer computes and that no tensor shows.
-_FOREIGN = ('alora_invocation_tokens', 'arrow_config', 'coft', 'fan_in_fan_out', 'kasa_config', 'lora_bias',
-            'modules_to_save', 'monteclora_config', 'trainable_token_indices', 'use_bdlora', 'velora_config')
+#: Settings of peft that change what a layer computes, are not shown by the tensors, and are not supported.
+_UNSUPPORTED = ('alora_invocation_tokens', 'arrow_config', 'coft', 'fan_in_fan_out', 'kasa_config', 'lora_bias',
+                'modules_to_save', 'monteclora_config', 'trainable_token_indices', 'use_bdlora', 'velora_config')
 #: OFT's rotation is the exact Cayley transform unless a file says that it was trained with peft's truncated series.
-EXACT = {'use_cayley_neumann': False, 'num_cayley_neumann_terms': 5}
-
-
-@dataclass
-class PeftWeights(LoRAWeights):
-    """LoRAWeights with those of peft's settings that its tensors don't show (OFT's `use_cayley_neumann`)."""
-
-    options: dict[str, Any] = field(default_factory=dict)
+_EXACT = {'use_cayley_neumann': False, 'num_cayley_neumann_terms': 5}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: its key, and what it is; `module` is None where the base has none of that name."""
+    """A tensor of a file: its key, and what it is; `module` is None if the base has none of that name."""
 
     key: str
     part: str
@@ -60,17 +51,17 @@ class Entry:
     tensor: Tensor
 
 
-def gather(entries: Iterable[Entry], unknown: Iterable[str], source: str | Path) -> PeftWeights:
-    """Put the tensors of a file together, each complete; ranks are the tensors', alphas left out.
+def gather(entries: Iterable[Entry], unknown: Iterable[str], source: str | Path) -> LoRAWeights:
+    """Group a file's tensors by layer and check that each layer is complete; set ranks, but no alphas.
 
     Raises:
-        ValueError: unknown keys, missing ones, or several kinds of adapters in one file.
+        UserError: keys are unknown or missing, or the file mixes kinds.
     """
     entries, unknown = list(entries), list(unknown)
     unknown += [e.key for e in entries if e.module is None]
     entries = [e for e in entries if e.module is not None]
-    found = {e.suffix.split('_')[0] for e in entries}
-    kind = next((k for k in ('loha', 'lokr', 'oft') if k.replace('loha', 'hada') in found), 'lora')
+    prefixes = {e.suffix.split('_')[0] for e in entries}
+    kind = next((k for k in ('loha', 'lokr', 'oft') if k.replace('loha', 'hada') in prefixes), 'lora')
     if any(e.suffix == 'lora_magnitude_vector' for e in entries):
         kind = 'dora'
     layers: dict[tuple[str, str], dict[str, Entry]] = {}
@@ -80,171 +71,184 @@ def gather(entries: Iterable[Entry], unknown: Iterable[str], source: str | Path)
         else:
             unknown.append(entry.key)
     missing = []
-    for own in layers.values():
-        form = min(FORMS[kind], key=lambda form, own=own: len(own.keys() ^ set(form)))  # type: ignore[misc]
-        some = next(iter(own.values()))
-        missing += [some.key.removesuffix(some.suffix) + suffix for suffix in form if suffix not in own]
-        unknown += [e.key for suffix, e in own.items() if suffix not in form]
+    for layer in layers.values():
+        form = min(FORMS[kind], key=lambda form, layer=layer: len(layer.keys() ^ set(form)))  # type: ignore[misc]
+        entry = next(iter(layer.values()))
+        missing += [entry.key.removesuffix(entry.suffix) + suffix for suffix in form if suffix not in layer]
+        unknown += [e.key for suffix, e in layer.items() if suffix not in form]
     refuse(source, unknown=unknown, missing=missing)
     if not layers:
-        raise ValueError(f"'{source}' holds no weights of a LoRA or of its relatives.")
+        raise UserError(f"'{source}' holds no weights of a LoRA or of its relatives.")
     parts = {part: PartWeights() for part in PARTS if any(p == part for p, _ in layers)}
-    for (part, module), own in layers.items():
-        parts[part].tensors |= {f'{module}.{suffix}': e.tensor for suffix, e in own.items()}
+    for (part, module), layer in layers.items():
+        parts[part].tensors |= {f'{module}.{suffix}': e.tensor for suffix, e in layer.items()}
         if kind in ('lora', 'dora'):
-            parts[part].rank[module] = own['lora_A.weight'].tensor.shape[0]
-    return PeftWeights(kind, parts, source=str(source))
+            parts[part].rank[module] = layer['lora_A.weight'].tensor.shape[0]
+    return LoRAWeights(kind, parts, source=str(source))
 
 
 def in_memory(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """A module's name in memory: transformers 5 has a CLIPTextModel without the prefix 'text_model.'."""
+    """Return a module's name in memory: transformers 5 has a CLIPTextModel without the prefix 'text_model.'."""
     return next((n for n in (name, name.removeprefix('text_model.'), f'text_model.{name}') if n in modules), None)
 
 
 def settings(weights: LoRAWeights, part: str) -> dict[str, Any]:
-    """Ranks, alphas and targets of a part as fields of a peft config."""
-    held = weights.parts[part]
+    """Return ranks, alphas and targets of a part as fields of a peft config."""
+    part_weights = weights.parts[part]
     if weights.kind == 'oft':
-        return {'target_modules': layer_names(held) or list(held.rank)}
-    found: dict[str, Any] = {'target_modules': list(held.rank)}
-    alpha = 'lora_alpha' if weights.kind in ('lora', 'dora') else 'alpha'
-    for name, pattern, values in (('r', 'rank_pattern', held.rank), (alpha, 'alpha_pattern', held.alpha)):
-        found[name], found[pattern] = _patterns(values)
+        return {'target_modules': layer_names(part_weights) or list(part_weights.rank)}
+    fields: dict[str, Any] = {'target_modules': list(part_weights.rank)}
+    for name, pattern, values in (('r', 'rank_pattern', part_weights.rank),
+                                  (_alpha_field(weights), 'alpha_pattern', part_weights.alpha)):
+        fields[name], fields[pattern] = _patterns(values)
     if weights.kind in ('lora', 'dora'):
-        found |= {'use_dora': weights.kind == 'dora', 'use_rslora': weights.rslora}
-    return found
+        fields |= {'use_dora': weights.kind == 'dora', 'use_rslora': weights.rslora}
+    return fields
+
+
+def _alpha_field(weights: LoRAWeights) -> str:
+    return 'lora_alpha' if weights.kind in ('lora', 'dora') else 'alpha'
 
 
 def split(key: str) -> tuple[str, str]:
-    """'<module>.lora_A.weight' -> '<module>' and 'lora_A.weight'."""
+    """Split '<module>.lora_A.weight' into '<module>' and 'lora_A.weight'."""
     suffix = next(suffix for suffix in SUFFIXES if key.endswith(f'.{suffix}'))
     return key.removesuffix(f'.{suffix}'), suffix
 
 
-def layer_names(held: PartWeights) -> list[str]:
-    """The modules that a part's tensors are of."""
-    return list(dict.fromkeys(split(key)[0] for key in held.tensors))
+def layer_names(part_weights: PartWeights) -> list[str]:
+    """Return the modules that a part's tensors belong to."""
+    return list(dict.fromkeys(split(key)[0] for key in part_weights.tensors))
 
 
 def _patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The most frequent value, and for every other a regular expression of the modules that have it."""
+    """Return the most frequent value, and a regular expression of module names for each other value."""
     whole = {name: int(v) if float(v).is_integer() else v for name, v in values.items()}
     usual = Counter(whole.values()).most_common(1)[0][0]
     groups: dict[float, list[str]] = {}
     for name, value in whole.items():
         if value != usual:
             groups.setdefault(value, []).append(re.escape(name.removeprefix('text_model.')))
-    # One pattern a value: peft tries each on every module. Anchored, as it also takes the ends of names.
+    # One pattern per value, as peft tries each on every module; anchored, as peft also matches the ends of names.
     return usual, {rf'^(text_model\.)?({"|".join(names)})': value for value, names in groups.items()}
 
 
-def _described(config: Mapping[str, Any], name: str, pattern: str, modules: Iterable[str]) -> dict[str, Any]:
-    """The other way: a module's rank or alpha as peft finds it, by the first pattern that fits the end of its name."""
+def _by_module(config: Mapping[str, Any], name: str, pattern: str, modules: Iterable[str], source: str
+               ) -> dict[str, Any]:
+    """Return each module's rank or alpha as peft finds it: by the first pattern that matches the end of its name."""
     patterns = config.get(pattern) or {}
-    return {module: next((v for k, v in patterns.items() if re.match(rf'(.*\.)?({k})$', module)), config.get(name))
-            for module in modules}
+    if not isinstance(patterns, Mapping):
+        raise UserError(f"The {pattern} of '{source}' must map regular expressions to numbers, not {patterns!r}.")
+    values, modules = list(patterns.values()), list(modules)
+    matches = first_matches([rf'(.*\.)?({k})$' for k in patterns], modules, source)
+    return {module: config.get(name) if match is None else values[match]
+            for module, match in zip(modules, matches, strict=True)}
 
 
-def describe(weights: PeftWeights, part: str, config: Mapping[str, Any], modules: Mapping[str, nn.Module],
-             prefix: str) -> None:
-    """Take alphas (and what else the tensors of a part don't show) from a peft config, or from diffusers' metadata.
+def apply_config(weights: LoRAWeights, part: str, config: Mapping[str, Any], modules: Mapping[str, nn.Module],
+                 prefix: str) -> None:
+    """Set alphas and options of a part, which its tensors do not show, from a peft config or diffusers' metadata.
 
     Args:
         modules: the part's plain layers. prefix: of the file's keys.
 
     Raises:
-        ValueError: it asks for what peft can do and we cannot, or targets layers that have no tensors.
+        UserError: a setting is invalid or not supported, or a targeted layer has no tensors.
     """
-    held = weights.parts[part]
+    part_weights = weights.parts[part]
+    names = layer_names(part_weights)
     if not any(config.get(k) for k in ('exclude_modules', 'layers_to_transform')):
-        lost = _targeted(config.get('target_modules'), modules) - set(layer_names(held))
-        refuse(weights.source, missing=[f'{prefix}{name}.{FORMS[weights.kind][0][0]}' for name in lost])
-    foreign = [f'{k}={config[k]!r}' for k in _FOREIGN if config.get(k)]
-    if config.get('bias', 'none') != 'none' or foreign:
-        foreign += [f'bias={config["bias"]!r}'] if config.get('bias', 'none') != 'none' else []
-        raise ValueError(f"'{weights.source}' asks for {', '.join(foreign)}, which is not supported here.")
+        lacking = _targeted(config.get('target_modules'), modules, weights.source) - set(names)
+        refuse(weights.source, missing=[f'{prefix}{name}.{FORMS[weights.kind][0][0]}' for name in lacking])
+    unsupported = [k for k in _UNSUPPORTED if config.get(k)]
+    if config.get('bias', 'none') != 'none':
+        unsupported.append('bias')
+    if unsupported:
+        raise UserError(f"'{weights.source}' asks for {', '.join(f'{k}={config[k]!r}' for k in unsupported)}, which is "
+                        'not supported here.')
     if weights.kind == 'oft':
-        weights.options = {k: config.get(k, v) for k, v in (('use_cayley_neumann', True),
-                                                            ('num_cayley_neumann_terms', 5))}
+        weights.options = {'use_cayley_neumann': True, 'num_cayley_neumann_terms': 5}
+        weights.options |= {k: config[k] for k in weights.options if k in config}
         return
-    alpha = 'lora_alpha' if weights.kind in ('lora', 'dora') else 'alpha'
-    names = layer_names(held)
-    held.rank = held.rank or _described(config, 'r', 'rank_pattern', names)
-    held.alpha = _described(config, alpha, 'alpha_pattern', names)
+    part_weights.rank = part_weights.rank or _by_module(config, 'r', 'rank_pattern', names, weights.source)
+    part_weights.alpha = _by_module(config, _alpha_field(weights), 'alpha_pattern', names, weights.source)
     weights.rslora = bool(config.get('use_rslora'))
-    if unset := [m for m in names if not isinstance(held.alpha[m], int | float)
-                 or not isinstance(held.rank[m], int)]:
-        raise ValueError(f"The config of '{weights.source}' gives '{unset[0]}' no rank or alpha.")
+    if unset := [m for m in names if not isinstance(part_weights.alpha[m], int | float)
+                 or not isinstance(part_weights.rank[m], int)]:
+        raise UserError(f"The config of '{weights.source}' gives '{unset[0]}' no rank or alpha.")
 
 
-def _targeted(targets: Any, modules: Iterable[str]) -> set[str]:
-    """The modules that peft would choose (peft/tuners/tuners_utils.py, check_target_module_exists)."""
+def _targeted(targets: Any, modules: Iterable[str], source: str) -> set[str]:
+    """Return the modules that peft would choose (peft/tuners/tuners_utils.py, check_target_module_exists)."""
     if isinstance(targets, str):
-        return {name for name in modules if re.fullmatch(targets, name)}
-    ends = tuple(f'.{target}' for target in targets or ())
-    return {name for name in modules if f'.{name}'.endswith(ends)}
+        names = list(modules)
+        matches = first_matches([targets], names, source)
+        return {name for name, match in zip(names, matches, strict=True) if match is not None}
+    if not isinstance(targets, list | None):
+        raise UserError(f"target_modules={targets!r} of '{source}' must be a list or a regular expression.")
+    suffixes = tuple(f'.{target}' for target in targets or ())
+    return {name for name in modules if f'.{name}'.endswith(suffixes)}
 
 
 def config(weights: LoRAWeights, part: str, modules: Mapping[str, nn.Module], dropout: float = 0.0,
            init: bool | str = 'gaussian', block_size: int = 0) -> Any:
-    """peft's config of a part, from which peft builds layers of the tensors' forms wherever it can.
+    """Return peft's config of a part, from which peft builds layers of the tensors' shapes wherever it can.
 
     Args:
         modules: the part's plain layers. dropout, init: for fresh weights. block_size: of a fresh OFT.
     """
     import peft
-    held, own = weights.parts[part], settings(weights, part)
+    part_weights, fields = weights.parts[part], settings(weights, part)
     if weights.kind in ('lora', 'dora'):
-        return peft.LoraConfig(**own, lora_dropout=dropout, init_lora_weights=init)
+        return peft.LoraConfig(**fields, lora_dropout=dropout, init_lora_weights=init)
     if weights.kind == 'loha':
-        return peft.LoHaConfig(**own, rank_dropout=dropout, use_effective_conv2d=_any(held, 'hada_t1'))
+        return peft.LoHaConfig(**fields, rank_dropout=dropout, use_effective_conv2d=_any(part_weights, 'hada_t1'))
     if weights.kind == 'lokr':
-        own |= {'rank_dropout': dropout, 'use_effective_conv2d': _any(held, 'lokr_t2'),
-                'decompose_both': _any(held, 'lokr_w1_a')}
-        sides = {side for key, t in held.tensors.items() if key.endswith('.lokr_w1') for side in t.shape}
-        return _fitting(lambda factor: peft.LoKrConfig(**own, decompose_factor=factor), [-1, *sorted(sides)], held,
-                        modules)
-    sizes = {key: (1 + math.isqrt(1 + 8 * t.shape[1])) // 2 for key, t in held.tensors.items()}
+        fields |= {'rank_dropout': dropout, 'use_effective_conv2d': _any(part_weights, 'lokr_t2'),
+                   'decompose_both': _any(part_weights, 'lokr_w1_a')}
+        sides = {side for key, t in part_weights.tensors.items() if key.endswith('.lokr_w1') for side in t.shape}
+        return _first_fitting(lambda factor: peft.LoKrConfig(**fields, decompose_factor=factor), [-1, *sorted(sides)],
+                              part_weights, modules)
+    sizes = {key: (1 + math.isqrt(1 + 8 * t.shape[1])) // 2 for key, t in part_weights.tensors.items()}
     shared = any(t.shape[0] == 1 and sizes[key] < _width(modules[key.removesuffix('.oft_R.weight')])
-                 for key, t in held.tensors.items())
-    own |= {**EXACT, **getattr(weights, 'options', {}), 'r': 0, 'block_share': shared}
-    return _fitting(lambda size: peft.OFTConfig(**own, oft_block_size=size),
-                    [block_size] if block_size else sorted(set(sizes.values())), held, modules)
+                 for key, t in part_weights.tensors.items())
+    fields |= {**_EXACT, **weights.options, 'r': 0, 'block_share': shared}
+    return _first_fitting(lambda size: peft.OFTConfig(**fields, oft_block_size=size),
+                          [block_size] if block_size else sorted(set(sizes.values())), part_weights, modules)
 
 
 def _width(layer: Any) -> int:
     return int(layer.weight.shape[1])
 
 
-def _any(held: PartWeights, suffix: str) -> bool:
-    return any(key.endswith(f'.{suffix}') for key in held.tensors)
+def _any(part_weights: PartWeights, suffix: str) -> bool:
+    return any(key.endswith(f'.{suffix}') for key in part_weights.tensors)
 
 
-def _fitting(make: Callable[[int], Any], choices: Iterable[int], held: PartWeights,
-             modules: Mapping[str, nn.Module]) -> Any:
-    """The config of the first choice from which peft builds the tensors' shapes; of the first one if none does."""
-    choices = list(choices)
-    if not held.tensors or len(choices) == 1:
+def _first_fitting(make: Callable[[int], Any], choices: list[int], part_weights: PartWeights,
+                   modules: Mapping[str, nn.Module]) -> Any:
+    """Return the config of the first choice from which peft builds the tensors' shapes; else of the first choice."""
+    if not part_weights.tensors or len(choices) == 1:
         return make(choices[0])
-    # Made anew for each: peft shortens the targets of the config that it is given.
-    return next((make(c) for c in choices if builds(make(c), held, modules)), make(choices[0]))
+    # A new config each time: peft shortens the targets of the one that it is given.
+    return next((make(c) for c in choices if builds(make(c), part_weights, modules)), make(choices[0]))
 
 
-def builds(config: Any, held: PartWeights, modules: Mapping[str, nn.Module]) -> bool:
+def builds(config: Any, part_weights: PartWeights, modules: Mapping[str, nn.Module]) -> bool:
     """Whether peft builds the tensors' shapes from a config; tried on layers without data."""
     skeleton = nn.Module()
-    for name in layer_names(held):
+    for name in layer_names(part_weights):
         parent = skeleton
         *path, leaf = name.split('.')
-        for step in path:
-            if step not in parent._modules:
-                parent.add_module(step, nn.Module())
-            parent = parent.get_submodule(step)
+        for child in path:
+            if child not in parent._modules:
+                parent.add_module(child, nn.Module())
+            parent = parent.get_submodule(child)
         parent.add_module(leaf, _empty(modules[name]))
-    found = lora_layers.inject(skeleton, config, 'adapter')
-    shapes = {f'{name}.{key}': p.shape for name, wrapper in found.items()
+    wrappers = lora_layers.inject(skeleton, config, 'adapter')
+    shapes = {f'{name}.{key}': p.shape for name, wrapper in wrappers.items()
               for key, p in lora_layers.weights(wrapper, 'adapter').items()}
-    return shapes == {key: t.shape for key, t in held.tensors.items()}
+    return shapes == {key: t.shape for key, t in part_weights.tensors.items()}
 
 
 def _empty(layer: Any) -> nn.Module:
@@ -255,35 +259,34 @@ def _empty(layer: Any) -> nn.Module:
 
 
 def read(file: WeightFile, modules: Modules, subfolder: str | None = None, source: str | Path = '',
-         revision: str | None = None, part: str | None = None) -> PeftWeights:
-    """What a peft folder holds.
+         revision: str | None = None, part: str | None = None) -> LoRAWeights:
+    """Read a peft folder.
 
     Args:
         file: its weights. modules: part -> full name -> plain layer of the live base.
         source, subfolder, revision: where the config is, as for `files.find`.
-        part: whose it is; None where its folder doesn't say.
+        part: the part that it belongs to; None to infer it from the layers' names.
 
     Raises:
-        ValueError: keys or settings that are unknown, missing or not supported.
+        UserError: keys or settings are unknown, missing or not supported.
     """
-    place = find(source, (CONFIG,), subfolder, CONFIG, revision)
-    described = said(str(place), lambda: json.loads(place.read_text()))
-    kind = described.get('peft_type')
-    if kind not in _TYPES:
-        raise ValueError(f"'{place}' is of peft's type {kind}; {', '.join(_TYPES)} can be read.")
-    found = [(key, next((s for s in SUFFIXES if key.endswith(f'.{s}')), None)) for key in file.tensors]
-    unknown = [key for key, suffix in found if suffix is None]
-    names = {key: (key.removeprefix(PREFIX).removesuffix(f'.{suffix}'), suffix) for key, suffix in found if suffix}
+    path = find(source, (CONFIG,), subfolder, CONFIG, revision)
+    config = read_json(path)
+    one_of(f"'{path}': peft_type", config.get('peft_type'), _TYPES)
+    suffixes = {key: next((s for s in SUFFIXES if key.endswith(f'.{s}')), None) for key in file.tensors}
+    unknown = [key for key, suffix in suffixes.items() if suffix is None]
+    names = {key: (key.removeprefix(PREFIX).removesuffix(f'.{suffix}'), suffix)
+             for key, suffix in suffixes.items() if suffix}
     part = part or _part_of({name for name, _ in names.values()}, modules)
     entries = [Entry(key, part, in_memory(name, modules.get(part, {})), suffix, file.tensors[key])
                for key, (name, suffix) in names.items()]
     weights = gather(entries, unknown, file.path)
-    describe(weights, part, described, modules[part], PREFIX if all(k.startswith(PREFIX) for k in names) else '')
+    apply_config(weights, part, config, modules[part], PREFIX if all(k.startswith(PREFIX) for k in names) else '')
     return weights
 
 
 def _part_of(names: set[str], modules: Modules) -> str:
-    """The part that has most of the modules, exactly so called before those that only differ by a prefix."""
+    """Return the part that has most of the modules, exact names before those that differ by a prefix."""
     return max(modules, key=lambda part: (len(names & modules[part].keys()),
                                           sum(in_memory(name, modules[part]) is not None for name in names)))
 
@@ -292,15 +295,15 @@ def write(folder: Path, weights: LoRAWeights, modules: Modules) -> None:
     """Write `folder/<part>/adapter_config.json` and `adapter_model.safetensors` for each part, as peft does.
 
     Raises:
-        ValueError: layers of forms for which peft has no config.
+        UserError: no single config of peft makes the layers' shapes.
     """
-    for part, held in weights.parts.items():
-        made = config(weights, part, modules[part])
-        if not builds(config(weights, part, modules[part]), held, modules[part]):
-            raise ValueError(f'The {weights.kind} of the {part} has layers of forms that no single config of peft '
-                             'makes, so a peft folder cannot hold it; write it as a kohya file.')
+    for part, part_weights in weights.parts.items():
+        if not builds(config(weights, part, modules[part]), part_weights, modules[part]):
+            raise UserError(f'The {weights.kind} of the {part} has layers that no single config of peft makes, so a '
+                            'peft folder cannot hold it; write it as a kohya file.')
         (folder / part).mkdir(parents=True, exist_ok=True)
-        made.inference_mode = True
-        made.save_pretrained(str(folder / part))
-        save_file({PREFIX + key: t.contiguous() for key, t in held.tensors.items()}, folder / part / WEIGHTS,
+        peft_config = config(weights, part, modules[part])
+        peft_config.inference_mode = True
+        peft_config.save_pretrained(str(folder / part))
+        save_file({PREFIX + key: t.contiguous() for key, t in part_weights.tensors.items()}, folder / part / WEIGHTS,
                   metadata={'format': 'pt'})

@@ -1,8 +1,8 @@
-"""T2I-Adapters in one file: TencentARC's original names (`Adapter_XL`) or diffusers', to diffusers'.
+"""T2I-Adapters in a single file, with TencentARC's original names (`Adapter_XL`) or diffusers'.
 
 Source: TencentARC/T2I-Adapter, Adapter/models/adapters.py and configs/inference/Adapter-XL-*.yaml (ksize 1, sk true,
-use_conv false): `conv_in`, and residual blocks `body.<n>` counted through all levels, the first of a level with an
-`in_conv` where widths change. diffusers counts them level by level: `adapter.body.<level>.resnets.<n>`.
+use_conv false): `conv_in`, and residual blocks `body.<n>` numbered through all levels, the first of a level with an
+`in_conv` where widths change. diffusers numbers them per level: `adapter.body.<level>.resnets.<n>`.
 """
 
 from __future__ import annotations
@@ -15,56 +15,58 @@ from typing import Any
 from torch import Tensor
 
 from diffengine_sdxl.adapters.formats import files
+from diffengine_sdxl.errors import UserError
 
-#: Where a level may begin with other widths than the one before ends with; the last level never does.
+#: The levels that may widen, with an `in_conv`; the last one never does.
 WIDENING = (1, 2)
 
 
 def is_file(source: str | Path) -> bool:
-    """Whether `source` stands for one file, not for a folder or hub id."""
+    """Whether `source` is a single file, not a folder or hub id."""
     return os.path.isfile(os.path.expanduser(source)) or Path(source).suffix in files.SUFFIXES
 
 
 def read_t2i_adapter(source: str | Path, num_levels: int, downscale_factor: int,
                      revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A T2I-Adapter's weights under diffusers' names, and the arguments of diffusers' `T2IAdapter` that they need.
+    """Return a T2I-Adapter's weights under diffusers' names, and the arguments of diffusers' `T2IAdapter` for them.
 
     Args:
-        source: a .safetensors file or a pickle of tensors; also a link to one on the hub, of that `revision`.
-        num_levels: feature maps that it gives, 4 for SDXL.
-        downscale_factor: control image over first feature map; a file does not say.
+        source: a .safetensors file or a pickle of tensors; also a link to one on the hub, at `revision`.
+        num_levels: number of feature maps, 4 for SDXL.
+        downscale_factor: size of the condition over that of the first feature map; a file does not show it.
 
     Raises:
-        ValueError: it cannot be read, or holds other keys than such a network has.
+        UserError: it cannot be read, or its keys are not a T2I-Adapter's.
     """
     path = files.find(source, revision=revision)
     tensors = files.read(path).tensors
-    # What a tool has put before all names; diffusers' own is such a one.
-    starts = [k.removesuffix('conv_in.weight') for k in map(str, tensors) if k.endswith('conv_in.weight')]
-    start = min(starts, key=len, default='')
-    spell = _as_diffusers if any('.resnets.' in str(k) for k in tensors) else _as_original
+    # Tools put prefixes before all names; diffusers does, too.
+    prefixes = [k.removesuffix('conv_in.weight') for k in map(str, tensors) if k.endswith('conv_in.weight')]
+    prefix = min(prefixes, key=len, default='')
+    name_in_file = _as_diffusers if any('.resnets.' in str(k) for k in tensors) else _as_original
     num_blocks = max(1, sum(str(k).endswith('.block1.weight') for k in tensors) // num_levels)
-    firsts = [tensors.get(f'{start}{spell(level, 0, "block1", num_blocks)}.weight') for level in range(num_levels)]
-    channels = tuple(0 if first is None else len(first) for first in firsts)
-    layers = {'conv_in': 'conv_in', **{spell(*place, num_blocks): _as_diffusers(*place, num_blocks)
-                                       for place in _places(channels, num_blocks)}}
-    names = {f'{start}{old}.{kind}': f'adapter.{new}.{kind}' for old, new in layers.items()
+    firsts = [tensors.get(f'{prefix}{name_in_file(level, 0, "block1", num_blocks)}.weight')
+              for level in range(num_levels)]
+    channels = tuple(len(first) if isinstance(first, Tensor) and first.dim() else 0 for first in firsts)
+    layers = {'conv_in': 'conv_in', **{name_in_file(*layer, num_blocks): _as_diffusers(*layer, num_blocks)
+                                       for layer in _layers(channels, num_blocks)}}
+    names = {f'{prefix}{old}.{kind}': f'adapter.{new}.{kind}' for old, new in layers.items()
              for kind in ('weight', 'bias')}
-    files.refuse(path, unknown=[str(k) for k in tensors if k not in names],
+    files.refuse(path, unknown=[str(k) for k, t in tensors.items() if k not in names or not isinstance(t, Tensor)],
                  missing=[k for k in names if k not in tensors])
     state = {new: tensors[old] for old, new in names.items()}
+    files.refuse(path, not_convolutions=[k for k, t in state.items() if k.endswith('.weight') and t.dim() != 4])
     width = state['adapter.conv_in.weight'].shape[1]
     in_channels, rest = divmod(width, downscale_factor ** 2)
     if rest:
-        raise ValueError(f"'{path}' reads {width} numbers a place, which is no number of channels in squares of "
-                         f'{downscale_factor} x {downscale_factor} pixels, as the base asks for. It was made for '
-                         'another base.')
+        raise UserError(f"'{path}' takes {width} channels after pixel unshuffle, not a multiple of "
+                        f'{downscale_factor} x {downscale_factor} as the base requires; it was made for another base.')
     return state, {'in_channels': in_channels, 'channels': channels, 'num_res_blocks': num_blocks,
                    'downscale_factor': downscale_factor}
 
 
-def _places(channels: Sequence[int], num_blocks: int) -> Iterator[tuple[int, int, str]]:
-    """Level, block and name of every layer with weights, but for the first."""
+def _layers(channels: Sequence[int], num_blocks: int) -> Iterator[tuple[int, int, str]]:
+    """Yield level, block and name of every layer with weights but `conv_in`."""
     for level in range(len(channels)):
         if level in WIDENING and channels[level - 1] != channels[level]:
             yield level, 0, 'in_conv'

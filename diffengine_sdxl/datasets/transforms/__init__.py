@@ -1,16 +1,17 @@
-"""What is done to a sample between its source and the batch: callables from dict to dict, one file per concern.
+"""Transforms: callables that change a sample between its row and the batch.
 
-They change the dict they are given and return it. Every draw is keyed by (seed, sample key, epoch, what for).
+    caption.py    captions dropped, shuffled, prefixed: CaptionDrop, JointDrop, CaptionShuffle, CaptionPrefix
+    geometry.py   the image and its conditions together: Resize, Crop, Flip; and their time ids: ComputeTimeIds
+    condition.py  conditions computed from an image: Canny, Depth, Preprocessor
+    pack.py       images to tensors: ImagePrompt, LossMask, and PackInputs, always the last
+
+They change the dict that they are given and return it. Every draw is keyed by (seed, sample key, epoch, purpose).
 """
 
-from diffengine_sdxl.datasets.transforms.caption import CaptionDrop, CaptionPrefix, CaptionShuffle
+from diffengine_sdxl.datasets.transforms.caption import CaptionDrop, CaptionPrefix, CaptionShuffle, JointDrop
 from diffengine_sdxl.datasets.transforms.condition import Canny, Depth, Preprocessor
-from diffengine_sdxl.datasets.transforms.geometry import Crop, Flip, Resize
-from diffengine_sdxl.datasets.transforms.image_prompt import ImagePrompt
-from diffengine_sdxl.datasets.transforms.joint_drop import JointDrop
-from diffengine_sdxl.datasets.transforms.loss_mask import LossMask
-from diffengine_sdxl.datasets.transforms.pack import PackInputs
-from diffengine_sdxl.datasets.transforms.time_ids import ComputeTimeIds
+from diffengine_sdxl.datasets.transforms.geometry import ComputeTimeIds, Crop, Flip, Resize
+from diffengine_sdxl.datasets.transforms.pack import ImagePrompt, LossMask, PackInputs
 
 __all__ = ['Canny', 'CaptionDrop', 'CaptionPrefix', 'CaptionShuffle', 'ComputeTimeIds', 'Crop', 'Depth', 'Flip',
            'ImagePrompt', 'JointDrop', 'LossMask', 'PackInputs', 'Preprocessor', 'Resize']

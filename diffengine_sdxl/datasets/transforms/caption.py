@@ -1,65 +1,110 @@
-"""What is done to captions: dropped, shuffled, prefixed."""
+"""Captions: dropped (alone, or together with image prompts), shuffled, prefixed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from diffengine_sdxl.datasets.transforms.geometry import draws, probability
+from diffengine_sdxl.datasets.transforms.geometry import probability, sample_generator
+from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.registry import TRANSFORMS
+
+
+def _drop_caption(sample: dict[str, Any], dropped: bool, to: str | None) -> None:
+    """Replace the caption by `to` if it is dropped; if `to` is None, record in drop['text'] whether it is."""
+    if to is None:
+        # False too: all samples of a batch must have the same keys.
+        sample['drop'] = {**sample.get('drop', {}), 'text': dropped}
+    elif dropped:
+        sample['text'] = to
 
 
 @TRANSFORMS.register_module()
 class CaptionDrop:
-    """Replace the caption, with a probability, keyed; `proportion_empty_prompts` of the diffusers scripts.
+    """Drop the caption with a probability; `proportion_empty_prompts` of the diffusers scripts.
 
     Args:
         prob: probability, 0 to 1.
-        to: the caption in its place. None keeps the caption and sets drop['text'] instead, for the model to put
-            its own null there (as 'zeros').
+        to: the caption in its place. None keeps the caption and sets drop['text'], for the model to use its null
+            prompt instead.
     """
 
     def __init__(self, prob: float, to: str | None = '') -> None:
         self.prob, self.to = probability(prob), to
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        drop = float(torch.rand((), generator=draws(sample, 'caption_drop'))) < self.prob
-        if self.to is None:
-            # Also where it is False: all samples of a batch must have the same entries.
-            sample['drop'] = {**sample.get('drop', {}), 'text': drop}
-        elif drop:
-            sample['text'] = self.to
+        drawn = float(torch.rand((), generator=sample_generator(sample, 'caption_drop')))
+        _drop_caption(sample, drawn < self.prob, self.to)
+        return sample
+
+
+@TRANSFORMS.register_module()
+class JointDrop:
+    """Drop the image prompt, the caption, both or nothing, by one draw.
+
+    The recipe of the IP-Adapter (Ye et al. 2023, arXiv:2308.06721: 5 % each; `tutorial_train_sdxl.py`), for any
+    adapters.
+
+    Args:
+        adapters: names of the adapters whose input is dropped with the image; each uses its null instead.
+        image, text, both: probabilities, 0 to 1, together at most 1.
+        to: as in `CaptionDrop`.
+
+    Raises:
+        UserError: a probability is invalid, or they sum to more than 1.
+    """
+
+    def __init__(self, adapters: Sequence[str] | str, image: float = 0.05, text: float = 0.05, both: float = 0.05,
+                 to: str | None = '') -> None:
+        self.adapters = [adapters] if isinstance(adapters, str) else list(adapters)
+        if not self.adapters:
+            raise UserError('JointDrop: adapters is empty; name those whose image is dropped.')
+        self.image, self.text, self.both = (probability(value, key) for key, value in (
+            ('image', image), ('text', text), ('both', both)))
+        if image + text + both > 1 + 1e-9:
+            raise UserError(f'JointDrop: image={image}, text={text} and both={both} exclude one another, and sum to '
+                            f'{image + text + both:g}, more than 1.')
+        self.to = to
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        drawn = float(torch.rand((), generator=sample_generator(sample, 'joint_drop')))
+        image = drawn < self.image
+        both = not image and drawn < self.image + self.both
+        text = both or not image and drawn < self.image + self.both + self.text
+        sample['drop'] = {**sample.get('drop', {}), **dict.fromkeys(self.adapters, image or both)}
+        _drop_caption(sample, text, self.to)
         return sample
 
 
 @TRANSFORMS.register_module()
 class CaptionShuffle:
-    """Put the tags of a caption into another order, keyed; kohya's `shuffle_caption` and `keep_tokens`.
+    """Shuffle the tags of a caption; kohya's `shuffle_caption` and `keep_tokens`.
 
     Args:
-        separator: between tags; blanks around them are dropped and one is written after each separator.
-        keep: so many tags at the beginning stay where they are.
+        separator: between tags; spaces around tags are removed, and one is written after each separator.
+        keep: how many tags at the beginning stay in place.
     """
 
     def __init__(self, separator: str = ',', keep: int = 0) -> None:
-        if not separator or keep < 0:
-            raise ValueError(f'separator={separator!r} must not be empty and keep={keep} not negative.')
-        self.separator, self.keep = separator, keep
+        if not separator:
+            raise UserError(f'separator={separator!r} must not be empty.')
+        self.separator, self.keep = separator, whole_number('keep', keep, 0)
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         tags = [tag for tag in (part.strip() for part in sample['text'].split(self.separator)) if tag]
-        kept, others = tags[:self.keep], tags[self.keep:]
-        order = torch.randperm(len(others), generator=draws(sample, 'caption_shuffle')).tolist()
+        fixed, others = tags[:self.keep], tags[self.keep:]
+        order = torch.randperm(len(others), generator=sample_generator(sample, 'caption_shuffle')).tolist()
         joint = ' ' if self.separator.isspace() else f'{self.separator.strip()} '
-        sample['text'] = joint.join([*kept, *[others[i] for i in order]])
+        sample['text'] = joint.join([*fixed, *[others[i] for i in order]])
         return sample
 
 
 @TRANSFORMS.register_module()
 class CaptionPrefix:
-    """Write the same words before every caption, as a trigger word.
+    """Put a prefix before every caption, such as a trigger word.
 
     Args:
-        prefix: with its blank or comma.
+        prefix: with its space or comma.
     """
 
     def __init__(self, prefix: str) -> None:

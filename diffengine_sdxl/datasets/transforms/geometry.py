@@ -1,7 +1,6 @@
-"""Resize, crop and flip: the image and every picture that belongs to it, by the same geometry.
+"""Resize, crop and flip the image and its conditions together, and record it for SDXL's time ids.
 
-All PIL pictures of a sample are taken along. A picture that must not follow (as the image prompt of an
-IP-Adapter) is turned into a tensor by a transform before these.
+All PIL images of a sample are transformed; ImagePrompt turns one that must not be into a tensor before.
 """
 
 from collections.abc import Sequence
@@ -11,65 +10,70 @@ import torch
 from PIL import Image
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.registry import TRANSFORMS
 
 Size = int | Sequence[int]
 FILTERS = {name: Image.Resampling[name.upper()] for name in ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box')}
-HELPERS = ('original_size', 'crop_top_left', 'canvas_size')
-"""Entries that the geometry leaves for ComputeTimeIds: (height, width) of the image as read; (top, left) of the
-present image inside the resized one, and that one's (height, width)."""
+GEOMETRY_KEYS = ('original_size', 'crop_top_left', 'canvas_size')
+"""For ComputeTimeIds: (height, width) of the image as read, (top, left) of the crop in the resized image, and that
+image's (height, width)."""
 
 
-def pair(size: Size, name: str = 'size') -> tuple[int, int]:
-    """(height, width) of an int or of two.
+def height_width(size: Size, key: str = 'size') -> tuple[int, int]:
+    """Return (height, width) of one number or two.
 
     Raises:
-        ValueError: it is anything else, or not positive.
+        UserError: it is neither, or not positive.
     """
     values = [size, size] if isinstance(size, int) else list(size) if isinstance(size, list | tuple) else []
     if len(values) != 2 or not all(isinstance(v, int) and v > 0 for v in values):
-        raise ValueError(f'{name}={size!r} is neither a positive whole number nor two of them (height, width).')
+        raise UserError(f'{key}={size!r} must be a positive whole number, or two (height, width).')
     return values[0], values[1]
 
 
 def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) of the same proportions that covers `size`; the longer edge is rounded down.
+    """Return the smallest (height, width) of the same aspect ratio that covers `size`; the longer edge is rounded down.
 
-    For a square `size` this is the rule of torchvision's `Resize(int)`, hence of the diffusers scripts.
+    For a square `size` this is the rule of torchvision's `Resize(int)`, and so of the diffusers scripts.
     """
     if size[0] * width >= size[1] * height:
         return size[0], size[0] * width // height
     return size[1] * height // width, size[1]
 
 
-def pictures(sample: dict[str, Any]) -> dict[str, Image.Image]:
-    """The pictures of a sample that share the image's geometry."""
+def images_in(sample: dict[str, Any]) -> dict[str, Image.Image]:
+    """Return the images of a sample that share the geometry of 'img', itself included."""
     return {key: value for key, value in sample.items() if isinstance(value, Image.Image)}
 
 
-def image_of(sample: dict[str, Any]) -> Image.Image:
-    """The image of a sample, whose size as read is noted before anything changes it."""
+def main_image(sample: dict[str, Any]) -> Image.Image:
+    """Return 'img'; its original size is recorded before a transform changes it."""
     image = sample.get('img')
     if not isinstance(image, Image.Image):
-        raise ValueError(f"Sample '{sample.get('key')}' has no picture 'img' (has PackInputs run already?).")
+        raise UserError(f"Sample '{sample.get('key')}' has no image 'img'; PackInputs must be the last transform.")
     sample.setdefault('original_size', (image.height, image.width))
     return image
 
 
-def draws(sample: dict[str, Any], stream: str) -> torch.Generator:
-    """The sample's own generator for one purpose."""
+def sample_generator(sample: dict[str, Any], stream: str) -> torch.Generator:
+    """Return the sample's own generator for one purpose."""
     return rng.generator(sample['seed'], sample['key'], sample['epoch'], stream)
 
 
-def _check_same(sample: dict[str, Any], image: Image.Image) -> None:
-    for key, picture in pictures(sample).items():
-        if picture.size != image.size:
-            raise ValueError(f"'{key}' of sample '{sample.get('key')}' is {picture.height} x {picture.width} and the "
-                             f'image {image.height} x {image.width} (height x width): put Resize before Crop.')
+def probability(value: float, key: str = 'prob') -> float:
+    """Return `value`; check that it lies in [0, 1].
+
+    Raises:
+        UserError: it does not.
+    """
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f'{key}={value!r} must be a probability between 0 and 1.')
+    return value
 
 
 def _same_aspect(a: Image.Image, b: Image.Image) -> bool:
-    """Proportions equal to 1 % and 1 pixel of the smaller picture, along either edge."""
+    """Return whether aspect ratios are equal within 1 % and 1 pixel of the smaller image, along either edge."""
     small, large = sorted((a, b), key=lambda p: p.width * p.height)
     width, height = large.width * small.height / large.height, large.height * small.width / large.width
     return abs(small.width - width) <= 0.01 * width + 1 or abs(small.height - height) <= 0.01 * height + 1
@@ -80,68 +84,69 @@ class Resize:
     """Scale the image so that it just covers `size`, and every condition to the image's new size.
 
     Args:
-        size: pixels; an int is the short edge, (height, width) what the image must cover. Proportions stay.
+        size: pixels; an int is the short edge, (height, width) what the image must cover. The aspect ratio stays.
         interpolation: 'nearest', 'bilinear', 'bicubic', 'lanczos' or 'box', by PIL, so antialiased.
 
     Raises:
-        ValueError: a condition has other proportions than the image.
+        UserError: a condition has another aspect ratio than the image.
     """
 
     def __init__(self, size: Size, interpolation: str = 'bilinear') -> None:
-        self.size = pair(size)
-        if interpolation not in FILTERS:
-            raise ValueError(f"interpolation='{interpolation}' is not known; there are {', '.join(FILTERS)}.")
+        self.size = height_width(size)
+        one_of('interpolation', interpolation, FILTERS)
         self.filter = FILTERS[interpolation]
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        image = image_of(sample)
+        image = main_image(sample)
         if 'canvas_size' in sample:
-            raise ValueError('Resize must stand before Crop: SDXL is told the crop inside the resized image.')
+            raise UserError("Resize must stand before Crop: SDXL's time ids locate the crop in the resized image.")
         height, width = covering(image.height, image.width, self.size)
-        for key, picture in pictures(sample).items():
-            if not _same_aspect(picture, image):
-                raise ValueError(f"'{key}' of sample '{sample.get('key')}' is {picture.height} x {picture.width} and "
-                                 f'its image {image.height} x {image.width} (height x width): another aspect ratio, '
-                                 'so they cannot be laid over each other. Make the condition from this image.')
-            # A condition of another size goes to the final size in one step, which loses less than two.
-            if picture.size != (width, height):
-                sample[key] = picture.resize((width, height), self.filter)
+        for key, other in images_in(sample).items():
+            if not _same_aspect(other, image):
+                raise UserError(f"'{key}' of sample '{sample.get('key')}' is {other.height} x {other.width} and its "
+                                f'image {image.height} x {image.width} (height x width): another aspect ratio. Make '
+                                'the condition from this image.')
+            # A condition of another size is resized once, which loses less than twice.
+            if other.size != (width, height):
+                sample[key] = other.resize((width, height), self.filter)
         return sample
 
 
 @TRANSFORMS.register_module()
 class Crop:
-    """Cut the same window out of the image and all conditions, and note where it lay.
+    """Cut the same window out of the image and all conditions, and record its place.
 
     Args:
         size: pixels; an int or (height, width).
-        mode: 'center', rounded as torchvision does, or 'random', keyed.
+        mode: 'center', rounded as in torchvision, or 'random', keyed.
 
     Raises:
-        ValueError: the image is smaller than the window, or a condition is of another size than the image.
+        UserError: the image is smaller than the window, or a condition has another size than the image.
     """
 
     def __init__(self, size: Size, mode: Literal['center', 'random'] = 'center') -> None:
-        self.size = pair(size)
-        if mode not in ('center', 'random'):
-            raise ValueError(f"mode='{mode}' is neither 'center' nor 'random'.")
+        self.size = height_width(size)
+        one_of('mode', mode, ('center', 'random'))
         self.mode = mode
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        image = image_of(sample)
-        _check_same(sample, image)
+        image = main_image(sample)
         height, width = self.size
-        spare = image.height - height, image.width - width
-        if min(spare) < 0:
-            raise ValueError(f"Sample '{sample.get('key')}' is {image.height} x {image.width} (height x width), "
-                             f'smaller than the crop of {height} x {width}: put Resize before Crop.')
+        margins = image.height - height, image.width - width
+        for key, other in images_in(sample).items():
+            if other.size != image.size:
+                raise UserError(f"'{key}' of sample '{sample.get('key')}' is {other.height} x {other.width} and the "
+                                f'image {image.height} x {image.width} (height x width): put Resize before Crop.')
+        if min(margins) < 0:
+            raise UserError(f"Sample '{sample.get('key')}' is {image.height} x {image.width} (height x width), "
+                            f'smaller than the crop of {height} x {width}: put Resize before Crop.')
         if self.mode == 'center':
-            top, left = (round(s / 2) for s in spare)
+            top, left = (round(margin / 2) for margin in margins)
         else:
-            generator = draws(sample, 'crop')
-            top, left = (int(torch.randint(s + 1, (), generator=generator)) for s in spare)
-        for key, picture in pictures(sample).items():
-            sample[key] = picture.crop((left, top, left + width, top + height))
+            generator = sample_generator(sample, 'crop')
+            top, left = (int(torch.randint(margin + 1, (), generator=generator)) for margin in margins)
+        for key, other in images_in(sample).items():
+            sample[key] = other.crop((left, top, left + width, top + height))
         sample.setdefault('canvas_size', (image.height, image.width))
         before = sample.get('crop_top_left', (0, 0))
         sample['crop_top_left'] = before[0] + top, before[1] + left
@@ -150,12 +155,11 @@ class Crop:
 
 @TRANSFORMS.register_module()
 class Flip:
-    """Mirror the image and all conditions left to right, with a probability, keyed.
+    """Mirror the image and all conditions left to right, with a probability.
 
-    The crop's place is counted in the mirrored image: after a flip the window's left edge is as far from the left
-    as its right edge was from the right. That is what the present diffusers scripts get by flipping before they
-    crop; here a flip after the crop gives the same numbers. (Their older `x1 = image.width - x1`, taken after the
-    crop, named a place outside of the image.)
+    The crop's place is counted in the mirrored image: after a flip the window's left edge is as far from the left as
+    its right edge was from the right. The diffusers scripts flip before they crop; a flip after the crop gives the same
+    numbers here. (Their older `x1 = image.width - x1`, after the crop, was a place outside of the image.)
 
     Args:
         prob: probability of a flip, 0 to 1.
@@ -165,19 +169,47 @@ class Flip:
         self.prob = probability(prob)
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        image = image_of(sample)
-        if float(torch.rand((), generator=draws(sample, 'flip'))) >= self.prob:
+        image = main_image(sample)
+        if float(torch.rand((), generator=sample_generator(sample, 'flip'))) >= self.prob:
             return sample
-        for key, picture in pictures(sample).items():
-            sample[key] = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for key, other in images_in(sample).items():
+            sample[key] = other.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if 'canvas_size' in sample:
             top, left = sample['crop_top_left']
             sample['crop_top_left'] = top, sample['canvas_size'][1] - left - image.width
         return sample
 
 
-def probability(prob: float) -> float:
-    """`prob`, checked to lie in [0, 1]."""
-    if not 0 <= prob <= 1:
-        raise ValueError(f'prob={prob} is not a probability between 0 and 1.')
-    return prob
+@TRANSFORMS.register_module()
+class ComputeTimeIds:
+    """Write SDXL's 'time_ids', float32 [6]: original height, width, crop top, left, target height, width (pixels).
+
+    Source: Podell et al. 2023, "SDXL", section 2.2.
+
+    Each is the image's true value (its size as read, the crop's place in the resized image, its present size) unless a
+    constant is set. Put it after Resize, Crop and Flip, before PackInputs.
+
+    Args:
+        original_size, target_size: constants; an int or (height, width).
+        crops_coords_top_left: constant (top, left); the diffusers script's `crops_coords_top_left_h/w`.
+        aesthetic_score: for the refiner, which takes it in place of the target size: float32 [5].
+    """
+
+    def __init__(self, original_size: Size | None = None, crops_coords_top_left: Size | None = None,
+                 target_size: Size | None = None, aesthetic_score: float | None = None) -> None:
+        self.original_size = None if original_size is None else height_width(original_size, 'original_size')
+        self.target_size = None if target_size is None else height_width(target_size, 'target_size')
+        crop = crops_coords_top_left
+        self.crop = None if crop is None else (crop, crop) if isinstance(crop, int) else tuple(crop)
+        if self.crop is not None and len(self.crop) != 2:
+            raise UserError(f'crops_coords_top_left={crop!r} must be two numbers (top, left).')
+        self.aesthetic_score = aesthetic_score
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = main_image(sample)
+        original = self.original_size or sample['original_size']
+        crop = sample.get('crop_top_left', (0, 0)) if self.crop is None else self.crop
+        target = self.target_size or (image.height, image.width)
+        last = target if self.aesthetic_score is None else (self.aesthetic_score,)
+        sample['time_ids'] = torch.tensor([*original, *crop, *last], dtype=torch.float32)
+        return sample

@@ -1,4 +1,4 @@
-"""Loss, learning rate and the results of validations as a picture at the end of a run."""
+"""Curves of loss, learning rate and validation results."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
-from diffengine_sdxl.engine import checkpoint, report
-from diffengine_sdxl.pictures import save_curves
+from diffengine_sdxl import atomic_files
+from diffengine_sdxl.engine import report
+from diffengine_sdxl.engine.runner import ExperimentRunner
+from diffengine_sdxl.images import save_curves
 from diffengine_sdxl.registry import HOOKS
 
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
-    """Writes every step's loss and learning rate to `curves.jsonl`, and `curves.png` at the end.
+    """Write every step's loss and learning rate to `curves.jsonl`, and `curves.png` at the end.
 
-    The picture also has a panel for each metric of a validation. A resumed run goes on in the same file, from the
-    step that it was resumed at.
+    The image also has a panel for each metric of the validations. A resumed run appends to the same file, after the
+    step of its checkpoint.
     """
 
     priority = 'LOW'
@@ -30,20 +32,20 @@ class CurvesHook(Hook):
         self.rates: dict[str, float] = {}
 
     @master_only
-    def before_train(self, runner: Any) -> None:
-        """Drop what an interrupted run logged after its last checkpoint."""
+    def before_train(self, runner: ExperimentRunner) -> None:
+        """Remove what an interrupted run logged after its last checkpoint."""
         self.path = Path(runner.work_dir) / 'curves.jsonl'
-        kept = [line for line in read_lines(self.path) if line['step'] <= runner.iter]
-        with checkpoint.replacing(self.path) as temporary:
-            temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+        rows = [row for row in read_rows(self.path) if row['step'] <= runner.iter]
+        with atomic_files.replacing(self.path) as temporary:
+            temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
     @master_only
-    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Note the learning rates of this step: afterwards the schedule has set the next one's."""
+    def before_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None) -> None:
+        """Record this step's learning rates, before the schedule sets the next step's."""
         self.rates = {name: values[0] for name, values in runner.optim_wrapper.get_lr().items()}
 
     @master_only
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+    def after_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
                          outputs: dict[str, float] | None = None) -> None:
         """Log one step."""
         self.lines.append(json.dumps({'step': runner.iter + 1, **(outputs or {}), **self.rates}) + '\n')
@@ -51,15 +53,15 @@ class CurvesHook(Hook):
             self._flush()
 
     @master_only
-    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """A run that goes on from this checkpoint finds every step up to it."""
+    def before_save_checkpoint(self, runner: ExperimentRunner, checkpoint: dict) -> None:
+        """Write all steps up to this checkpoint, for a run that resumes from it."""
         self._flush()
 
     @master_only
-    def after_train(self, runner: Any) -> None:
+    def after_train(self, runner: ExperimentRunner) -> None:
         """Draw."""
         self._flush()
-        rows = read_lines(self.path)
+        rows = read_rows(self.path)
         if not rows:
             return
         curves: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
@@ -69,11 +71,11 @@ class CurvesHook(Hook):
                     curves[name][0].append(row['step'])
                     curves[name][1].append(value)
         for step, file in report.step_files(Path(runner.work_dir) / 'val').items():
-            for variant, metrics in report.read(file).items():
-                for name, found in metrics.items():
-                    if found['value'] is not None:
-                        curves[f'{name}, {variant}'][0].append(step)
-                        curves[f'{name}, {variant}'][1].append(found['value'])
+            for image_set, metrics in report.read(file).items():
+                for name, result in metrics.items():
+                    if result['value'] is not None:
+                        curves[f'{name}, {image_set}'][0].append(step)
+                        curves[f'{name}, {image_set}'][1].append(result['value'])
         path = Path(runner.work_dir) / 'curves.png'
         save_curves(path, curves, f'{Path(runner.work_dir).name}, {rows[-1]["step"]} steps')
         runner.logger.info(f"Curves: '{path}'")
@@ -84,10 +86,10 @@ class CurvesHook(Hook):
         self.lines = []
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file; a last line that a killed process cut off is left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a jsonl file up to the first damaged line, such as one that a killed process cut off."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors='replace').splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

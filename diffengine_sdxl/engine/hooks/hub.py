@@ -1,25 +1,26 @@
-"""The finished export on the Hugging Face hub."""
+"""Upload the final export to the Hugging Face hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
+from diffengine_sdxl.engine.runner import ExperimentRunner
+from diffengine_sdxl.errors import UserError, first_line
 from diffengine_sdxl.registry import HOOKS
 
 
 @HOOKS.register_module()
 class PushToHubHook(Hook):
-    """Uploads `step<N>/` of the last step when training has ended.
+    """Upload `step<N>/` of the last step when training has ended.
 
-    The token is that of `hf auth login` or of the variable HF_TOKEN: one in a config would end up in files.
+    The token is that of `hf auth login` or HF_TOKEN: one in a config would end up in files.
 
     Args:
-        repo_id: 'owner/name'; None makes it the work_dir's name, under the account of the token.
-        private: make the repository private, if it is new.
+        repo_id: 'owner/name'; None for the work_dir's name, under the token's account.
+        private: make a new repository private.
     """
 
     priority = 'VERY_LOW'
@@ -28,21 +29,21 @@ class PushToHubHook(Hook):
         self.repo_id, self.private = repo_id, private
 
     @master_only
-    def after_run(self, runner: Any) -> None:
-        """Upload.
+    def after_run(self, runner: ExperimentRunner) -> None:
+        """Upload the export.
 
         Raises:
-            ValueError: the hub said no or could not be reached; the export stays where it is.
+            UserError: the hub refuses it or cannot be reached; the export stays in place.
         """
         from huggingface_hub import create_repo, upload_folder
+        from huggingface_hub.errors import HTTPError  # httpx's
         folder = Path(runner.work_dir) / f'step{runner.max_iters}'
         try:
             repo_id = create_repo(self.repo_id or Path(runner.work_dir).name, private=self.private,
                                   exist_ok=True).repo_id
-            upload_folder(repo_id=repo_id, folder_path=str(folder),
-                          commit_message=f'step {runner.max_iters}')
-        except Exception as error:  # the hub's client has an error for everything
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"'{folder}' could not be uploaded to the hub: {first} It stays where it is; upload it "
-                             f'with: hf upload {self.repo_id or "OWNER/NAME"} {folder}') from error
+            upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=f'step {runner.max_iters}')
+        # ValueError: an invalid repo_id. RuntimeError: of hf_xet, which transfers the files.
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"'{folder}' could not be uploaded to the hub: {first_line(error)} Upload it with: "
+                            f'hf upload {self.repo_id or "OWNER/NAME"} {folder}') from error
         runner.logger.info(f"Uploaded '{folder}' to {repo_id}.")

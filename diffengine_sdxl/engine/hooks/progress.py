@@ -1,4 +1,4 @@
-"""Log lines, and a progress bar with loss, speed and time left where there is a terminal."""
+"""Log lines, and at a terminal a progress bar with loss, speed and time left."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 from mmengine import hooks
 from mmengine.dist import master_only
 
+from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.registry import HOOKS
 
 
 @HOOKS.register_module()
 class LoggerHook(hooks.LoggerHook):
-    """mmengine's, every `interval` optimizer steps; without its extra line where a data loader's length divides."""
+    """Log every `interval` optimizer steps, without mmengine's extra line at the end of a pass over the data."""
 
     def end_of_epoch(self, dataloader: Any, batch_idx: int) -> bool:
-        """Never: data is endless, and a stream has no length to ask for."""
+        """Return False: the data is endless, and a stream has no length."""
         return False
 
-    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Nothing: the loop itself reports, with intervals."""
+    def after_val_epoch(self, runner: ExperimentRunner, metrics: dict[str, float] | None = None) -> None:
+        """Do nothing: the loop reports, with intervals."""
 
-    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Nothing, likewise."""
+    after_test_epoch = after_val_epoch
 
 
 @HOOKS.register_module()
 class ProgressHook(hooks.Hook):
-    """A bar at the terminal's foot, log lines above it. Without a terminal the log lines alone tell the progress."""
+    """Show a bar below the log lines. Without a terminal only the log lines show the progress."""
 
     priority = 'BELOW_NORMAL'
 
@@ -37,88 +37,77 @@ class ProgressHook(hooks.Hook):
         self.bar: Any = None
         self.streams: list[tuple[logging.StreamHandler, Any]] = []
 
-    def _start(self, runner: Any) -> None:
+    def _start(self, runner: ExperimentRunner) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         self.bar = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
-                            TextColumn('{task.fields[told]}'), TimeRemainingColumn(), console=Console(stderr=True),
+                            TextColumn('{task.fields[info]}'), TimeRemainingColumn(), console=Console(stderr=True),
                             refresh_per_second=4)
         self.bar.start()
-        # rich swaps sys.stdout for a writer above the bar; handlers that hold the old one would write through it.
+        # rich replaces sys.stdout by a writer above the bar; handlers with the old one would write through the bar.
         for handler in runner.logger.handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 self.streams.append((handler, handler.stream))
                 handler.setStream(sys.stdout)
 
     @master_only
-    def before_train(self, runner: Any) -> None:
-        """Draw the bar."""
+    def before_train(self, runner: ExperimentRunner) -> None:
+        """Show the bar."""
         if sys.stderr.isatty():
             self._start(runner)
-            self.task = self.bar.add_task('training', total=runner.max_iters, completed=runner.iter, told='')
+            self.task = self.bar.add_task('training', total=runner.max_iters, completed=runner.iter, info='')
 
     @master_only
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+    def after_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
                          outputs: dict[str, float] | None = None) -> None:
-        """Advance."""
+        """Advance the bar."""
         if self.bar is None:
             return
-        hub = runner.message_hub.log_scalars
-        seconds = hub['train/time'].mean(20) if 'train/time' in hub else 0.0
+        scalars = runner.message_hub.log_scalars
+        seconds = scalars['train/time'].mean(20) if 'train/time' in scalars else 0.0
         speed = f'{1 / seconds:.2f} steps/s' if seconds else ''
-        self.bar.update(self.task, advance=1, told=f'loss {(outputs or {}).get("loss", float("nan")):.4f}  {speed}')
+        self.bar.update(self.task, advance=1, info=f'loss {(outputs or {}).get("loss", float("nan")):.4f}  {speed}')
 
-    def after_train(self, runner: Any) -> None:
-        """Take the bar away."""
+    def after_train(self, runner: ExperimentRunner) -> None:
+        """Remove the bar."""
         self.close()
 
-    def before_val(self, runner: Any) -> None:
-        """A second bar, of the pictures to make; the only one outside training."""
+    def before_val(self, runner: ExperimentRunner) -> None:
+        """Show a bar of the images to make, below that of the training."""
         self._before_evaluation(runner, runner.val_loop, 'validation')
 
-    def before_test(self, runner: Any) -> None:
-        """A bar of the pictures to make."""
+    def before_test(self, runner: ExperimentRunner) -> None:
+        """Show a bar of the images to make."""
         self._before_evaluation(runner, runner.test_loop, 'test')
 
-    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Advance."""
-        self._after_batch(outputs)
-
-    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Advance."""
-        self._after_batch(outputs)
-
-    def after_val(self, runner: Any) -> None:
-        """Take the bar away; that of the training stays."""
-        self._after_evaluation()
-
-    def after_test(self, runner: Any) -> None:
-        """Take the bar away."""
-        self._after_evaluation()
+    @master_only
+    def after_val_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
+                       outputs: Any = None) -> None:
+        """Advance the bar by the images of a batch."""
+        if self.bar is not None:
+            self.bar.update(self.images, advance=sum(len(sample['images']) for sample in outputs or ()))
 
     @master_only
-    def _before_evaluation(self, runner: Any, loop: Any, name: str) -> None:
-        self.alone = self.bar is None
-        if self.alone and sys.stderr.isatty():
-            self._start(runner)
+    def after_val(self, runner: ExperimentRunner) -> None:
+        """Remove the bar of the images."""
         if self.bar is not None:
-            self.pictures = self.bar.add_task(name, total=getattr(loop, 'num_pictures_here', None), told='pictures')
-
-    @master_only
-    def _after_batch(self, outputs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.pictures, advance=sum(len(sample['images']) for sample in outputs or ()))
-
-    @master_only
-    def _after_evaluation(self) -> None:
-        if self.bar is not None:
-            self.bar.refresh()  # a short one would not be seen at all
-            self.bar.remove_task(self.pictures)
-            if self.alone:
+            self.bar.refresh()  # a short evaluation would never be drawn
+            self.bar.remove_task(self.images)
+            if self.evaluates_only:
                 self.close()
 
+    after_test_iter, after_test = after_val_iter, after_val
+
+    @master_only
+    def _before_evaluation(self, runner: ExperimentRunner, loop: Any, name: str) -> None:
+        self.evaluates_only = self.bar is None
+        if self.evaluates_only and sys.stderr.isatty():
+            self._start(runner)
+        if self.bar is not None:
+            self.images = self.bar.add_task(name, total=getattr(loop, 'num_images_here', None), info='images')
+
     def close(self) -> None:
-        """Give the terminal back; also called when training fails."""
+        """Restore the terminal; also called when training fails."""
         if self.bar is not None:
             self.bar.stop()
             for handler, stream in self.streams:

@@ -1,0 +1,219 @@
+"""The frozen image encoder that IP-Adapters read images through: loading, preprocessing, sharing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from PIL import Image
+from torch import Tensor, nn
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.adapters.image_encoder import MEAN, STD
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading import hub
+from diffengine_sdxl.loading.files import read_json
+from diffengine_sdxl.loading.strict import as_user_error, load_pretrained, shipped
+from diffengine_sdxl.protocols import AdapterHost
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """The images that an encoder expects: the options of `clip_pixels`, and mean and std of the channels."""
+
+    size: int
+    resample: str = 'bicubic'
+    short_edge: int | None = None
+    stretch: bool = False
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], image_size: int, source: str) -> ImagePreprocessing:
+        """Read transformers' preprocessor_config.json.
+
+        Args:
+            config: its content; what it lacks is CLIP's.
+            image_size: the encoder's own, if `config` has no size.
+            source: the encoder, for errors.
+
+        Raises:
+            UserError: a setting is invalid, or the images are not square.
+        """
+        def side(name: str) -> tuple[Any, bool]:
+            """Return the number of pixels, and whether it is that of the short edge only."""
+            value = config.get(name)
+            if not isinstance(value, Mapping):
+                return value, True
+            if value.get('shortest_edge') is not None:
+                return value['shortest_edge'], True
+            if value.get('height') != value.get('width'):
+                raise UserError(f"The image encoder '{source}' takes images with {name}={dict(value)}; only square "
+                                'ones are supported.')
+            return value.get('height'), False
+
+        scaled, is_short = side('size')
+        cropped, _ = side('crop_size')
+        if scaled is None or not config.get('do_center_crop', is_short):
+            cropped = None
+            if is_short and scaled is not None:
+                raise UserError(f"The image encoder '{source}' takes images of any aspect ratio "
+                                '(do_center_crop=false); only square ones are supported.')
+        scaled = image_size if scaled is None else scaled
+        cropped = scaled if cropped is None else cropped
+        resample = config.get('resample', 3)
+        mean, std = config.get('image_mean') or MEAN, config.get('image_std') or STD
+        if not config.get('do_normalize', True):
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        if (resample not in list(Image.Resampling) or any(not isinstance(v, int) or v < 1 for v in (scaled, cropped))
+                or any(not isinstance(v, list | tuple) or len(v) != 3
+                       or not all(isinstance(x, int | float) for x in v) for v in (mean, std))):
+            raise UserError(f"The preprocessor_config.json of the image encoder '{source}' is invalid: it has "
+                            f'size={scaled!r}, crop_size={cropped!r}, resample={resample!r}, image_mean={mean!r}, '
+                            f'image_std={std!r}.')
+        return cls(cropped, Image.Resampling(resample).name.lower(), scaled if scaled > cropped else None, not is_short,
+                   tuple(mean), tuple(std))
+
+
+class FrozenImageEncoder(nn.Module):
+    """A frozen image encoder of transformers, with its preprocessing.
+
+    Args:
+        net: CLIPVisionModelWithProjection, or any vision model with `hidden_states` [N, T, E] and, for `embed`,
+            `image_embeds` or `pooler_output` [N, E].
+        preprocessing: what it expects of an image.
+        source: where it comes from, for errors.
+    """
+
+    def __init__(self, net: Any, preprocessing: ImagePreprocessing, source: str) -> None:
+        super().__init__()
+        self.net, self.preprocessing, self.source = net.eval().requires_grad_(False), preprocessing, source
+        #: The adapters that read through it.
+        self.users: list[str] = []
+        self._null: dict[int, Tensor] = {}
+
+    def width(self, hidden: bool) -> int:
+        """E, of hidden states or of embeddings."""
+        if not hidden and hasattr(self.net, 'visual_projection'):
+            return int(self.net.visual_projection.out_features)
+        return int(self.net.config.hidden_size)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Normalize [N, 3, S, S] in [0, 1], and cast it to the encoder's dtype."""
+        mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+                     for v in (self.preprocessing.mean, self.preprocessing.std))
+        return ((pixels - mean) / std).to(self.net.dtype)
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor, hidden: bool) -> Tensor:
+        """Turn normalized [N, 3, S, S] into embeddings [N, E], or the hidden states [N, T, E] before the last layer.
+
+        Raises:
+            UserError: this encoder has none.
+        """
+        output = self.net(pixel_values=pixels, output_hidden_states=hidden)
+        if hidden:
+            embeds = output.hidden_states[-2]
+        else:
+            embeds = output.get('image_embeds')
+            embeds = output.get('pooler_output') if embeds is None else embeds
+        if embeds is None or embeds.dim() != 2 + hidden:
+            raise UserError(f"The image encoder '{self.source}' ({type(self.net).__name__}) gives no "
+                            + ("hidden states [N, T, E]; architecture='plus' needs them." if hidden else
+                               "pooled embedding; use architecture='plus', which reads its hidden states."))
+        return embeds
+
+    def null(self, hidden: bool, num_images: int = 1) -> Tensor:
+        """Return what stands for no image, [1, E] or [num_images, T, E]: zeros, or the hidden states of zero pixels.
+
+        Zero after normalization, so a gray image, as in diffusers. Cached for each number of images, as the encoder is
+        frozen; in one batch, as by diffusers' `encode_image`, since kernels depend on the batch size.
+        """
+        options: dict[str, Any] = {'dtype': self.net.dtype, 'device': self.net.device}
+        if not hidden:
+            return torch.zeros(1, self.width(False), **options)
+        null = self._null.get(num_images)
+        if null is None or (null.dtype, null.device) != (self.net.dtype, self.net.device):
+            side = self.preprocessing.size
+            null = self._null[num_images] = self.embed(torch.zeros(num_images, 3, side, side, **options), True)
+        return null
+
+
+def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> FrozenImageEncoder:
+    """Load an image encoder of transformers strictly, without a change of the global random state.
+
+    Args:
+        source: folder, hub id, 'diffengine_sdxl::<folder>', or link to the weights or config of one on the hub.
+        subfolder: of it.
+
+    Raises:
+        UserError: it cannot be loaded, or its preprocessing is not supported.
+    """
+    from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+    source = str(shipped(source))
+    source, revision, inner, variant = hub.parse_model_link(source) or (source, None, None, None)
+    subfolder = subfolder or inner
+    where = {'subfolder': subfolder} if subfolder else {}
+    shown = f'{source}/{subfolder}' if subfolder else source
+    path, settings = _fetch(source, subfolder, revision, variant)
+    config = as_user_error(shown, AutoConfig.from_pretrained, path, **where)
+    with rng.fork('image encoder'):
+        cls = CLIPVisionModelWithProjection if config.model_type == 'clip_vision_model' else AutoModel
+        net = load_pretrained(cls, path, dtype=dtype, shown=source, variant=variant, **where)
+        if config.model_type == 'clip':
+            both, net = net, CLIPVisionModelWithProjection(config.vision_config)
+            net.vision_model, net.visual_projection = both.vision_model, both.visual_projection
+            net.to(dtype)
+        elif hasattr(net, 'vision_model') and hasattr(net, 'text_model'):  # SigLIP and its like
+            net = net.vision_model
+    size = getattr(net.config, 'image_size', None) or 224
+    preprocessing = read_json(settings) if settings else {}
+    return FrozenImageEncoder(net, ImagePreprocessing.from_config(
+        preprocessing, size if isinstance(size, int) else size[0], shown), shown)
+
+
+def _fetch(source: str, subfolder: str | None, revision: str | None, variant: str | None) -> tuple[str, Path | None]:
+    """Return an image encoder's folder, downloaded if need be, and its preprocessor_config.json, if there is one.
+
+    The file is looked for beside the weights, and in a folder 'feature_extractor' beside theirs or within theirs.
+    """
+    inner = PurePosixPath(subfolder or '.')
+    folders = dict.fromkeys((inner, inner.parent / 'feature_extractor'))
+    names = [str(folder / 'preprocessor_config.json') for folder in folders]
+    folder = hub.local_path(source)
+    if folder is not None:
+        paths = [folder / name for name in names]
+        if not subfolder:
+            paths.append(folder.resolve().parent / 'feature_extractor' / 'preprocessor_config.json')
+        return str(folder), next((path for path in paths if path.is_file()), None)
+    repo = hub.Repo(source, revision)
+    settings = [name for name in names if name in repo.names][:1]
+    if repo.partial and not settings:
+        print_log(f"{repo} has no preprocessor_config.json for the image encoder in the local cache; CLIP's "
+                  'preprocessing is used, whatever the repository has.', logger='current', level=logging.WARNING)
+    folder = repo.fetch([*repo.model_files(subfolder, variant), *settings])
+    return str(folder), folder / settings[0] if settings else None
+
+
+def share_encoder(model: AdapterHost, source: str, subfolder: str | None, user: str) -> FrozenImageEncoder:
+    """Return the image encoder from `source`, loaded once for all adapters of `model`."""
+    name = f'image_encoder_{rng.key_seed(source, subfolder or "")}'
+    if name not in model.shared_encoders:
+        weight = model.unet_weight
+        model.shared_encoders[name] = load_encoder(source, subfolder, weight.dtype).to(weight.device)
+    encoder = model.shared_encoders[name]
+    assert isinstance(encoder, FrozenImageEncoder)
+    encoder.users.append(user)
+    return encoder
+
+
+def release_encoder(model: AdapterHost, encoder: FrozenImageEncoder, user: str) -> None:
+    """Undo one `share_encoder`; the last user's drops the encoder."""
+    encoder.users.remove(user)
+    if not encoder.users:
+        del model.shared_encoders[next(n for n, shared in model.shared_encoders.items() if shared is encoder)]

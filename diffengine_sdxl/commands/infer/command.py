@@ -1,0 +1,290 @@
+"""Images from the command line: prompts and settings, or a PNG made here, to a folder of PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from diffengine_sdxl import config as configs
+from diffengine_sdxl.commands.common import hide_loading_bars
+from diffengine_sdxl.commands.infer import provenance
+from diffengine_sdxl.commands.infer.image_folder import ImageFolder
+from diffengine_sdxl.commands.infer.run import (
+    OUT_OF_MEMORY,
+    BatchRunner,
+    ImageJob,
+    PendingImage,
+    RunResult,
+    print_summary,
+)
+from diffengine_sdxl.config.check import accepted, check
+from diffengine_sdxl.errors import UserError, first_line, nearest, user_message
+from diffengine_sdxl.inference.inferencer import SDXLInferencer, split_infer_cfg
+from diffengine_sdxl.loading.trained import NONE, apply_weights
+from diffengine_sdxl.registry import ADAPTERS
+from diffengine_sdxl.request import OPTIONS, Request
+
+#: Options of the command line that are settings of a Request.
+SETTING_OPTIONS = ('prompt_2', 'negative_prompt', 'negative_prompt_2', 'image', 'mask_image', 'strength', 'height',
+                   'width', 'num_inference_steps', 'guidance_scale', 'num_images_per_prompt', 'seed', 'denoising_end')
+#: Limit on the characters of an error about a PNG's settings, which may be of any length.
+MAX_ERROR = 1000
+
+
+@dataclass
+class Plan:
+    """What to make.
+
+    Attributes:
+        config: resolved and checked.
+        jobs: the images.
+        weights: see `SDXLInferencer`.
+        recorded: the settings of a PNG that is made again, else None.
+    """
+
+    config: Config
+    jobs: list[ImageJob]
+    weights: str | None
+    recorded: dict[str, Any] | None = None
+
+
+def run(args: Any, _: Any) -> int:
+    """Make images; return the exit code, 1 also if one of several failed.
+
+    Args:
+        args: as tools/infer.py parses them.
+
+    Raises:
+        UserError: see `infer`.
+    """
+    if args.batch_size < 1:
+        raise UserError(f'--batch-size {args.batch_size} must be at least 1.')
+    hide_loading_bars()
+    return print_summary(infer(args))
+
+
+def infer(args: Any) -> RunResult:
+    """Make the images of the command line that do not exist yet.
+
+    Rows and images that fail are listed in `errors`; the others are made.
+
+    Args:
+        args: config (a config, or a PNG made here), prompt, prompts, SETTING_OPTIONS, condition, adapter, set,
+            weights, out, device, batch_size, cfg_options; as tools/infer.py parses them.
+
+    Raises:
+        UserError: the config, the weights, an option or the folder is unusable.
+    """
+    is_png = Path(args.config).suffix.lower() == '.png'
+    result = RunResult(Path(args.out or _default_folder(args.config, is_png)))
+    folder = ImageFolder(result.folder)
+    plan = _plan_from_png(args) if is_png else _plan_from_config(args, result.errors)
+    if not plan.jobs:
+        return result
+    folder.check_writable()
+    try:
+        if pending := _pending(plan, folder, result):
+            inferencer = _load(plan, args.device)
+            pending = [(job, path, provenance.add_commits(settings, plan.config)) for job, path, settings in pending]
+            BatchRunner(inferencer, folder, result).make_all(pending, args.batch_size)
+    except KeyboardInterrupt as stop:
+        result.fault = stop
+    finally:
+        try:
+            if result.made or result.present:
+                folder.finish()
+            else:
+                folder.remove_if_empty()
+        except UserError as error:
+            result.errors.append(str(error))
+    return result
+
+
+def _default_folder(name: str, is_png: bool) -> str:
+    stem = Path(name).stem
+    return str(Path(name).with_name(f'{stem}-again')) if is_png else str(Path('work_dirs') / stem / 'images')
+
+
+def _pending(plan: Plan, folder: ImageFolder, result: RunResult) -> list[PendingImage]:
+    """Return the images that do not exist yet."""
+    pending = []
+    for job in plan.jobs:
+        try:
+            job.request.check_texts()
+            path = folder.path_of(job.number, job.request)
+            settings = provenance.record(job.request, plan.config, plan.weights)
+            if plan.recorded is not None:  # without the commits that `pin` added
+                settings['config'] = plan.recorded['config']
+            if folder.done(path, settings):
+                result.present += 1
+            else:
+                pending.append((job, path, settings))
+        except UserError as error:
+            result.add_error(job, str(error))
+    return pending
+
+
+def _load(plan: Plan, device: str | None) -> SDXLInferencer:
+    """Build the models.
+
+    Raises:
+        UserError: see SDXLInferencer; or the settings of a PNG, which are untrusted, cannot be built.
+    """
+    if plan.recorded is None:
+        return SDXLInferencer(plan.config, plan.weights, device, checked=True)
+    from diffengine_sdxl.commands.infer import untrusted
+    try:
+        inferencer = SDXLInferencer(plan.config, plan.weights, device, checked=True)
+    except Exception as error:
+        if (message := user_message(error, OUT_OF_MEMORY)) is not None:
+            raise UserError(message) from error
+        raise UserError(f'The models cannot be built from the settings in the PNG ({type(error).__name__}: '
+                        f'{first_line(error)[:200]}).') from error
+    # What is not pinned may have moved on the hub since `pin`.
+    untrusted.refuse_moved(plan.recorded, plan.recorded['config'], loaded=True)
+    return inferencer
+
+
+def _plan_from_config(args: Any, errors: list[str]) -> Plan:
+    """Plan the images of a config and the command line; add broken rows to `errors`."""
+    cfg = configs.resolve(configs.read(args.config, args.cfg_options or ()))
+    if not isinstance(cfg.get('model'), Mapping):
+        raise UserError(f"The config '{args.config}' has no `model`, so it makes no images.")
+    if args.weights == NONE and args.adapter:
+        raise UserError(f'--weights {NONE} is the base without adapters; it contradicts --adapter {args.adapter[0]}.')
+    for item in args.adapter or ():
+        _add_adapter(cfg, item)
+    settings = {key: getattr(args, key) for key in SETTING_OPTIONS if getattr(args, key) is not None}
+    settings.update(_nested(configs.parse_overrides(args.set or (), '--set')))
+    if conditions := _conditions(args.condition or ()):
+        settings['conditions'] = {**_dict_at(settings, 'conditions'), **conditions}
+    if options := {key: settings.pop(key) for key in OPTIONS if key in settings}:
+        cfg.infer_cfg = {**_dict_at(cfg, 'infer_cfg'), **options}
+    check(cfg)
+    if args.weights == NONE:
+        apply_weights(cfg, NONE)
+    defaults, _ = split_infer_cfg(cfg)
+    jobs: list[ImageJob] = []
+    number = 0
+    for where, request in _requests(args, defaults, settings, errors):
+        if where is not None:
+            jobs += [ImageJob(number + k, where, request.with_seed(k)) for k in range(request.num_images_per_prompt)]
+        number += request.num_images_per_prompt
+    return Plan(cfg, jobs, args.weights)
+
+
+def _requests(args: Any, defaults: Mapping[str, Any], settings: Mapping[str, Any],
+              errors: list[str]) -> list[tuple[str | None, Request]]:
+    """Return each row's place, or None if it is broken, and its request; without rows, that of the config's prompt."""
+    requests: list[tuple[str | None, Request]] = [('', Request.of(defaults, settings, {'prompt': prompt}))
+                                                  for prompt in args.prompt or ()]
+    if args.prompts is not None:
+        from diffengine_sdxl.commands.infer.prompt_files import read_prompts
+        # Broken rows keep their numbers.
+        usual = Request.of(defaults, settings, whole=False)
+        for row in read_prompts(args.prompts, defaults, settings):
+            if row.request is None:
+                errors.append(str(row.error))
+            requests.append((f"'{args.prompts}', line {row.number}" if row.request else None, row.request or usual))
+    return requests or [('', Request.of(defaults, settings))]
+
+
+def _plan_from_png(args: Any) -> Plan:
+    """Plan to make an image again by the settings in its PNG, which are untrusted.
+
+    Raises:
+        UserError: they are missing or invalid, a file has changed, or an option contradicts them.
+    """
+    from diffengine_sdxl.commands.infer import untrusted
+    options = ('prompt', 'prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *SETTING_OPTIONS)
+    if conflicts := [name for name in options if getattr(args, name) not in (None, [])]:
+        raise UserError(f"'{args.config}' is made again by its own settings, so {', '.join(conflicts)} cannot be "
+                        'changed. Name the config to make another image.')
+    recorded = untrusted.read_png(args.config)
+    untrusted.check_image_size(args.config, recorded)
+    try:
+        unchecked = untrusted.check_unchanged(recorded)
+        pinned, notes = untrusted.pin(recorded)
+        cfg = configs.resolve(Config(pinned))
+        check(cfg)
+        request = Request.of(recorded['request'])
+    except UserError as error:
+        raise UserError(str(error)[:MAX_ERROR]) from error
+    if unchecked:
+        print(f"Not checked, as they are not local: {', '.join(unchecked)[:MAX_ERROR]}.")
+    for note in notes:
+        print(note)
+    return Plan(cfg, [ImageJob(0, '', request.with_seed(0))], recorded.get('weights'), recorded)
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {'scales.style': 0.5} as {'scales': {'style': 0.5}}.
+
+    Raises:
+        UserError: a key is both a value and a dict.
+    """
+    settings: dict[str, Any] = {}
+    for key, value in options.items():
+        *path, last = key.split('.')
+        node = settings
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set '{key}': '{part}' is {node!r} already.")
+        node[last] = value
+    return settings
+
+
+def _conditions(items: Sequence[str]) -> dict[str, Any]:
+    """Return ['depth=d.png', 'ip=a.png', 'ip=b.png'] as {'depth': 'd.png', 'ip': ['a.png', 'b.png']}; 'ip.mask=m.png'
+    adds a mask."""
+    files: dict[str, dict[str, list[str]]] = {}
+    for item in items:
+        name, equals, source = item.partition('=')
+        name, _, part = name.partition('.')
+        if not equals or not name or not source or part not in ('', 'image', 'mask'):
+            raise UserError(f"--condition takes ADAPTER=FILE or ADAPTER.mask=FILE, not '{item}'.")
+        files.setdefault(name, {}).setdefault(part or 'image', []).append(source)
+    single = {name: {part: paths if len(paths) > 1 else paths[0] for part, paths in parts.items()}
+              for name, parts in files.items()}
+    return {name: parts if 'mask' in parts else parts['image'] for name, parts in single.items()}
+
+
+def _add_adapter(cfg: Config, item: str) -> None:
+    """Add an adapter of the command line to the config: 'style=FILE,scale=0.8,type=LoRA'.
+
+    Raises:
+        UserError: it is not of that form, or names a setting that the adapter's class does not have.
+    """
+    head, *rest = item.split(',')
+    name, equals, source = head.partition('=')
+    pairs = dict(part.partition('=')[::2] for part in rest)
+    if not equals or not name or not source or not all('=' in part for part in rest):
+        raise UserError(f"--adapter takes NAME=SOURCE[,scale=0.8][,type=LoRA][,subfolder=...], not '{item}'.")
+    adapters = _dict_at(cfg.model, 'adapters')
+    old = _dict_at(adapters, name)
+    kind = pairs.pop('type', old.get('type', 'LoRA'))
+    known = list(accepted(ADAPTERS.get(kind)) or ())
+    if unknown := [key for key in pairs if key not in known]:
+        raise UserError(f"--adapter '{item}': a {kind} has no '{unknown[0]}'.{nearest(unknown[0], known)}")
+    values = configs.parse_overrides([f'{key}={value}' for key, value in pairs.items()], '--adapter')
+    if kind == old.get('type'):
+        # What locates the old file does not apply to the new one; an IP-Adapter's `variant` is its architecture.
+        location = {'subfolder', 'weight_name', 'revision', *(() if kind == 'IPAdapter' else ('variant',))}
+        values = {**{key: value for key, value in old.items() if key not in location}, 'type': kind, 'weights': source,
+                  'trainable': False, **values}
+    else:
+        values = {'type': kind, 'weights': source, 'trainable': False, **values}
+    cfg.model.adapters = ConfigDict({**adapters, name: values})
+
+
+def _dict_at(node: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the dict at `key`, empty if there is none."""
+    value = node.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f'{key}={value!r} must be a dict.')
+    return value

@@ -1,0 +1,97 @@
+"""The order of the rows: which row is read at which position of a run, a function of (seed, position) only."""
+
+from collections.abc import Iterator, Sized
+from typing import NamedTuple
+
+import torch
+from mmengine.dist import get_dist_info
+from torch.utils.data import Sampler
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.registry import DATA_SAMPLERS
+
+
+class Draw(NamedTuple):
+    """What a data sampler requests from a data set: a row, the number of earlier passes, and the run's seed."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which a draw does not need
+    epoch: int
+    seed: int
+
+
+def check_start(start: int, world: int) -> None:
+    """Check that `start` (samples read by all processes) can be split over `world` processes.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if start < 0 or start % world:
+        raise UserError(f'A run cannot resume at sample {start} of its data on {world} processes, which do not divide '
+                        'it. Resume with the same number of processes or the same batch size as before.')
+
+
+@DATA_SAMPLERS.register_module()
+class KeyedSampler(Sampler[Draw]):
+    """An endless sequence of rows, in an order keyed by (seed, epoch).
+
+    Position p of the global sequence is row p % N of epoch p // N; process r of w takes the positions with p % w == r.
+    So one process with batches of 2b and two with batches of b see the same rows at each step, and a resumed run sets
+    `start` and reads nothing twice.
+
+    Args:
+        dataset: only its length N is used.
+        shuffle: draw a permutation for each epoch; else keep the source's order.
+        seed: of the order, and passed on to the samples; None means 0.
+        start: the global position to begin at; a multiple of the number of processes.
+    """
+
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, start: int = 0) -> None:
+        self.num_rows: int = len(dataset)
+        if self.num_rows == 0:
+            raise UserError('The data set is empty.')
+        self.shuffle = shuffle
+        self.seed = 0 if seed is None else seed
+        self.start = start
+        self.rank, self.world = get_dist_info()
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """Return the rows of `epoch` in reading order, int64 [N]."""
+        if not self.shuffle:
+            return torch.arange(self.num_rows)
+        return torch.randperm(self.num_rows, generator=rng.generator(self.seed, 'order', epoch))
+
+    def __iter__(self) -> Iterator[Draw]:
+        check_start(self.start, self.world)
+        position, epoch = self.start + self.rank, -1
+        while True:
+            if position // self.num_rows != epoch:
+                epoch = position // self.num_rows
+                order = self.order(epoch)
+            yield Draw(int(order[position % self.num_rows]), epoch, self.seed)
+            position += self.world
+
+    def __len__(self) -> int:
+        """Return the samples of one epoch that one process reads, rounded up; the sequence itself has no end."""
+        return int((self.num_rows + self.world - 1) // self.world)
+
+
+@DATA_SAMPLERS.register_module()
+class FiniteSampler(Sampler[Draw]):
+    """Each row once, in the source's order, split over the processes without padding: for validation and tests.
+
+    Args:
+        dataset: only its length is used.
+        seed: passed on to the samples; None means 0.
+    """
+
+    def __init__(self, dataset: Sized, seed: int | None = None) -> None:
+        self.seed = 0 if seed is None else seed
+        rank, world = get_dist_info()
+        self.indices = range(rank, len(dataset), world)
+
+    def __iter__(self) -> Iterator[Draw]:
+        return (Draw(index, 0, self.seed) for index in self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)

@@ -1,0 +1,179 @@
+"""The training loop: one iteration is one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.runner import BaseLoop
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.engine.eval_loop import ValLoop, shut_down_workers
+from diffengine_sdxl.engine.main_process import on_main_process
+from diffengine_sdxl.engine.runner import ExperimentRunner
+from diffengine_sdxl.errors import UserError, whole_number
+from diffengine_sdxl.loading import checkpoint
+from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.registry import LOOPS
+
+
+@LOOPS.register_module()
+class StepLoop(BaseLoop):
+    """Run `max_iters` optimizer steps, each of `optim_wrapper.accumulative_counts` micro-batches.
+
+    `max_iters`, learning rate schedules, checkpoints, hook intervals and `step<N>` all count optimizer steps. The
+    global random state of a micro-batch depends on (seed, iteration, micro-batch, rank) only, so no checkpoint
+    stores it.
+
+    Args:
+        max_iters: optimizer steps.
+        max_epochs: passes over the data, used if `max_iters` is None.
+        val_interval: optimizer steps between validations; None validates at the end only. Without a val_dataloader
+            there is no validation.
+
+    Raises:
+        UserError: a length is missing or not positive, or `max_epochs` is set for a stream, whose length is unknown.
+    """
+
+    runner: ExperimentRunner
+
+    def __init__(self, runner: ExperimentRunner, dataloader: Any, max_iters: int | None = None,
+                 max_epochs: int | None = None, val_interval: int | None = None) -> None:
+        super().__init__(runner, dataloader)
+        self.val_interval = _count('val_interval', val_interval)
+        self._iter, self._position, self.num_skipped, self._num_scalars = 0, 0, 0, 0
+        self._max_iters = self._length(_count('max_iters', max_iters), _count('max_epochs', max_epochs))
+
+    def _length(self, max_iters: int | None, max_epochs: int | None) -> int:
+        if max_iters is not None:
+            return max_iters
+        if max_epochs is None:
+            raise UserError('train_cfg needs max_iters (optimizer steps) or max_epochs.')
+        if not hasattr(self.dataloader.dataset, '__len__'):
+            raise UserError('train_cfg.max_epochs needs a data set of known length; a stream takes max_iters.')
+        return max_epochs * math.ceil(len(self.dataloader.dataset) / self.samples_per_iter)
+
+    @property
+    def samples_per_iter(self) -> int:
+        """Samples of all processes in one optimizer step."""
+        return self.dataloader.batch_size * get_world_size() * self.runner.accumulative_counts
+
+    @property
+    def iter(self) -> int:
+        """Optimizer steps done."""
+        return self._iter
+
+    @property
+    def max_iters(self) -> int:
+        """Optimizer steps in all."""
+        return self._max_iters
+
+    #: mmengine reads both; an iteration-based loop has one epoch.
+    epoch, max_epochs = 0, 1
+
+    def start_at(self, iteration: int, position: int) -> None:
+        """Continue after `iteration` steps, at sample `position` of the endless stream of data."""
+        streams = isinstance(self.dataloader.dataset, torch.utils.data.IterableDataset)
+        source = self.dataloader.dataset if streams else self.dataloader.sampler
+        self._iter, self._position, source.start = iteration, position, position
+
+    @property
+    def position(self) -> int:
+        """Samples that all processes have trained on."""
+        return self._position
+
+    def run(self) -> SDXL:
+        """Train to the end; return the model."""
+        runner = self.runner
+        if hasattr(self.dataloader.dataset, 'check_model'):
+            self.dataloader.dataset.check_model(runner.bare_model)
+        runner.call_hook('before_train')
+        runner.call_hook('before_train_epoch')
+        self._begin_validation()
+        # Once, not before every iteration as in mmengine: it walks all modules.
+        runner.model.train()
+        batches = iter(self.dataloader) if self._iter < self._max_iters else iter(())
+        try:
+            while self._iter < self._max_iters:
+                self.run_iter(batches)
+                if self._validates():
+                    runner.val_loop.run()
+        finally:
+            shut_down_workers(batches)
+        if self.num_skipped:
+            runner.logger.warning(f'{self.num_skipped} unreadable images were skipped.')
+        runner.call_hook('after_train_epoch')
+        runner.call_hook('after_train')
+        return runner.model
+
+    def _begin_validation(self) -> None:
+        """Check that a validation can run; run the one that was interrupted right after its step's checkpoint."""
+        validation = self.runner.val_loop
+        if not isinstance(validation, ValLoop):  # None, or a custom loop
+            return
+        validation.check()
+        validation.remove_results_after(self._iter)
+        if self._iter > 0 and self._validates() and on_main_process(lambda: not validation.path().is_file()):
+            validation.run()
+
+    def _validates(self) -> bool:
+        """Return whether the step just done is followed by a validation."""
+        due = self._iter == self._max_iters or (self.val_interval and self._iter % self.val_interval == 0)
+        return self.runner.val_loop is not None and bool(due)
+
+    def run_iter(self, batches: Iterator[Any]) -> None:
+        """Do one optimizer step.
+
+        Raises:
+            UserError: a gradient is not finite; no weight has changed. Or a loss without a gradient is not finite;
+                no file of this step is written.
+        """
+        runner, logs, batch = self.runner, [], None
+        for micro in range(runner.accumulative_counts):
+            batch = next(batches)
+            if micro == 0:
+                runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=batch)
+            self.num_skipped += int(batch.get('num_skipped', 0))
+            rng.seed_all(runner.seed, 'iteration', self._iter, micro, get_rank())
+            try:
+                logs.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper))
+            except FloatingPointError as error:
+                raise self._not_finite(self._mean([*logs, runner.bare_model.last_losses]), str(error)) from error
+        outputs = self._mean(logs)
+        if not all(math.isfinite(v) for v in outputs.values()):
+            raise self._not_finite(outputs, 'the loss is not finite')
+        self._position += self.samples_per_iter
+        runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=batch, outputs=outputs)
+        self._bound_scalars()
+        self._iter += 1
+
+    def _mean(self, logs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Average over micro-batches and processes, with one transfer from the device."""
+        names = list(logs[0])
+        values = torch.stack([torch.stack([log[n].detach().double() for n in names]) for log in logs]).mean(dim=0)
+        all_reduce(values, op='mean')
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _not_finite(self, outputs: dict[str, float], reason: str) -> UserError:
+        last = checkpoint.latest(self.runner.work_dir)
+        return UserError(
+            f'Training stopped at step {self._iter + 1}: {reason.rstrip(".")}. Loss parts: '
+            f'{", ".join(f"{name}={value:.6g}" for name, value in outputs.items())}. '
+            + (f"The last good checkpoint is '{last}'." if last else 'No checkpoint was saved yet.')
+            + ' Try a smaller learning rate, clip_grad, or bf16 instead of fp16.')
+
+    def _bound_scalars(self) -> None:
+        """Replace new histories of mmengine's by ones of bounded length."""
+        scalars = self.runner.message_hub.log_scalars
+        if len(scalars) != self._num_scalars:
+            for name, unbounded in scalars.items():
+                history, counts = (list(values) for values in unbounded.data)
+                scalars[name] = checkpoint.bounded_buffer(history, counts)
+            self._num_scalars = len(scalars)
+
+
+def _count(key: str, value: Any) -> int | None:
+    return None if value is None else whole_number(f'train_cfg.{key}', value, 1)

@@ -1,0 +1,201 @@
+"""Labelled grids of images, loss curves, text of PNGs, and pixels for image encoders."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from diffengine_sdxl.errors import UserError
+
+PAPER, INK, SOFT, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120), (200, 200, 200)
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """Convert floats [3, H, W], or gray [1, H, W], in [0, 1] to an RGB image."""
+    if len(image) == 1:
+        image = image.repeat(3, axis=0)
+    return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def clip_pixels(image: Image.Image, size: int, resample: str = 'bicubic', short_edge: int | None = None,
+                stretch: bool = False) -> Tensor:
+    """Resize and center-crop an image for CLIP's image encoder, without normalising: float32 [3, size, size] in [0, 1].
+
+    Source: transformers' CLIPImageProcessorPil, bitwise; the version on torchvision filters differently.
+
+    Args:
+        image: of any mode.
+        size: side of the encoder's input in pixels.
+        resample: a filter of PIL, in lower case.
+        short_edge: short edge before the crop in pixels, if it is not `size` (DINOv2: 256 for 224).
+        stretch: scale both edges to `size` and ignore the aspect ratio (SigLIP).
+    """
+    image = image if image.mode == 'RGB' else image.convert('RGB')
+    short, width, height = short_edge or size, image.width, image.height
+    if stretch:
+        scaled = (size, size)
+    elif width <= height:
+        scaled = (short, int(short * height / width))
+    else:
+        scaled = (int(short * width / height), short)
+    image = image.resize(scaled, Image.Resampling[resample.upper()])
+    left, top = ((side - size) // 2 for side in scaled)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / np.float32(255)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def first_image(condition: Tensor) -> Image.Image:
+    """Return the first image of one sample's condition, a tensor [C, H, W] or, for several images, [n, C, H, W]."""
+    first = condition[0] if condition.dim() == 4 else condition
+    return to_pil((first if first.shape[0] in (1, 3) else first[:1]).float().cpu().numpy())
+
+
+def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image | None]]], columns: Sequence[str], title: str = '',
+                  cell: int = 0) -> Image.Image:
+    """Draw a contact sheet: each row of images under the row's label, each column under its own.
+
+    Args:
+        rows: (label, images); None leaves a cell empty.
+        columns: labels of the columns.
+        title: a line at the top.
+        cell: side of a cell in pixels; 0: that of the largest image, between 128 and 512.
+    """
+    images = [i for _, row in rows for i in row if i is not None]
+    if not cell:
+        cell = min(512, max([128, *(max(i.size) for i in images)]))
+    points = max(12, cell // 18)
+    font, line, gap = _font(points), points + 6, 6
+    width = gap + len(columns) * (cell + gap)
+    wrapped = [_wrap(label, font, width - 2 * gap) for label, _ in rows]
+    heights = [len(lines) * line + cell + 2 * gap for lines in wrapped]
+    title_lines = _wrap(title, font, width - 2 * gap) if title else []
+    top = 2 * gap + line * (len(title_lines) + 1)
+    sheet = Image.new('RGB', (width, top + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, text in enumerate(title_lines):
+        draw.text((gap, gap + i * line), text, INK, font)
+    for x, label in enumerate(columns):
+        draw.text((gap + x * (cell + gap), top - line - gap), _cut(label, font, cell), SOFT, font)
+    y = top
+    for (_, row), lines, height in zip(rows, wrapped, heights, strict=True):
+        for i, text in enumerate(lines):
+            draw.text((gap, y + i * line), text, INK, font)
+        for x, image in enumerate(row):
+            corner = (gap + x * (cell + gap), y + len(lines) * line)
+            if image is None:
+                draw.rectangle((*corner, corner[0] + cell - 1, corner[1] + cell - 1), outline=FAINT)
+                continue
+            shown = image.convert('RGB')
+            scale = cell / max(shown.size)
+            # Enlarge small images in whole pixels, to show the pixels that were generated.
+            shown = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))),
+                                 Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+            sheet.paste(shown, corner)
+        y += height
+    return sheet
+
+
+def _font(points: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Load matplotlib's font, which has Greek, Cyrillic and accents; PIL's own has plain Latin only."""
+    spec = find_spec('matplotlib')
+    path = Path(spec.origin).parent / 'mpl-data/fonts/ttf/DejaVuSans.ttf' if spec and spec.origin else None
+    return ImageFont.truetype(str(path), points) if path and path.is_file() else ImageFont.load_default(points)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break `text` into at most three lines of at most `width` pixels; dots show where it was cut."""
+    lines, current = [], ''
+    for word in text.split():
+        trial = f'{current} {word}'.strip()
+        if current and font.getlength(trial) > width:
+            lines.append(current)
+            current = word
+        else:
+            current = trial
+    lines.append(current)
+    lines = lines if len(lines) <= 3 else [*lines[:2], lines[2] + ' ...']
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Cut `text` to `width` pixels, with dots in place of the rest."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f'{text}...') > width:
+        text = text[:-1]
+    return f'{text}...'
+
+
+def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> None:
+    """Plot each curve, name -> (steps, values), in a panel of its own; a loss also with its running mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 2.6 * len(curves)), layout='constrained')
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        axes = figure.add_subplot(len(curves), 1, i + 1)
+        smooth = 'loss' in name and len(values) >= 20
+        axes.plot(steps, values, linewidth=0.8, alpha=0.4 if smooth else 1.0, color='tab:blue')
+        if smooth:
+            window = max(5, len(values) // 20)
+            mean = np.convolve(values, np.ones(window) / window, mode='valid')
+            axes.plot(steps[window - 1:], mean, linewidth=1.6, color='tab:orange', label=f'mean of {window}')
+            axes.legend(fontsize=8, frameon=False)
+        axes.set_ylabel(name)
+        axes.set_xlabel('optimizer step')
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def png_text(path: str | Path, keyword: str, max_bytes: int) -> str | None:
+    """Return the text of a PNG's iTXt chunk `keyword`, or None; read all chunks but decode no pixel.
+
+    Source: PNG specification, third edition, 5.3 (chunks) and 11.3.3.4 (iTXt).
+
+    Args:
+        max_bytes: limit on the text's length; PIL's reader has none.
+
+    Raises:
+        UserError: the file is not a PNG, is cut off or damaged, or the text is too long or compressed.
+    """
+    mark, chunk = keyword.encode('latin-1') + b'\0', None
+    try:
+        with open(path, 'rb') as file:
+            if file.read(8) != b'\x89PNG\r\n\x1a\n':
+                raise UserError(f"'{path}' is not a PNG.")
+            size, kind = os.fstat(file.fileno()).st_size, b''
+            while kind != b'IEND':
+                head = file.read(8)
+                length, kind = struct.unpack('>I4s', head) if len(head) == 8 else (size, b'')
+                end = file.tell() + length + 4
+                if end > size:
+                    raise UserError(f"'{path}' is cut off.")
+                if kind == b'iTXt' and chunk is None and file.read(min(length, len(mark))) == mark:
+                    if length > max_bytes + len(mark) + 256:
+                        raise UserError(f"'{path}' holds {length} bytes of '{keyword}'; at most {max_bytes} are read.")
+                    chunk = file.read(length - len(mark))
+                    if zlib.crc32(kind + mark + chunk).to_bytes(4, 'big') != file.read(4):
+                        raise UserError(f"The chunk '{keyword}' of '{path}' is damaged.")
+                file.seek(end)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}.") from error
+    if chunk is None:
+        return None
+    # Compression flag and method, one byte each; then language and translated keyword, which end with 0.
+    text = chunk[2:].split(b'\0', 2)[-1]
+    if chunk[:1] != b'\0':
+        raise UserError(f"The chunk '{keyword}' of '{path}' is compressed; diffengine_sdxl does not write it so.")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"The chunk '{keyword}' of '{path}' is damaged: {error}.") from error

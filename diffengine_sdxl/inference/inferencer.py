@@ -1,0 +1,393 @@
+"""Generate images with a config's model and its refiner, asked in diffusers' words; the infer command uses it too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmengine.config import Config
+from PIL import Image
+from torch import Tensor
+
+from diffengine_sdxl import config as configs
+from diffengine_sdxl.config.check import check
+from diffengine_sdxl.errors import UserError, first_line, one_of, whole_number
+from diffengine_sdxl.images import labelled_grid, to_pil
+from diffengine_sdxl.inference import stages
+from diffengine_sdxl.inference.stages import Stage
+from diffengine_sdxl.loading.trained import apply_weights, load_trained
+from diffengine_sdxl.models.image_inputs import Crop, cached_urls, crop_of
+from diffengine_sdxl.models.request_batch import request_batch, size_of
+from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.registry import INFERENCERS, MODELS
+from diffengine_sdxl.request import OPTIONS, ROWS, SCORES, SIZES, Request
+from diffengine_sdxl.samplers.sampler import check_size
+
+if TYPE_CHECKING:
+    from diffengine_sdxl.inference.offload import SequentialOffloadHook
+
+OUTPUT_TYPES = ('pil', 'pt', 'np', 'latent')
+#: The settings of a Request that a sampler takes.
+SAMPLER_SETTINGS = ('num_inference_steps', 'timesteps', 'sigmas', 'eta', 'strength', 'denoising_start',
+                    'denoising_end', 'guidance_scale', 'guidance_rescale')
+
+
+@dataclass
+class Job:
+    """Images that are made in one batch.
+
+    Attributes:
+        indices: of the images among all requests.
+        first, second: stages of the base and of the refiner.
+        scales, active_ranges: of adapters, for these images only.
+        crops: the crop that each image repaints, or None.
+    """
+
+    indices: list[int]
+    first: Stage
+    second: Stage | None
+    scales: Mapping[str, float]
+    active_ranges: Mapping[str, Any]
+    crops: Sequence[Crop | None]
+
+
+@INFERENCERS.register_module()
+class SDXLInferencer:
+    """Generate images with the model of a config and, if it has one, its `refiner`.
+
+    A call runs `preprocess`, `forward` and `postprocess`, as mmengine's inferencers do; `visualize` makes a grid. (Not
+    a subclass of BaseInferencer: importing it brings mmengine's runner, strategies and OpenCV.) The config's
+    `infer_cfg` holds the defaults of a call.
+
+    Args:
+        config: path, name of an installed config, or a Config.
+        weights: a step<N>.pth, a work_dir (its latest checkpoint), an exported step<N>/ or adapter's folder, or 'none'
+            for the base without adapters; None for the `weights` that the config names.
+        device: 'cuda', 'cpu', ...; None for the best available.
+        overrides: of the config, as `--cfg-options` takes them, or a dict of dotted keys.
+        checked: `config` is a resolved and checked Config.
+
+    Raises:
+        UserError: the config or the weights cannot be read, an adapter has no weights, or there is no sampler.
+    """
+
+    def __init__(self, config: str | Config, weights: str | None = None, device: str | None = None,
+                 overrides: Sequence[str] | Mapping[str, Any] = (), checked: bool = False) -> None:
+        if isinstance(config, Config) and overrides:
+            raise UserError('Overrides go with the name of a config; change the Config itself.')
+        # Both copy: `apply_weights` changes the config.
+        cfg = copy.deepcopy(config) if isinstance(config, Config) and checked else configs.resolve(
+            config if isinstance(config, Config) else configs.read(config, overrides))
+        if not checked:
+            check(cfg)
+        if not (cfg.get('model') or {}).get('sampler'):
+            raise UserError('The config has no `model.sampler`, which makes the images; add one, as '
+                            'configs/_base_/samplers/euler.py.')
+        path = apply_weights(cfg, weights)
+        self.cfg = cfg
+        self.defaults, options = split_infer_cfg(cfg)
+        self.device = _device(device)
+        seed = int((cfg.get('randomness') or {}).get('seed') or 0)
+        self.model: SDXL = MODELS.build({'seed': seed, **cfg.model, 'objective': None}).eval()
+        if path is not None:
+            load_trained(self.model, str(path))
+        self.refiner: SDXL | None = None
+        if cfg.get('refiner') is not None:
+            self.refiner = self._build_refiner(seed)
+        for model in self.models:
+            model.requires_grad_(False)
+            # As diffusers' enable_vae_tiling, for encoding too.
+            model.vae.use_tiling = bool(options.get('vae_tiling'))
+            model.vae.use_slicing = bool(options.get('vae_slicing'))
+        self.offload_hook: SequentialOffloadHook | None = None
+        if options.get('offload'):
+            from diffengine_sdxl.inference.offload import offload_models
+            self.offload_hook = offload_models(self.models, self.device)
+        else:
+            for model in self.models:
+                model.to(self.device)
+
+    def _build_refiner(self, seed: int) -> SDXL:
+        refiner: SDXL = MODELS.build({'seed': seed, **self.cfg.refiner, 'base_model': self.model}).eval()
+        if refiner.sampler is None:  # the base's, without its part of the steps
+            refiner.sampler = copy.copy(self.model.sampler)
+            vars(refiner.sampler).update(dict.fromkeys(('strength', 'denoising_start', 'denoising_end')))
+        return refiner
+
+    @property
+    def models(self) -> list[SDXL]:
+        """The base and, if there is one, the refiner."""
+        return [self.model] if self.refiner is None else [self.model, self.refiner]
+
+    def __call__(self, prompt: str | Sequence[str] | None = None, prompt_2: Any = None, negative_prompt: Any = None,
+                 negative_prompt_2: Any = None, image: Any = None, mask_image: Any = None,
+                 strength: float | None = None, conditions: Mapping[str, Any] | None = None, height: int | None = None,
+                 width: int | None = None, num_inference_steps: int | None = None,
+                 guidance_scale: float | None = None, num_images_per_prompt: int | None = None, seed: Any = None,
+                 latents: Any = None, output_type: str = 'pil', batch_size: int = 1,
+                 on_step: Callable[[int, int], None] | None = None, **settings: Any) -> Any:
+        """Generate images of one prompt, or of several.
+
+        If `prompt` is a list, every other argument may be a list of the same length, one entry per prompt; so may the
+        values of `conditions`. `image`, `mask_image` and `latents` may have one entry per image.
+
+        Args:
+            prompt, ..., latents, settings: see `request.Request`, which lists all.
+            output_type: 'pil', a list of PIL images; 'pt', a tensor [N, 3, H, W] in [0, 1]; 'np', an array
+                [N, H, W, 3] in [0, 1]; or 'latent', [N, 4, h, w].
+            batch_size: images per batch; above 1 the last bits may differ.
+            on_step: called with (steps done, total steps) of each stage.
+
+        Returns:
+            num_images_per_prompt images for each prompt, in order.
+
+        Raises:
+            UserError: a setting is unknown, invalid, or does not suit the model.
+        """
+        one_of('output_type', output_type, OUTPUT_TYPES)
+        call = {'prompt': prompt, 'prompt_2': prompt_2, 'negative_prompt': negative_prompt,
+                'negative_prompt_2': negative_prompt_2, 'image': image, 'mask_image': mask_image, 'strength': strength,
+                'conditions': conditions, 'height': height, 'width': width,
+                'num_inference_steps': num_inference_steps, 'guidance_scale': guidance_scale,
+                'num_images_per_prompt': num_images_per_prompt, 'seed': seed, 'latents': latents, **settings}
+        requests = [self.request(one) for one in _split_prompts({k: v for k, v in call.items() if v is not None})]
+        singles = [request.with_seed(k) for request in requests for k in range(request.num_images_per_prompt)]
+        outputs: list[Any] = [None] * len(singles)
+        with self.cached_inputs():
+            if output_type != 'pil':
+                self._check_one_tensor(output_type, singles)
+            for job in self.preprocess(singles, batch_size):
+                for index, tensor in zip(job.indices, self.forward(job, output_type == 'latent', on_step), strict=True):
+                    outputs[index] = tensor
+        return self.postprocess(outputs, output_type)
+
+    def _check_one_tensor(self, output_type: str, requests: Sequence[Request]) -> None:
+        if any(request.padding_mask_crop is not None for request in requests):
+            raise UserError(f"output_type='{output_type}' does not go with padding_mask_crop, which pastes crops into "
+                            "8-bit images; use 'pil'.")
+        if len(sizes := {size_of(self.model, request) for request in requests}) > 1:
+            raise UserError(f"output_type='{output_type}' is one tensor, but the sizes differ "
+                            f"({', '.join(f'{height} x {width}' for height, width in sorted(sizes))}); use 'pil', or "
+                            'one call per size.')
+
+    @contextmanager
+    def cached_inputs(self) -> Iterator[None]:
+        """Inside, encode equal prompts once and fetch each URL once; the weights must not change."""
+        with ExitStack() as stack:
+            stack.enter_context(cached_urls())
+            for model in self.models:
+                stack.enter_context(model.cached_prompts())
+            yield
+
+    def request(self, settings: Mapping[str, Any]) -> Request:
+        """Return the request of `settings` on top of the config's `infer_cfg`."""
+        return Request.of(self.defaults, settings)
+
+    def preprocess(self, inputs: Sequence[Request], batch_size: int = 1) -> Iterator[Job]:
+        """Yield jobs of at most `batch_size` images of one size and kind, in the order of the requests.
+
+        Args:
+            inputs: requests of one image each.
+
+        Raises:
+            UserError: see `request_batch`; an adapter lacks its image; a size is not divisible.
+        """
+        if batch_size != 1:
+            batch_size = whole_number('batch_size', batch_size, 1)
+        groups: dict[Any, list[int]] = {}
+        for index, request in enumerate(inputs):
+            request.check_texts()
+            key = index if batch_size == 1 else _batch_key(self.model, self.refiner, request)
+            groups.setdefault(key, []).append(index)
+        for indices in groups.values():
+            for begin in range(0, len(indices), batch_size):
+                batch = indices[begin:begin + batch_size]
+                yield self._job(batch, [inputs[i] for i in batch])
+
+    def _job(self, indices: list[int], requests: Sequence[Request]) -> Job:
+        first = requests[0]
+        size = size_of(self.model, first)
+        check_size(size, self.model.size_divisor)
+        batch = request_batch(self.model, requests, size)
+        self._check_conditions(first)
+        self._check_scores(requests)
+        sampler = self.model.sampler.changed(**_sampler_settings(first))
+        second = None
+        if self.refiner is not None:
+            check_size(size, self.refiner.size_divisor)
+            refining = [request.for_refiner() for request in requests]
+            second = Stage(self.refiner, request_batch(self.refiner, refining, size, continues=True),
+                           stages.refiner_sampler(self.refiner.sampler, sampler, _sampler_settings(refining[0])))
+        elif first.refiner:
+            raise UserError('`refiner` holds settings of a refiner, but the config has no `refiner`.')
+        crops = [None if request.padding_mask_crop is None else crop_of(request, size) for request in requests]
+        return Job(indices, Stage(self.model, batch, sampler), second, first.scales, first.active_ranges, crops)
+
+    def _check_conditions(self, request: Request) -> None:
+        adapters = self.model.adapters
+        present = {adapters[name].condition_key for name in request.conditions if name in adapters}
+        for name, adapter in adapters.items():
+            if adapter.condition_key is not None and adapter.condition_key not in present:
+                raise UserError(f"Adapter '{name}' ({adapter.kind}) needs an image: give it in `conditions` "
+                                f'(--condition {name}=FILE), or remove the adapter (model.adapters.{name}=None).')
+
+    def _check_scores(self, requests: Sequence[Request]) -> None:
+        if any(model.is_refiner for model in self.models):
+            return
+        for name in SCORES:
+            for request in requests:
+                for value in (getattr(request, name), request.refiner.get(name)):
+                    if value is not None:
+                        raise UserError(f'{name}={value} is a setting of a refiner (a UNet of 5 time ids), and the '
+                                        'config has none; leave it out.')
+
+    def forward(self, inputs: Job, latent: bool = False,
+                on_step: Callable[[int, int], None] | None = None) -> Tensor | list[Tensor]:
+        """Return the images [B, 3, H, W] in [0, 1], or latents [B, 4, h, w], of a job; with `padding_mask_crop` a list
+        of B whole images of their own sizes.
+
+        Raises:
+            UserError: see Sampler; or an adapter rejects its scale or range.
+        """
+        first, second = inputs.first, inputs.second
+        try:
+            with _adapter_settings(self.model, inputs.scales, inputs.active_ranges):
+                latents: Tensor = first.sampler(first.model, first.batch, on_step) if second is None else stages.run(
+                    first, second, on_step)
+            if latent:
+                return latents
+            images: Tensor = (second or first).model.decode(latents)
+            if not any(inputs.crops):
+                return images
+            return [image if crop is None else crop.put_back(image)
+                    for image, crop in zip(images, inputs.crops, strict=True)]
+        finally:
+            if self.offload_hook is not None:
+                self.offload_hook.release()
+
+    def postprocess(self, preds: Sequence[Tensor], output_type: str = 'pil') -> Any:
+        """Return images or latents in the form of `output_type`."""
+        if output_type == 'pil':
+            return [to_pil(image.float().cpu().numpy()) for image in preds]
+        tensor = torch.stack(list(preds))
+        return tensor.permute(0, 2, 3, 1).float().cpu().numpy() if output_type == 'np' else tensor
+
+    def visualize(self, inputs: Sequence[Request], preds: Sequence[Image.Image]) -> Image.Image:
+        """Return a labelled grid of images, one row per prompt."""
+        rows: dict[str, list[Image.Image | None]] = {}
+        for request, image in zip(inputs, preds, strict=True):
+            rows.setdefault(request.prompt, []).append(image)
+        width = max(len(row) for row in rows.values())
+        filled = [(prompt, [*row, *[None] * (width - len(row))]) for prompt, row in rows.items()]
+        return labelled_grid(filled, [str(i + 1) for i in range(width)])
+
+
+def split_infer_cfg(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the defaults of requests, and the OPTIONS, of a resolved config's `infer_cfg`.
+
+    Settings of adapters that the config removes (their value is None) are left out.
+    """
+    plain = config.to_dict()
+    settings = {k: v for k, v in (plain.get('infer_cfg') or {}).items() if v is not None}
+    removed = {name for name, adapter in ((plain.get('model') or {}).get('adapters') or {}).items() if adapter is None}
+    for key in {'conditions', 'scales', 'active_ranges'} & settings.keys():
+        settings[key] = {name: value for name, value in settings[key].items() if name not in removed}
+    options = {key: settings.pop(key) for key in OPTIONS if key in settings}
+    return settings, options
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """Return the device of that name; None for the best available.
+
+    Raises:
+        UserError: it is unknown or not available.
+    """
+    if name is None:
+        from mmengine.device import get_device
+        name = get_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device='{name}' cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def _split_prompts(call: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one dict of settings for each prompt.
+
+    Raises:
+        UserError: a list has another length than `prompt`.
+    """
+    prompts = call.get('prompt')
+    if prompts is None or isinstance(prompts, str):
+        return [dict(call)]
+    if not isinstance(prompts, list | tuple):
+        raise UserError(f'prompt={prompts!r} must be a text, or a list of texts.')
+    num = len(prompts)
+    if num == 0:
+        raise UserError('prompt=[] holds no prompt.')
+
+    def at(name: str, value: Any, i: int) -> Any:
+        if name in ('conditions', 'refiner', 'scales', 'active_ranges') and isinstance(value, Mapping):
+            return {k: at('', v, i) if name == 'conditions' else v for k, v in value.items()}
+        if name in ROWS and (isinstance(value, list | tuple) or getattr(value, 'ndim', 0) == 4):
+            each, rest = divmod(len(value), num)
+            if not rest and each:  # one per prompt, or one per image of a prompt
+                return value[i] if each == 1 else value[i * each:(i + 1) * each]
+        if not isinstance(value, list | tuple) or name in (*SIZES, 'timesteps', 'sigmas'):
+            return value
+        if len(value) != num:
+            raise UserError(f'There are {num} prompts and {len(value)} of {name or "an adapter"!r}; give one per '
+                            'prompt.')
+        return value[i]
+    return [{name: value for name, values in call.items() if (value := at(name, values, i)) is not None}
+            for i in range(num)]
+
+
+def _batch_key(model: SDXL, refiner: SDXL | None, request: Request) -> str:
+    """Return what must be equal in images of one batch."""
+    from diffengine_sdxl.models.prompt_branches import num_chunks
+    chunks = [num_chunks(model, request), *([] if refiner is None else [num_chunks(refiner, request.for_refiner())])]
+    conditions = {name: value if isinstance(value, Mapping) else {'image': value}
+                  for name, value in request.conditions.items()}
+    counts = {name: [_count(value.get(part)) for part in ('image', 'mask')] for name, value in conditions.items()}
+    image = request.image
+    kind = (image.device, tuple(image.shape[-3:])) if isinstance(image, Tensor) else image is not None
+    return repr((size_of(model, request), _sampler_settings(request), request.scales,
+                 request.active_ranges, counts, kind, request.mask_image is not None, request.latents is not None,
+                 [getattr(request, name) is None for name in vars(request) if name.startswith('negative_')],
+                 request.prompt_syntax, request.clip_skip, request.refiner.get('clip_skip'), chunks,
+                 {k: v for k, v in request.refiner.items() if k in SAMPLER_SETTINGS},
+                 [request.refiner.get(name) is None for name in ('negative_prompt', 'negative_prompt_2')]))
+
+
+def _sampler_settings(request: Request) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in SAMPLER_SETTINGS}
+
+
+def _count(images: Any) -> int:
+    return len(images) if isinstance(images, list | tuple) else int(images is not None)
+
+
+@contextmanager
+def _adapter_settings(model: SDXL, scales: Mapping[str, float], active_ranges: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, adapters have these scales and active ranges.
+
+    Raises:
+        UserError: there is no such adapter, or it rejects the value.
+    """
+    with ExitStack() as stack:
+        for attribute, values in (('scale', scales), ('active_range', active_ranges)):
+            for name, value in values.items():
+                if name not in model.adapters:
+                    raise UserError(f"{attribute}s: there is no adapter '{name}'; there are "
+                                    f'{", ".join(model.adapters) or "none"}.')
+                adapter = model.adapters[name]
+                stack.callback(setattr, adapter, attribute, getattr(adapter, attribute))
+                setattr(adapter, attribute, value)
+        yield

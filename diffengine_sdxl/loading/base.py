@@ -1,0 +1,241 @@
+"""SDXL's components from a diffusers folder, a hub id, a single file, or (with random weights) from configs alone."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import nn
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading import hub
+from diffengine_sdxl.loading.files import has_component, read_index, variants, weight_files
+from diffengine_sdxl.loading.single_file import (
+    MODULES,
+    SDXL_FILES,
+    TOKENIZERS,
+    build_module,
+    is_single_file,
+    load_single_file,
+    load_single_part,
+    module_class,
+)
+from diffengine_sdxl.loading.strict import as_user_error, load_pretrained, shipped
+
+__all__ = ['MODULES', 'TOKENIZERS', 'load_components', 'module_class']
+
+
+def load_components(pretrained: str | None, vae: str | None, config: str | None, tokenizer: str | None,
+                    dtypes: Mapping[str, torch.dtype], seed: int, shared: Mapping[str, Any] | None = None,
+                    unet: str | None = None, revision: str | None = None, variant: str | None = None,
+                    cache_dir: str | None = None) -> dict[str, Any]:
+    """Load unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers and scheduler config of a base.
+
+    Also 'null_prompt': what the base's pipeline uses for an absent prompt, if its index says so.
+
+    Args:
+        pretrained: folder, hub id, single file, or 'diffengine_sdxl::<folder>' of this package (as for the other
+            sources); None makes random weights, keyed by `seed`.
+        vae, unet: folder, hub id or single file of another VAE or UNet; None uses the base's own.
+        config: folder of component configs for a single file or for random weights; None means SDXL base 1.0's.
+        tokenizer: folder or hub id of other tokenizers; None uses the base's own.
+        dtypes: component name -> dtype of its weights.
+        shared: components of another model, used as they are.
+        revision, variant, cache_dir: of the hub; `revision` and `variant` are the base's. Another UNet or VAE is loaded
+            in a variant if it has no other weights.
+
+    Raises:
+        UserError: something is missing, is not SDXL, or cannot be downloaded.
+    """
+    pretrained, unet, vae, config, tokenizer = map(shipped, (pretrained, unet, vae, config, tokenizer))
+    shared = dict(shared or {})
+    others = {name: source for name, source in (('unet', unet), ('vae', vae)) if source and name not in shared}
+    skip = {*shared, *others}
+    if pretrained is None:
+        parts = _random_components(Path(config or SDXL_FILES), dtypes, seed, skip)
+    elif is_single_file(pretrained):
+        parts = load_single_file(pretrained, config=config, dtypes=dtypes, skip=tuple(skip),
+                                 revision=revision, cache_dir=cache_dir)
+        parts |= {'scheduler': dict(parts['scheduler'].config), 'null_prompt': _null_prompt(parts.pop('index'))}
+    else:
+        folder = _base_folder(pretrained, skip, revision, variant, cache_dir)
+        parts = _folder_components(folder, pretrained, dtypes, skip, variant)
+    parts.update(shared)
+    for name, source in others.items():
+        parts[name] = _load_other(name, source, config, dtypes[name], cache_dir, variant)
+    _check_sdxl(parts['unet'], str(unet or pretrained or config or 'SDXL'))
+    _check_widths(parts, str(unet or pretrained or config))
+    _check_vae(parts['vae'], parts['unet'], str(vae or pretrained or config))
+    if tokenizer:
+        folder = _tokenizer_folder(tokenizer, cache_dir)
+        for name in TOKENIZERS:
+            parts[name] = _load_tokenizer(name, folder, tokenizer)
+    for name in MODULES:
+        if parts.get(name) is not None and name not in shared and parts[name].dtype != dtypes[name]:
+            parts[name].to(dtypes[name])
+    return parts
+
+
+def _check_sdxl(unet: nn.Module, source: str) -> None:
+    """Check that a UNet has SDXL's size and crop conditioning.
+
+    Raises:
+        UserError: it is of another architecture, e.g. SD 1.5.
+    """
+    kind = unet.config.addition_embed_type  # type: ignore[union-attr]
+    if kind != 'text_time':
+        width = unet.config.cross_attention_dim  # type: ignore[union-attr]
+        raise UserError(f"'{source}' is not an SDXL: its UNet has addition_embed_type={kind!r} (SDXL: 'text_time') "
+                        f'and cross_attention_dim={width}. Stable Diffusion 1.x and 2.x cannot be used as a base.')
+
+
+def _check_widths(parts: Mapping[str, Any], source: str) -> None:
+    """Check that the UNet's cross-attention has the width of the text encoders' outputs.
+
+    Raises:
+        UserError: both widths.
+    """
+    encoders = [parts[name] for name in ('text_encoder', 'text_encoder_2') if parts.get(name) is not None]
+    output, expected = sum(e.config.hidden_size for e in encoders), parts['unet'].config.cross_attention_dim
+    if output != expected:
+        raise UserError(f"The UNet of '{source}' expects text of width {expected}; the text encoders output {output}.")
+
+
+def _check_vae(vae: nn.Module, unet: nn.Module, source: str) -> None:
+    """Check that a VAE's latents have the UNet's number of channels.
+
+    Raises:
+        UserError: both numbers.
+    """
+    latents, expected = vae.config.latent_channels, unet.config.out_channels  # type: ignore[union-attr]
+    if latents != expected:
+        raise UserError(f"The VAE '{source}' has {latents} latent channels; the UNet expects {expected}.")
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new floating-point tensors are of `dtype`."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: int, skip: set[str]) -> dict[str, Any]:
+    index = read_index(folder)
+    parts: dict[str, Any] = {'null_prompt': _null_prompt(index), 'scheduler': _scheduler_config(folder, str(folder))}
+    for name in MODULES:
+        if name not in skip and has_component(index, name):
+            # Made in their own dtype: in fp32 the full UNet would take 10 GB.
+            with rng.fork(seed, 'base', name), _default_dtype(dtypes[name]):
+                parts[name] = build_module(name, folder, name)
+    return parts | {name: _load_tokenizer(name, folder, str(folder))
+                    for name in TOKENIZERS if has_component(index, name)}
+
+
+def _base_folder(source: str, skip: set[str], revision: str | None, variant: str | None,
+                 cache_dir: str | None) -> Path:
+    """Return the folder of a base; download what is needed of one on the hub."""
+    if (path := hub.local_path(source)) is not None:
+        return path
+    repo = hub.Repo(source, revision, cache_dir)
+    if 'model_index.json' not in repo.names:
+        raise UserError(f"{repo} has no model_index.json, so it is not a base in diffusers' layout. To load a single "
+                        f"file of it, give '{source}/<file>.safetensors'.")
+    index = read_index(repo.fetch(['model_index.json']))
+    names = ['model_index.json', *repo.tokenizer_files('scheduler')]
+    for name in (n for n in (*MODULES, *TOKENIZERS) if n not in skip and has_component(index, n)):
+        if repo.files_in(name):  # a missing folder is reported when the base is loaded
+            names += repo.model_files(name, variant) if name in MODULES else repo.tokenizer_files(name)
+    return repo.fetch(names)
+
+
+def _tokenizer_folder(source: str, cache_dir: str | None) -> Path:
+    """Return a folder with both tokenizers' folders, downloaded if `source` is a hub id."""
+    path, names = hub.local_path(source), []
+    repo = hub.Repo(source, cache_dir=cache_dir) if path is None else None
+    for name in TOKENIZERS:
+        files = repo.tokenizer_files(name) if repo else []
+        if not files and (path is None or not (path / name).is_dir()):
+            raise UserError(f"'{source}' has no folder '{name}'. `tokenizer` takes a folder or hub id with "
+                            f"{' and '.join(map(repr, TOKENIZERS))}, like a base.")
+        names += files
+    return repo.fetch(names) if repo else Path(str(path))
+
+
+def _load_tokenizer(name: str, folder: Path, shown: str) -> Any:
+    return as_user_error(shown, module_class(name).from_pretrained, str(folder), subfolder=name)
+
+
+def _folder_components(folder: Path, shown: str, dtypes: Mapping[str, torch.dtype], skip: set[str],
+                       variant: str | None) -> dict[str, Any]:
+    """Load the components of a base in a folder, which errors call `shown`."""
+    index = read_index(folder, shown)
+    parts: dict[str, Any] = {'null_prompt': _null_prompt(index)}
+    for name in (n for n in (*MODULES, *TOKENIZERS) if n not in skip and has_component(index, n)):
+        if not (folder / name).is_dir():
+            raise UserError(f"'{shown}' has no folder '{name}', but its model_index.json names one.")
+        if name in MODULES:
+            parts[name] = load_pretrained(module_class(name), str(folder), dtype=dtypes[name], subfolder=name,
+                                          variant=variant, shown=shown)
+        else:
+            parts[name] = _load_tokenizer(name, folder, shown)
+    for name in ('unet', 'text_encoder_2', 'tokenizer_2'):
+        if name not in parts and name not in skip:
+            raise UserError(f"'{shown}' has no '{name}', so it is not an SDXL base "
+                            f'(it has {", ".join(sorted(k for k in index if not k.startswith("_")))}).')
+    return {**parts, 'scheduler': _scheduler_config(folder, shown)}
+
+
+def _load_other(name: str, source: str, config: str | None, dtype: torch.dtype, cache_dir: str | None,
+                variant: str | None) -> Any:
+    """Load a UNet or VAE from another source than the base, in `variant` if it has no plain weights."""
+    if is_single_file(source):
+        return load_single_part(name, source, config=config, dtype=dtype, cache_dir=cache_dir)
+    path = hub.local_path(source)
+    if path is None:
+        repo = hub.Repo(source, cache_dir=cache_dir)
+        subfolder = name if 'config.json' not in repo.names and repo.files_in(name) else None
+        variant = _choose_variant(source, subfolder, list(repo.files_in(subfolder)), variant)
+        path = repo.fetch(repo.model_files(subfolder, variant))
+    else:
+        subfolder = name if not (path / 'config.json').is_file() and (path / name).is_dir() else None
+        folder = path / (subfolder or '')
+        variant = _choose_variant(source, subfolder, os.listdir(folder) if folder.is_dir() else [], variant)
+    return load_pretrained(module_class(name), str(path), dtype=dtype, subfolder=subfolder, variant=variant,
+                           shown=source)
+
+
+def _choose_variant(source: str, subfolder: str | None, names: Sequence[str], preferred: str | None) -> str | None:
+    """Return None if there are plain weights or none at all, else the preferred variant or the only one.
+
+    Raises:
+        UserError: there are several variants, none of which is preferred.
+    """
+    available = [] if weight_files(names) else [v for v in variants(names) if weight_files(names, v)]
+    if not available:
+        return None
+    if preferred not in available and len(available) > 1:
+        file = '/'.join(part for part in (source, subfolder, weight_files(names, available[0])[0]) if part)
+        raise UserError(f"'{source}' has its weights in the variants {', '.join(available)} only; give the file of "
+                        f"one, e.g. '{file}'.")
+    variant = preferred if preferred in available else available[0]
+    print_log(f"'{source}' has no plain weights; its variant '{variant}' is loaded.", logger='current')
+    return variant
+
+
+def _null_prompt(index: Mapping[str, Any]) -> str:
+    """Return what stands for an absent prompt: zeros in SDXL's base, the empty prompt in the refiner."""
+    return 'zeros' if index.get('force_zeros_for_empty_prompt', True) else 'empty'
+
+
+def _scheduler_config(folder: Path, shown: str) -> dict[str, Any]:
+    from diffusers import EulerDiscreteScheduler
+    config = as_user_error(shown, EulerDiscreteScheduler.load_config, str(folder), subfolder='scheduler')
+    return {k: v for k, v in dict(config).items() if not k.startswith('_')}

@@ -1,0 +1,118 @@
+"""Strict loading: every key of a file is used and every weight of a model is loaded, or the file is refused."""
+
+import os
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from mmengine.logging import print_log
+from safetensors import SafetensorError
+from torch import nn
+
+from diffengine_sdxl.errors import UserError, first_line, is_out_of_memory, listed
+from diffengine_sdxl.loading import hub
+from diffengine_sdxl.loading.files import weight_files
+
+#: Prefix of sources in this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
+SHIPPED = 'diffengine_sdxl::'
+
+
+def shipped(source: str | Path | None) -> str | None:
+    """Resolve a source in this package to its path; return any other source unchanged.
+
+    Raises:
+        UserError: the package has no such folder, or the path leads out of it.
+    """
+    if source is None or not str(source).startswith(SHIPPED):
+        return None if source is None else str(source)
+    package = Path(__file__).resolve().parents[1]
+    path = (package / str(source).removeprefix(SHIPPED)).resolve()
+    if not path.is_dir() or package not in path.parents:
+        raise UserError(f"'{source}': this package has no folder '{str(source).removeprefix(SHIPPED)}'; it has "
+                        f"'{SHIPPED}shapes/base'.")
+    return str(path)
+
+
+def fingerprint(module: nn.Module, prefixes: tuple[str, ...]) -> str:
+    """Return a digest of the weights whose names have one of `prefixes`; the same in fp32 and fp16."""
+    digest = blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        if name.startswith(prefixes):
+            digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_dir: str | None = None,
+                    shown: str | None = None, **kwargs: Any) -> Any:
+    """Call `cls.from_pretrained(source)` of a model class of diffusers or transformers, strictly.
+
+    Args:
+        cls: the class.
+        source: folder, hub id, or link to the weights or the config of a model on the hub.
+        revision, cache_dir: of the hub; `revision` overrides the link's.
+        shown: what errors call it; None for `source`.
+        kwargs: subfolder, variant, dtype and the like; None values are left out.
+
+    Raises:
+        UserError: not found, not of this class, or some keys don't match; which.
+    """
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if linked := hub.parse_model_link(source):
+        shown, source, revision = shown or source, linked[0], revision or linked[1]
+        kwargs = {k: v for k, v in zip(('subfolder', 'variant'), linked[2:], strict=True) if v} | kwargs
+    subfolder, variant = kwargs.get('subfolder'), kwargs.get('variant')
+    shown = f'{shown or source}/{subfolder}' if subfolder and not linked else shown or source
+    path = hub.local_path(source)
+    if path is None:
+        repo = hub.Repo(source, revision, cache_dir)
+        names = repo.model_files(subfolder, variant)
+        path = repo.fetch(names)
+    else:
+        folder = path / (subfolder or '')
+        names = weight_files(as_user_error(shown, os.listdir, folder), variant) if folder.is_dir() else []
+    if any(name.endswith('.bin') for name in names):
+        kwargs['use_safetensors'] = False  # else diffusers logs an error before it falls back to them
+    model, info = as_user_error(shown, cls.from_pretrained, str(path), output_loading_info=True, **kwargs)
+    refuse_unmatched(shown, info)
+    return model
+
+
+def refuse_unmatched(source: str, info: Mapping[str, Any]) -> None:
+    """Check that the `output_loading_info` of a load has no unmatched keys.
+
+    Raises:
+        UserError: names the first keys of each kind.
+    """
+    faults = []
+    for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'):
+        # position_ids: buffers that old transformers saved and new ones compute; no weight is lost with them.
+        keys = sorted(str(k) for k in info.get(kind) or () if 'position_ids' not in str(k))
+        if keys:
+            faults.append(f'{len(keys)} {kind.replace("_", " ")} ({listed(keys)})')
+    if faults:
+        raise UserError(f"The weights in '{source}' don't fit: {'; '.join(faults)}.")
+
+
+def as_user_error(source: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function`, which reads local files; re-raise I/O and parsing errors as UserError.
+
+    Raises:
+        UserError: what could not be loaded, and why.
+    """
+    from huggingface_hub.errors import StrictDataclassError  # raised by configs of transformers
+    try:
+        return function(*args, **kwargs)
+    except UserError:
+        raise
+    # diffusers and transformers raise all of these for damaged or unsuitable files, also for an empty config.
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
+            StrictDataclassError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"'{source}' could not be loaded: {first_line(error)}") from error
+
+
+def log_loaded(what: str, source: str | Path, num_keys: int) -> None:
+    """Log that all keys of a loaded file matched; files with other keys are refused before."""
+    print_log(f"{what}: all {num_keys} keys of '{source}' matched.", logger='current')

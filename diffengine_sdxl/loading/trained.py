@@ -1,0 +1,167 @@
+"""Weights that a training wrote: find a checkpoint or export by the name that a user gives, and load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmengine.config import Config
+
+from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.loading import checkpoint
+from diffengine_sdxl.loading.files import read_json
+
+#: Name of a fine-tuned base's folder in an export, beside those of the adapters.
+PIPELINE = 'pipeline'
+#: In place of a checkpoint's name: the base without adapters; or the adapters with the `weights` in the config.
+NONE, WEIGHTS = 'none', 'weights'
+
+
+class TrainableModel(checkpoint.Stateful, Protocol):
+    """What loading uses of an SDXL."""
+
+    @property
+    def adapters(self) -> Mapping[str, Any]:
+        """Return its adapters by name."""
+
+
+def apply_weights(config: Config, name: str | None) -> Path | None:
+    """Return the file or folder of weights to load into the model of `config`, if there is one.
+
+    Args:
+        config: changed in place if `name` replaces the base or removes the adapters.
+        name: as of `to_test_config`; None for 'weights'.
+
+    Raises:
+        UserError: it does not exist, or the config names no weights of an adapter.
+    """
+    if name == NONE:
+        config.model.adapters = dict.fromkeys(config.model.get('adapters') or {})
+        return None
+    if name is None or name == WEIGHTS:
+        adapters = {key: adapter for key, adapter in (config.model.get('adapters') or {}).items() if adapter}
+        fresh = [key for key, adapter in adapters.items() if not adapter.get('weights')]
+        if fresh:
+            raise UserError(f"The config does not name the `weights` of {', '.join(fresh)}; set them "
+                            f'(model.adapters.{fresh[0]}.weights), or name a checkpoint or export that has them.')
+        return None
+    path = resolve_checkpoint(name)
+    manifest = read_manifest(path) if path.is_dir() else None
+    parent = read_manifest(path.parent) if manifest is None and path.is_dir() else None
+    if parent is not None and PIPELINE in parent['contents']:
+        raise UserError(f"'{name}' was trained together with its base; name '{path.parent}', which has both.")
+    if manifest is not None and PIPELINE in manifest['contents']:
+        use_trained_base(config.model, path)
+    return path
+
+
+def use_trained_base(model_config: Any, export: Path) -> None:
+    """Replace base and VAE in a model's config by the base that was trained."""
+    model_config.update(pretrained=str(export / PIPELINE), unet=None, vae=None, revision=None, variant=None)
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """Return the checkpoint's file, or the exported folder, that `name` stands for.
+
+    Raises:
+        UserError: it does not exist; the nearest names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if not path.exists():
+        names = [p.name for p in checkpoint.list_checkpoints(path.parent)]
+        raise UserError(f"There is no checkpoint '{name}'.{nearest(path.name, names)} Name a step<N>.pth, a work_dir, "
+                        f"an exported folder, '{NONE}' for the base alone, or '{WEIGHTS}' for those in the config.")
+    if (latest := checkpoint.latest(path)) is not None:
+        return latest
+    if read_manifest(path) is None and not any(path.glob('*.safetensors')):
+        raise UserError(f"'{name}' has neither a checkpoint (step<N>.pth) nor an exported adapter.")
+    return path
+
+
+def load_trained(model: TrainableModel, source: str) -> tuple[int | None, bool]:
+    """Load the trained weights of a checkpoint (its EMA weights, if it has some) or of an export, strictly.
+
+    Returns:
+        Their step, if known, and whether they are EMA weights.
+
+    Raises:
+        UserError: the file is damaged or its weights don't fit; which keys.
+    """
+    if Path(source).is_dir():
+        return load_export(model, Path(source))
+    state = checkpoint.load(source)
+    weights, is_ema = trained_weights(state)
+    checkpoint.load_strict(model, weights, source)
+    return state['meta']['step'], is_ema
+
+
+def trained_weights(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return a checkpoint's EMA weights if it has some, else its weights; and whether they are EMA weights."""
+    ema = state.get('ema', {}).get('weights')
+    return ema or state['state_dict'], bool(ema)
+
+
+def load_export(model: TrainableModel, folder: Path) -> tuple[int | None, bool]:
+    """Load the weights that `engine.export` wrote into `model`.
+
+    Args:
+        model: an SDXL with adapters of the same names.
+        folder: `step<N>`, or the folder of one adapter in it (or from elsewhere, in its ecosystem's format). A
+            fine-tuned base is not loaded from it: set model.pretrained to its folder.
+
+    Returns:
+        The step, and whether these are EMA weights; None and False if the folder does not record it.
+
+    Raises:
+        UserError: the folder's adapters are not those of the model, or one does not fit.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        model.adapters[_only_adapter(model, folder)].load(folder)
+        with suppress(UserError):  # the parent folder may be anybody's
+            manifest = read_manifest(folder.parent)
+    else:
+        trained = [name for name, adapter in model.adapters.items() if adapter.trainables()]
+        exported = [name for name in manifest['contents'] if name != PIPELINE]
+        if sorted(trained) != sorted(exported):
+            raise UserError(f"'{folder}' has the adapters {exported or 'none'}, the config trains "
+                            f"{trained or 'none'}; test it with the config that it was trained with.")
+        for name in exported:
+            model.adapters[name].load(folder / name)
+    return (None, False) if manifest is None else (manifest['step'], bool(manifest['ema']))
+
+
+def _only_adapter(model: TrainableModel, folder: Path) -> str:
+    """Return the name of the adapter whose weights are in `folder`, which holds those of one adapter."""
+    names = list(model.adapters)
+    name = folder.name if folder.name in names else names[0] if len(names) == 1 else None
+    if name is None:
+        raise UserError(f"'{folder}' is the folder of one adapter, but the config has {len(names)} adapters"
+                        f"{' (' + ', '.join(names) + ')' if names else ''} and none is named '{folder.name}'.")
+    others = [other for other in names if other != name and model.adapters[other].trainables()]
+    if others:
+        raise UserError(f"'{folder}' has the weights of '{name}' only, and the config also trains "
+                        f'{", ".join(others)}. Name the folder step<N> that has all, or give the others their '
+                        '`weights` and trainable=False.')
+    return name
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of an export, or None if there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / 'manifest.json'
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    try:
+        return {**manifest, 'step': int(manifest['step']), 'contents': [str(name) for name in manifest['contents']],
+                'ema': manifest['ema']}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"'{path}' is damaged ({type(error).__name__}: {error}).") from error

@@ -1,0 +1,37 @@
+"""Generate the images of a batch, with the adapters and without them, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from diffengine_sdxl.errors import one_of
+from diffengine_sdxl.protocols import Model
+from diffengine_sdxl.structures import Batch
+
+#: Images of the base without adapters, and of the model with all of them.
+BASE, ADAPTED = IMAGE_SETS = ('base', 'adapted')
+
+
+def generate(model: Model, batch: Batch, image_sets: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Return one dict a sample: key, seed, prompt, images {image_set: [3, H, W] in [0, 1], fp32}.
+
+    All image sets start from the noise of the sample's seed.
+
+    Args:
+        model: has a sampler.
+        batch: B samples.
+        image_sets: of `model.image_sets`; None generates the last of them, with all adapters.
+
+    Raises:
+        UserError: an image set is unknown; or see Sampler.
+    """
+    assert model.sampler is not None, 'the runner checks that a model that samples has a sampler'
+    images = {}
+    for image_set in model.image_sets[-1:] if image_sets is None else image_sets:
+        one_of('image_sets', image_set, model.image_sets)
+        with model.disable_adapters() if image_set == BASE and model.adapters else nullcontext():
+            images[image_set] = model.decode(model.sampler(model, batch))
+    return [{'key': batch.key[i], 'seed': int(batch.seed[i]), 'prompt': batch.text[i],
+             'images': {image_set: images[image_set][i] for image_set in images}} for i in range(len(batch))]

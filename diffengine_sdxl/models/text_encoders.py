@@ -1,0 +1,196 @@
+"""Prompts to embeddings, through one or both of SDXL's text encoders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.prompt_weighting import WeightedEncoder, plain_text
+
+#: New tokens of one text encoder: token -> its vectors [n, D].
+NewTokens = Mapping[str, Tensor]
+#: A tokenizer -> the entries last added to it, and the copy that has them; SDXL's take 0.2 s to copy.
+_EXTENDED: WeakKeyDictionary[Any, tuple[list[str], Any]] = WeakKeyDictionary()
+#: Ends of prompts that were truncated and logged; MAX_TRUNCATIONS of them, as captions may all be long.
+_TRUNCATED: set[str] = set()
+MAX_TRUNCATIONS = 10
+
+
+class TextEncoder:
+    """A text encoder with its tokenizer; both know `new_tokens` without being changed."""
+
+    def __init__(self, tokenizer: Any, encoder: Any, new_tokens: NewTokens) -> None:
+        self.new_tokens = new_tokens
+        self.tokenizer = _Tokenizer(tokenizer, new_tokens)
+        self.encoder = _Encoder(encoder, len(tokenizer), new_tokens)
+
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
+        """Tokenize, pad and truncate to [B, 77]; ids of new tokens follow the tokenizer's own, one for each vector."""
+        length, rows = self.tokenizer.model_max_length, self.tokenizer(texts)['input_ids']
+        for row in rows:
+            if len(row) > length:
+                _log_truncation(self.tokenizer.decode(row[length - 1:-1]), length)
+        return torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row))
+                             for row in _truncate(rows, length)])
+
+    def weighted(self) -> WeightedEncoder:
+        """Return the encoder of compel's syntax."""
+        return WeightedEncoder(self.tokenizer, self.encoder)
+
+
+def encode_prompts(prompts: Sequence[Sequence[str]], encoders: Sequence[TextEncoder],
+                   clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
+    """Embed one batch of prompts; truncate longer ones to 77 tokens and log what is lost.
+
+    The encoders' penultimate hidden states are concatenated; the pooled embedding is the last encoder's projected one
+    (Podell et al. 2023, SDXL, section 2.1; as diffusers' `encode_prompt`).
+
+    Args:
+        prompts: one list of B prompts for each encoder.
+        clip_skip: layers to skip besides the last; None as 0.
+
+    Returns:
+        text [B, 77, sum of widths], pooled [B, P], both in the encoders' dtype.
+    """
+    states, pooled = [], None
+    for texts, part in zip(prompts, encoders, strict=True):
+        output = part.encoder(part.token_ids(texts).to(part.encoder.device), output_hidden_states=True)
+        states.append(output.hidden_states[-(clip_skip or 0) - 2])
+        pooled = output[0]
+    assert pooled is not None and pooled.dim() == 2, 'the last text encoder has a projection'
+    return torch.cat(states, dim=-1), pooled
+
+
+def encode_weighted(prompts: Sequence[Sequence[str]], encoders: Sequence[TextEncoder],
+                    num_chunks: int) -> tuple[Tensor, Tensor]:
+    """Embed prompts in compel's syntax, one by one; as `encode_prompts` if none has a weight or is long.
+
+    Args:
+        prompts: one list of B prompts for each encoder.
+        num_chunks: chunks to pad each prompt to; at least those of the longest.
+
+    Returns:
+        text [B, 77 num_chunks, sum of widths], pooled [B, P].
+
+    Raises:
+        UserError: the syntax of a prompt is wrong, or splits a new token.
+    """
+    weighted = [part.weighted() for part in encoders]
+    for texts, part in zip(prompts, encoders, strict=True):
+        for text in texts:
+            _check_new_tokens(text, part.new_tokens)
+    if num_chunks == 1:
+        unweighted = [[encoder.unweighted(text) for text in texts]
+                      for texts, encoder in zip(prompts, weighted, strict=True)]
+        if all(text is not None for texts in unweighted for text in texts):
+            return encode_prompts(unweighted, encoders)  # type: ignore[arg-type]
+    # Each text once: many prompts of a batch share the negative one.
+    states = [{text: encoder.states(text, num_chunks) for text in dict.fromkeys(texts)}
+              for texts, encoder in zip(prompts, weighted, strict=True)]
+    pooled = {text: weighted[-1].pooled(text) for text in dict.fromkeys(prompts[-1])}
+    rows = [torch.cat([by_text[text] for text in texts]) for texts, by_text in zip(prompts, states, strict=True)]
+    return torch.cat(rows, dim=-1), torch.cat([pooled[text] for text in prompts[-1]])
+
+
+def _check_new_tokens(prompt: str, tokens: NewTokens) -> None:
+    """Check that compel's syntax leaves the new tokens in `prompt` whole."""
+    for token in tokens:
+        if prompt.lower().count(token.lower()) != plain_text(prompt).lower().count(token.lower()):
+            raise UserError(f"compel's syntax splits the new token '{token}' in the prompt '{prompt}'; name it with "
+                            "letters, digits, '_', '-', '<' and '>' only.")
+
+
+def extended(tokenizer: Any, tokens: NewTokens) -> Any:
+    """Return a copy of `tokenizer` with an entry for each vector: token, token_1, ..., as diffusers names them.
+
+    Raises:
+        UserError: the tokenizer has one of them already, or two are equal.
+    """
+    entries = [entry for token, vectors in tokens.items()
+               for entry in [token, *(f'{token}_{i}' for i in range(1, len(vectors)))]]
+    if tokenizer in _EXTENDED and _EXTENDED[tokenizer][0] == entries:
+        return _EXTENDED[tokenizer][1]
+    vocabulary, lowered = tokenizer.get_vocab(), [entry.lower() for entry in entries]  # CLIP's tokenizers lower all
+    for entry in entries:
+        duplicate = lowered.count(entry.lower()) > 1
+        if duplicate or entry in vocabulary or len(tokenizer.tokenize(entry)) == 1:
+            problem = 'is added twice' if duplicate else "is in the tokenizer's vocabulary already"
+            raise UserError(f"The new token '{entry}' {problem}; choose another, such as '<my-thing>'.")
+    copy = deepcopy(tokenizer)
+    copy.add_tokens(entries)
+    assert copy.convert_tokens_to_ids(entries) == list(range(len(tokenizer), len(tokenizer) + len(entries)))
+    _EXTENDED[tokenizer] = entries, copy
+    return copy
+
+
+def _truncate(rows: list[list[int]], length: int) -> list[list[int]]:
+    """Truncate before the end token, as tokenizers do."""
+    return [row if len(row) <= length else [*row[:length - 1], row[-1]] for row in rows]
+
+
+def _log_truncation(lost: str, length: int) -> None:
+    if lost in _TRUNCATED or len(_TRUNCATED) >= MAX_TRUNCATIONS:
+        return
+    _TRUNCATED.add(lost)
+    print_log(f"A prompt has more than {length} tokens, so its end is ignored: '{lost}'. prompt_syntax='compel' reads "
+              'all of it.' + (' Further ones are not logged.' if len(_TRUNCATED) == MAX_TRUNCATIONS else ''),
+              logger='current', level=logging.WARNING)
+
+
+class _Tokenizer:
+    """A tokenizer with new tokens, called as transformers' are."""
+
+    def __init__(self, tokenizer: Any, tokens: NewTokens) -> None:
+        self.tokenizer = extended(tokenizer, tokens) if tokens else tokenizer
+        firsts = {token: self.tokenizer.convert_tokens_to_ids(token) for token in tokens}
+        #: Id of a new token -> the ids of its vectors.
+        self.ids = {firsts[token]: range(firsts[token], firsts[token] + len(vectors))
+                    for token, vectors in tokens.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts: Sequence[str], truncation: bool = False, **_: Any) -> dict[str, list[list[int]]]:
+        rows = self.tokenizer(list(texts), verbose=False).input_ids
+        # Expanded here and not in the text, as diffusers does it, which misses tokens in capitals.
+        rows = [[new for old in row for new in self.ids.get(old, (old,))] for row in rows]
+        return {'input_ids': _truncate(rows, self.tokenizer.model_max_length) if truncation else rows}
+
+
+class _Encoder:
+    """A text encoder with new tokens, called with ids and an attention mask."""
+
+    def __init__(self, encoder: Any, num_known: int, tokens: NewTokens) -> None:
+        self.encoder, self.num_known, self.tokens = encoder, num_known, tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def __call__(self, ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        hooks = self._hook_embeddings(ids) if self.tokens else []
+        try:
+            return self.encoder(ids, attention_mask=attention_mask, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook_embeddings(self, ids: Tensor) -> list[Any]:
+        """Embed the ids from `num_known` on as the new tokens' vectors; gradients reach these."""
+        layer, vectors, num_known = self.get_input_embeddings(), torch.cat(list(self.tokens.values())), self.num_known
+
+        def replace_rows(_layer: Any, _args: Any, out: Tensor) -> Tensor:
+            # The encoder may have moved to its device after the ids were made (inference.offload).
+            at = ids.to(out.device)
+            new = vectors.to(out.device)[(at - num_known).clamp(min=0)].to(out.dtype)
+            # A token that no prompt has gets a gradient of zeros: the graph is the same in every step.
+            return torch.where((at >= num_known).unsqueeze(-1), new, out)
+        return [layer.register_forward_pre_hook(lambda _layer, args: (args[0].clamp(max=num_known - 1), *args[1:])),
+                layer.register_forward_hook(replace_rows)]

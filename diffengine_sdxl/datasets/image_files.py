@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.loading.hub import hub_errors
@@ -68,7 +68,9 @@ def _decoding(what: str) -> Iterator[None]:
     try:
         yield
     except DECODE_ERRORS as error:
-        raise BadImageError(f'{what} is not a readable image, or is cut off: {error}') from error
+        # PIL's own text for this one ends with the address of a BytesIO.
+        reason = 'unknown format' if isinstance(error, UnidentifiedImageError) else error
+        raise BadImageError(f'{what} is not a readable image, or is cut off: {reason}') from error
 
 
 def is_url(value: str) -> bool:

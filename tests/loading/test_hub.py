@@ -239,7 +239,7 @@ def in_offline(work: Path) -> None:
     for settings, words in ((dict(pretrained='me/tiny', vae='me/nothing'), "'me/nothing' is not a local file"),
                             (dict(pretrained='me/other'), 'in the cache, without network, lacks model_index.json; wi'),
                             (dict(pretrained='me/tiny', variant='bf16'), "no weights of variant 'bf16'"),
-                            (dict(pretrained='me/single/y.safetensors'), "'y.safetensors' of 'me/single' could not")):
+                            (dict(pretrained='me/single/y.safetensors'), "'y.safetensors' of 'me/single' cannot be")):
         with pytest.raises(UserError, match=words):
             SDXL(**settings)
 

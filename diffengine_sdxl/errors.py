@@ -32,7 +32,7 @@ def listed(names: Iterable[object], num: int = 10) -> str:
     return ', '.join(texts[:num]) + (' ...' if len(texts) > num else '')
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, known: Collection[str]) -> str:
     """Return " Did you mean 'a' or 'b'?" with the entries of `known` closest to `name`, or '' if none is close."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if not close:
@@ -49,7 +49,7 @@ def one_of(key: str, value: object, known: Collection[object]) -> None:
     """
     if value not in [*known]:  # as a list, so that a value that cannot be hashed is refused too
         raise UserError(f'{key}={value!r} is unknown; choose one of {", ".join(map(repr, known))}.'
-                        f'{nearest(str(value), [str(k) for k in known])}')
+                        f'{did_you_mean(str(value), [str(k) for k in known])}')
 
 
 def whole_number(key: str, value: Any, low: int | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import mmengine.registry as root
 from mmengine.registry import Registry
 
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 
 SCOPE = 'diffengine_sdxl'
 
@@ -26,7 +26,7 @@ class NamedRegistry(Registry):
         if entry is None:
             folders = ', '.join(loc.replace('.', '/') for loc in self._locations)
             raise UserError(
-                f"type='{key}' is not a known {self.name}.{nearest(key, self.names())} The {self.name}s of this "
+                f"type='{key}' is not a known {self.name}.{did_you_mean(key, self.names())} The {self.name}s of this "
                 f'package are in {folders or SCOPE}; your own class needs `custom_imports` in the config.')
         return entry
 

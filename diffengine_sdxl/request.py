@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
-from diffengine_sdxl.errors import UserError, nearest, one_of, whole_number
+from diffengine_sdxl.errors import UserError, did_you_mean, one_of, whole_number
 from diffengine_sdxl.structures import checked_range
 
 Check = Callable[[str, Any], Any]
@@ -75,7 +75,7 @@ def _refiner(key: str, value: Any) -> dict[str, Any]:
         raise UserError(f'{key}={value!r} must be a dict of the settings in which the refiner differs from the base.')
     for name in value:
         if name not in REFINER:
-            raise UserError(f"Unknown refiner setting '{name}'.{nearest(str(name), REFINER)}")
+            raise UserError(f"Unknown refiner setting '{name}'.{did_you_mean(str(name), REFINER)}")
     return dict(value)
 
 
@@ -183,7 +183,7 @@ class Request:
             for key, value in layer.items():
                 if key not in SETTINGS:
                     hint = ' It does not belong to one image: set it in `infer_cfg`, or with --set.' if (
-                        key in OPTIONS) else nearest(str(key), [*SETTINGS, *OPTIONS])
+                        key in OPTIONS) else did_you_mean(str(key), [*SETTINGS, *OPTIONS])
                     raise UserError(f"Unknown setting '{key}'.{hint}")
                 if value is None:
                     continue

@@ -4,7 +4,7 @@ import mmengine.registry as root
 import pytest
 
 from diffengine_sdxl import registry
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.registry import NamedRegistry
 
 OURS = {name: value for name, value in vars(registry).items() if isinstance(value, NamedRegistry)}
@@ -29,9 +29,9 @@ def test_an_unknown_name(name: str, unknown: str, near: str, folder: str) -> Non
 def test_a_name_without_a_near_one() -> None:
     with pytest.raises(UserError, match="type='qqqq' is not a known adapter. The adapters of this package are in"):
         registry.ADAPTERS.get('qqqq')
-    assert nearest('qqqq', ['a', 'b']) == ''
-    assert nearest('scal', ['scale', 'active_range']) == " Did you mean 'scale'?"
-    assert nearest('SCALE', ['scale']) == " Did you mean 'scale'?"
+    assert did_you_mean('qqqq', ['a', 'b']) == ''
+    assert did_you_mean('scal', ['scale', 'active_range']) == " Did you mean 'scale'?"
+    assert did_you_mean('SCALE', ['scale']) == " Did you mean 'scale'?"
 
 
 def test_every_registry_fills_itself() -> None:

@@ -29,7 +29,7 @@ from diffengine_sdxl.adapters.formats.layer_names import Modules
 from diffengine_sdxl.adapters.formats.lora import read_lora, write_lora
 from diffengine_sdxl.adapters.formats.lora_weights import PARTS, LoRAWeights, PartWeights
 from diffengine_sdxl.adapters.lora_checks import check_arguments
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import Batch, UNetCall
@@ -186,7 +186,7 @@ class LoRA(Adapter):
             if not any(name.startswith(f'{block}.') for name in names):
                 starts = {'.'.join(name.split('.')[:n]) for name in names for n in range(2, 7)}
                 raise UserError(f"blocks['{block}'] of adapter '{self.name}' is not the beginning of a layer's name."
-                                f'{nearest(block, sorted(starts))}')
+                                f'{did_you_mean(block, sorted(starts))}')
 
     def _check_loaded(self, loaded: LoRAWeights, modules: Modules, model: AdapterHost) -> None:
         """Refuse weights that contradict the arguments."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.structures import where
 
 #: The layers of SDXL that peft can wrap.
@@ -78,7 +78,7 @@ def find_layers(targets: Sequence[str], parts: Mapping[str, nn.Module], adapter:
         if not matches:
             ends = dict.fromkeys('.'.join(name.split('.')[-n:]) for name in layer_names for n in (1, 2, 3))
             raise UserError(f"The target '{target}' of adapter '{adapter}' matches no linear or convolution layer of "
-                            f'{", ".join(parts)}.{nearest(target, [*layer_names, *ends])}')
+                            f'{", ".join(parts)}.{did_you_mean(target, [*layer_names, *ends])}')
         chosen |= matches
     return {part: [name for full, (p, name) in layer_names.items() if p == part and full in chosen] for part in parts}
 

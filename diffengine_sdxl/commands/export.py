@@ -21,7 +21,7 @@ from diffengine_sdxl.adapters.formats import diffusers_lora, kohya, peft_lora
 from diffengine_sdxl.adapters.lora import LoRA
 from diffengine_sdxl.commands.common import hide_loading_bars
 from diffengine_sdxl.config import load, resolve, to_plain
-from diffengine_sdxl.errors import UserError, nearest, one_of
+from diffengine_sdxl.errors import UserError, did_you_mean, one_of
 from diffengine_sdxl.loading import checkpoint as checkpoints
 from diffengine_sdxl.loading.trained import (
     PIPELINE,
@@ -126,7 +126,7 @@ def _model_config(config: Config, name: str | None) -> tuple[dict[str, Any], str
     if name is None and len(adapters) == 1:
         name = next(iter(adapters))
     if name is None or name not in adapters:
-        hint = nearest(name, list(adapters)) if name else ''
+        hint = did_you_mean(name, list(adapters)) if name else ''
         raise UserError((f"The config has no adapter '{name}'.{hint}" if name else 'Name the adapter (--adapter).')
                         + f' It has {", ".join(adapters) or "none"}.')
     kind: Any = ADAPTERS.get(adapters[name]['type'])

@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.config import Config
 
 from diffengine_sdxl import registry as r
-from diffengine_sdxl.errors import UserError, listed, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean, listed
 from diffengine_sdxl.registry import NamedRegistry
 from diffengine_sdxl.request import OPTIONS, Request
 
@@ -106,7 +106,7 @@ def _walk(node: Any, path: str) -> None:
         known = dict.fromkeys(SECTIONS[path]) or _dataloader_keys()
         for key, value in node.items():
             if key not in known:
-                raise UserError(f"{path} has no key '{key}'.{nearest(str(key), list(known))}")
+                raise UserError(f"{path} has no key '{key}'.{did_you_mean(str(key), list(known))}")
             _check_number(f'{path}.{key}', value, known[key])
     for key, child in node.items():
         _walk(child, f'{path}.{key}' if path else str(key))
@@ -123,7 +123,7 @@ def _check_keys(node: Mapping[str, Any], path: str, registry: NamedRegistry) -> 
     extra = next((keys for pattern, keys in EXTRA.items() if _matches(path, pattern)), set())
     for key, value in node.items():
         if key not in known and key not in extra and key not in ('type', '_scope_'):
-            hint = nearest(str(key), sorted({*known, *extra}))
+            hint = did_you_mean(str(key), sorted({*known, *extra}))
             raise UserError(f"{path} ({node['type']}) has no key '{key}'.{hint}")
         _check_number(f'{path}.{key}', value, known.get(key))
 

@@ -14,7 +14,7 @@ from mmengine.utils import import_modules_from_strings
 from diffengine_sdxl.config.check import check
 from diffengine_sdxl.config.overrides import check_override, parse_overrides
 from diffengine_sdxl.config.references import references, resolve
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -51,7 +51,7 @@ def find(name: str | Path) -> Path:
     if wanted in known and path.name == str(name):
         return known[wanted]
     raise UserError(f"There is no config file '{name}' and no installed config of that name."
-                    f'{nearest(wanted, list(known))}')
+                    f'{did_you_mean(wanted, list(known))}')
 
 
 def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
@@ -95,7 +95,7 @@ def read(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     known = _known_keys(config)
     for key in [k for k in config if k not in known]:
         if key not in names_read | known_before:
-            raise UserError(f"'{path.name}' sets '{key}', which nothing reads.{nearest(key, sorted(known))}")
+            raise UserError(f"'{path.name}' sets '{key}', which nothing reads.{did_you_mean(key, sorted(known))}")
         config.pop(key)
     return config
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 
 #: Hooks that the runner adds; a config may change them, or remove one with None.
 DEFAULT_HOOKS = {'runtime_info': 'RuntimeInfoHook', 'timer': 'IterTimerHook', 'logger': 'LoggerHook',
@@ -82,7 +82,7 @@ def check_override(config: Config, key: str, options: Mapping[str, Any], known: 
         if top in config and top in read:
             raise UserError(f"'{key}': '{top}' is a piece that the config has already used; override it where it was "
                             f'used{_where(config, top)}.')
-        raise UserError(f"--cfg-options '{key}': the config has no key '{top}'.{nearest(top, sorted(known))}")
+        raise UserError(f"--cfg-options '{key}': the config has no key '{top}'.{did_you_mean(top, sorted(known))}")
     node: Any = config._cfg_dict
     for depth, part in enumerate(parts):
         here = '.'.join(parts[:depth]) or 'the config'
@@ -107,7 +107,7 @@ def _check_new(here: str, name: str, key: str, options: Mapping[str, Any], prese
     names = {*present, *(DEFAULT_HOOKS if here == 'default_hooks' else ())}
     new = isinstance(options[key], Mapping) or f'{here}.{name}.type' in options
     if here in ('model.adapters', 'default_hooks') and not new and name not in names:
-        raise UserError(f"--cfg-options '{key}': {here} has no '{name}'.{nearest(name, sorted(names))} A new one "
+        raise UserError(f"--cfg-options '{key}': {here} has no '{name}'.{did_you_mean(name, sorted(names))} A new one "
                         f'needs {here}.{name}.type.')
 
 

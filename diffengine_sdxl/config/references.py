@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 
 REFERENCE = re.compile(r'\$([A-Za-z_]\w*(?:\.\w+)*)')
 
@@ -28,7 +28,7 @@ def resolve(config: Config) -> Config:
         for part in reference.split('.'):
             if not isinstance(node, Mapping) or part not in node:
                 raise UserError(f"The config refers to '${reference}', but has no such key."
-                                 f'{nearest(reference, [str(k) for k in plain])}')
+                                 f'{did_you_mean(reference, [str(k) for k in plain])}')
             node = node[part]
         return walk(node, (*trail, reference))
 

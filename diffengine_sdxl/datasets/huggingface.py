@@ -13,7 +13,7 @@ from diffengine_sdxl.datasets.base import MapDataset, OnBadImage, Sample, Sample
 from diffengine_sdxl.datasets.data_sampler import Draw
 from diffengine_sdxl.datasets.image_files import ImageReader
 from diffengine_sdxl.datasets.sources import open_source, reading
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.structures import Batch
 
@@ -74,7 +74,7 @@ class HFRows(SampleBuilder):
         for option, column in options.items():
             if column not in columns:
                 raise UserError(f"The data set '{self.source}' has no column '{column}' ({option}). Its columns are "
-                                f'{", ".join(map(repr, columns))}.{nearest(column, columns)}')
+                                f'{", ".join(map(repr, columns))}.{did_you_mean(column, columns)}')
         for column, feature in (data.features or {}).items():
             # ImageReader decodes: errors of `datasets` would not tell which row and column is broken.
             if isinstance(feature, datasets.Image):

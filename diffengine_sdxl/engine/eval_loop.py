@@ -23,7 +23,7 @@ from diffengine_sdxl.errors import UserError, one_of, whole_number
 from diffengine_sdxl.images import to_pil
 from diffengine_sdxl.models.generate import IMAGE_SETS
 from diffengine_sdxl.registry import LOOPS, SCOPE
-from diffengine_sdxl.samplers.sampler import image_size
+from diffengine_sdxl.samplers.sampler import output_size
 from diffengine_sdxl.structures import Batch
 
 
@@ -124,7 +124,7 @@ class EvalLoop(BaseLoop):
         batch = self._batch(collate([self.dataloader.dataset[first]]))
         model = self.runner.bare_model
         try:
-            image_size(batch, model)
+            output_size(batch, model)
             model.encode(batch)
         except UserError as error:
             raise UserError(f'{self.mode}_dataloader: {error}') from error

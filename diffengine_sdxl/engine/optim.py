@@ -18,7 +18,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffengine_sdxl.errors import UserError, first_line, nearest, one_of, whole_number
+from diffengine_sdxl.errors import UserError, did_you_mean, first_line, one_of, whole_number
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
@@ -133,7 +133,7 @@ class StepOptimWrapper(OptimWrapper):
         for key in clip_grad:
             if key != 'type' and key not in cls.CLIP_KEYS[kind]:
                 raise UserError(f"clip_grad has no key {key!r} with type='{kind}'; known are "
-                                f'{", ".join(cls.CLIP_KEYS[kind])}.{nearest(key, cls.CLIP_KEYS[kind])}')
+                                f'{", ".join(cls.CLIP_KEYS[kind])}.{did_you_mean(key, cls.CLIP_KEYS[kind])}')
         key = cls.CLIP_KEYS[kind][0]
         limit = clip_grad.get(key)
         if not isinstance(limit, int | float) or not limit > 0:
@@ -287,7 +287,7 @@ class AdapterOptimWrapperConstructor:
         for key in self.paramwise_cfg:
             if key not in optimizer.defaults:
                 raise UserError(f'paramwise_cfg.{key} is not an argument of {type(optimizer).__name__}.'
-                               f'{nearest(key, list(optimizer.defaults))}')
+                               f'{did_you_mean(key, list(optimizer.defaults))}')
         return OPTIM_WRAPPERS.build({'type': 'StepOptimWrapper', **self.optim_wrapper_cfg, 'optimizer': optimizer})
 
     def param_groups(self, model: Denoiser) -> list[dict[str, Any]]:
@@ -303,7 +303,7 @@ class AdapterOptimWrapperConstructor:
                 matching = [group for group in groups if f'{group["name"]}.'.startswith(f'{name}.')]
                 if not matching:
                     raise UserError(f'paramwise_cfg.{key} names {name!r}, which is not trained; trained are '
-                                    f'{", ".join(trained)}, and modules within them.{nearest(name, list(trained))}')
+                                    f'{", ".join(trained)}, and modules within them.{did_you_mean(name, trained)}')
                 for group in matching:
                     group[key] = value
         return groups

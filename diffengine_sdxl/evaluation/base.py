@@ -34,9 +34,9 @@ def observed(image: Tensor) -> Observation:
 
 
 class ShapesMetric(BaseMetric):
-    """A score of 0 to 1 for every image, averaged by variant.
+    """A score of 0 to 1 for every image, averaged by image set.
 
-    Computes '<variant>/<name>', its 95 % interval '.../low' and '.../high', and '.../num_samples'; see `interval`.
+    Computes '<image set>/<name>', its 95 % interval '.../low' and '.../high', and '.../num_samples'; see `interval`.
     Images of one 'key' are one cluster.
 
     Args:
@@ -48,7 +48,7 @@ class ShapesMetric(BaseMetric):
     needs: tuple[str, ...] = ()
 
     def __init__(self, collect_device: str = 'cpu', prefix: str | None = None, collect_dir: str | None = None) -> None:
-        # mmengine warns of a metric without a prefix; these need none, as their name follows the variant.
+        # mmengine warns of a metric without a prefix; these need none, as their name follows the image set.
         super().__init__(collect_device, prefix or self.name, collect_dir)
         self.prefix = prefix
 
@@ -70,7 +70,7 @@ class ShapesMetric(BaseMetric):
 
         Args:
             data_batch: as collated: 'key' and the entries that the metric needs, B of each.
-            data_samples: B dicts of 'key' and 'images', {variant: [3, H, W] in [0, 1]}.
+            data_samples: B dicts of 'key' and 'images', {image set: [3, H, W] in [0, 1]}.
 
         Raises:
             UserError: the batch lacks an entry, or an entry or an image is invalid.
@@ -83,20 +83,21 @@ class ShapesMetric(BaseMetric):
         assert keys == [generated['key'] for generated in data_samples], 'the images of a batch, in its order'
         for i, generated in enumerate(data_samples):
             sample = {name: data_batch[name][i] for name in ('key', *self.needs)}
-            for variant, image in generated['images'].items():
+            for image_set, image in generated['images'].items():
                 if not bool(image.isfinite().all()):
-                    raise UserError(f"The image '{variant}' of sample '{generated['key']}' is not finite and cannot be "
-                                    'measured; the model has diverged, or overflows in its dtype.')
+                    raise UserError(f"The image '{image_set}' of sample '{generated['key']}' is not finite and cannot "
+                                    'be measured; the model has diverged, or overflows in its dtype.')
             self.results.append({'key': str(generated['key']), 'scores': {
-                variant: float(self.score(image, sample)) for variant, image in generated['images'].items()}})
+                image_set: float(self.score(image, sample)) for image_set, image in generated['images'].items()}})
 
     def compute_metrics(self, results: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         """Return the means, with intervals, of the scores of all processes."""
         numbers: dict[str, float | int] = {}
-        for variant in dict.fromkeys(name for result in results for name in result['scores']):
-            scored = [result for result in results if variant in result['scores']]
-            mean = self.estimate([result['scores'][variant] for result in scored], [result['key'] for result in scored])
-            name = f'{variant}/{self.name}'
+        for image_set in dict.fromkeys(name for result in results for name in result['scores']):
+            scored = [result for result in results if image_set in result['scores']]
+            scores = [result['scores'][image_set] for result in scored]
+            mean = self.estimate(scores, [result['key'] for result in scored])
+            name = f'{image_set}/{self.name}'
             numbers |= {name: mean.value, f'{name}/low': mean.low, f'{name}/high': mean.high,
                         f'{name}/num_samples': mean.num_samples}
         return numbers

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffengine_sdxl.errors import UserError, listed, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean, listed
 from diffengine_sdxl.evaluation.base import ShapesMetric, observed
 from diffengine_sdxl.registry import METRICS
 from diffengine_sdxl.shapes.palette import NAMES
@@ -41,7 +41,7 @@ class WordAccuracy(ShapesMetric):
         """
         if word not in self.known:
             raise UserError(f'{type(self).__name__}: the {self.word} {word!r} of {source} is unknown; choose of '
-                            f'{listed(self.known, len(self.known))}.{nearest(str(word), self.known)}')
+                            f'{listed(self.known, len(self.known))}.{did_you_mean(str(word), self.known)}')
         return str(word)
 
 

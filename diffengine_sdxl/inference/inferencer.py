@@ -20,7 +20,7 @@ from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.inference import stages
 from diffengine_sdxl.inference.stages import Stage
 from diffengine_sdxl.loading.trained import apply_weights, load_trained
-from diffengine_sdxl.models.image_inputs import Crop, cached_urls, crop_of
+from diffengine_sdxl.models.image_inputs import MaskCrop, cached_urls, crop_of
 from diffengine_sdxl.models.request_batch import request_batch, size_of
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import INFERENCERS, MODELS
@@ -52,7 +52,7 @@ class Job:
     second: Stage | None
     scales: Mapping[str, float]
     active_ranges: Mapping[str, Any]
-    crops: Sequence[Crop | None]
+    crops: Sequence[MaskCrop | None]
 
 
 @INFERENCERS.register_module()

@@ -31,9 +31,9 @@ class Stateful(Protocol):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` atomically, converted by `to_plain`."""
+    """Write `state` atomically, converted by `as_plain_data`."""
     with atomic_files.replacing(path) as temporary, open(temporary, 'wb') as file:
-        torch.save(to_plain(dict(state)), file)
+        torch.save(as_plain_data(dict(state)), file)
 
 
 def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def latest(work_dir: str | Path) -> Path | None:
     return next(reversed(list_checkpoints(work_dir)), None)
 
 
-def to_plain(value: Any) -> Any:
+def as_plain_data(value: Any) -> Any:
     """Convert numpy scalars and arrays, HistoryBuffers and subclasses of dict, list and tuple to plain types."""
     if isinstance(value, HistoryBuffer):
         history, counts = value.data
@@ -83,14 +83,14 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, Mapping):
-        return {k: to_plain(v) for k, v in value.items()}
+        return {k: as_plain_data(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return (tuple if type(value) is tuple else list)(to_plain(v) for v in value)
+        return (tuple if type(value) is tuple else list)(as_plain_data(v) for v in value)
     return value
 
 
 def restore_buffer(stored: Mapping[str, torch.Tensor]) -> HistoryBuffer:
-    """Return the HistoryBuffer that `to_plain` converted."""
+    """Return the HistoryBuffer that `as_plain_data` converted."""
     return bounded_buffer(stored['history'].tolist(), stored['counts'].tolist())
 
 

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from mmengine.logging import print_log
 
-from diffengine_sdxl.errors import WRITE_ERRORS, UserError, first_line, listed, nearest
+from diffengine_sdxl.errors import WRITE_ERRORS, UserError, did_you_mean, first_line, listed
 from diffengine_sdxl.loading.files import STEMS, WEIGHTS, in_safetensors, weight_files
 
 HOSTS = ('https://huggingface.co', 'https://hf.co')
@@ -88,7 +88,7 @@ def suggest_sibling(path: Path) -> str:
     """Return " Did you mean ...?" with names like that of a missing `path` in its folder, or ''."""
     try:
         with os.scandir(path.parent) as entries:
-            return nearest(path.name, sorted(entry.name for entry in itertools.islice(entries, MAX_SIBLINGS)))
+            return did_you_mean(path.name, sorted(entry.name for entry in itertools.islice(entries, MAX_SIBLINGS)))
     except OSError:
         return ''
 
@@ -160,7 +160,7 @@ class Repo:
 
     def missing(self, name: str) -> UserError:
         """Return the error for a missing file, with the nearest names."""
-        near = nearest(name, self.names) or nearest(name.rpartition('/')[2], self.names)
+        near = did_you_mean(name, self.names) or did_you_mean(name.rpartition('/')[2], self.names)
         return UserError(f"{self} has no file '{name}'.{near or f' It has {_listed(self.names)}.'}")
 
     def fetch(self, names: Iterable[str]) -> Path:
@@ -353,7 +353,7 @@ def _unknown_revision(source: str, revision: str | None) -> UserError:
     with contextlib.suppress(*hub_errors()):
         refs = HfApi().list_repo_refs(source)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
-        hint = nearest(str(revision), names) or f' It has {_listed(names)}.'
+        hint = did_you_mean(str(revision), names) or f' It has {_listed(names)}.'
     return UserError(f"'{source}' has no revision '{revision}'.{hint}")
 
 

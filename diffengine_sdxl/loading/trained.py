@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mmengine.config import Config
 
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.loading.files import read_json
 
@@ -73,8 +73,9 @@ def resolve_checkpoint(name: str) -> Path:
         return path
     if not path.exists():
         names = [p.name for p in checkpoint.list_checkpoints(path.parent)]
-        raise UserError(f"There is no checkpoint '{name}'.{nearest(path.name, names)} Name a step<N>.pth, a work_dir, "
-                        f"an exported folder, '{NONE}' for the base alone, or '{WEIGHTS}' for those in the config.")
+        raise UserError(f"There is no checkpoint '{name}'.{did_you_mean(path.name, names)} Name a step<N>.pth, a "
+                        f"work_dir, an exported folder, '{NONE}' for the base alone, or '{WEIGHTS}' for those in the "
+                        'config.')
     if (latest := checkpoint.latest(path)) is not None:
         return latest
     if read_manifest(path) is None and not any(path.glob('*.safetensors')):

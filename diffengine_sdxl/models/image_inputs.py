@@ -102,7 +102,7 @@ def image_size(image: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-class Crop(NamedTuple):
+class MaskCrop(NamedTuple):
     """A crop of an image that is repainted at its own size and put back (diffusers' `padding_mask_crop`).
 
     Attributes:
@@ -122,7 +122,7 @@ class Crop(NamedTuple):
         return torch.from_numpy(np.asarray(whole, dtype=np.float32) / np.float32(255)).permute(2, 0, 1)
 
 
-def crop_of(request: Request, size: tuple[int, int]) -> Crop | None:
+def crop_of(request: Request, size: tuple[int, int]) -> MaskCrop | None:
     """Return the crop of a request's `padding_mask_crop` for an output of `size`, or None if it is not set.
 
     Raises:
@@ -140,7 +140,7 @@ def crop_of(request: Request, size: tuple[int, int]) -> Crop | None:
                         f'{image.height} and {mask.width} x {mask.height} pixels.')
     if mask.convert('L').getextrema()[1] == 0:
         raise UserError('padding_mask_crop crops to what is not black in mask_image, and all of it is black.')
-    return Crop(image, mask, VaeImageProcessor.get_crop_region(mask, size[1], size[0], request.padding_mask_crop))
+    return MaskCrop(image, mask, VaeImageProcessor.get_crop_region(mask, size[1], size[0], request.padding_mask_crop))
 
 
 def is_latents(image: Any) -> bool:

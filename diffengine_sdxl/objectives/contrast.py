@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import OBJECTIVES
 from diffengine_sdxl.structures import Batch
@@ -41,7 +41,8 @@ class ImageTextContrast:
         encoder = model.adapters[self.adapter] if self.adapter in model.adapters else None  # noqa: SIM401
         if encoder is None or not hasattr(encoder, 'embed'):
             raise UserError(f"ImageTextContrast trains the image encoder '{self.adapter}', but model.adapters holds "
-                             f'{", ".join(model.adapters) or "nothing"}.{nearest(self.adapter, list(model.adapters))}')
+                             f'{", ".join(model.adapters) or "nothing"}.'
+                             f'{did_you_mean(self.adapter, list(model.adapters))}')
         images = encoder.embed(batch)
         dtype = torch.promote_types(images.dtype, torch.float32)
         images = functional.normalize(images.to(dtype), dim=-1)

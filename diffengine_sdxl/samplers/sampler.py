@@ -174,7 +174,7 @@ class Sampler:
     def _prepare(self, model: Denoiser, batch: Batch, generators: list[torch.Generator]
                  ) -> tuple[Any, SelectedTimesteps, Tensor, Inpainting | None]:
         """Return the scheduler, the timesteps to run, the initial latents, and what inpainting needs."""
-        size = image_size(batch, model)
+        size = output_size(batch, model)
         scheduler = self.build_scheduler(model)
         num = set_timesteps(scheduler, self.num_inference_steps, self.timesteps, self.sigmas, model.device)
         if self.denoising_start is not None and (batch.start is None or not batch.start.given):
@@ -257,7 +257,7 @@ def _rows(encoded: Conditioning, all_branches: tuple[str, ...], branches: tuple[
     return encoded.rows(slice(first * size, (first + len(branches)) * size))
 
 
-def image_size(batch: Batch, model: Denoiser) -> tuple[int, int]:
+def output_size(batch: Batch, model: Denoiser) -> tuple[int, int]:
     """Return height and width, in pixels, of the images to make.
 
     Raises:

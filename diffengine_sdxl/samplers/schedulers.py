@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffengine_sdxl.errors import UserError, listed, nearest, one_of
+from diffengine_sdxl.errors import UserError, did_you_mean, listed, one_of
 from diffengine_sdxl.noise_schedule import PREDICTION_TYPES
 
 #: Usable scheduler -> what its `step` takes besides: 'generator', one per image; 'eta'; or `noise_sampler_seed`, an
@@ -46,7 +46,9 @@ def scheduler_class(name: str) -> Any:
                             f'{", ".join(SCHEDULERS)}.')
         # 'Euler' is closer to every short name than to its own.
         prefixed = [known for known in SCHEDULERS if known.lower().startswith(str(name).lower())]
-        hint = f" Did you mean {' or '.join(map(repr, prefixed[:3]))}?" if prefixed else nearest(str(name), SCHEDULERS)
+        hint = did_you_mean(str(name), SCHEDULERS)
+        if prefixed:
+            hint = f" Did you mean {' or '.join(map(repr, prefixed[:3]))}?"
         raise UserError(f"scheduler type='{name}' is not a supported scheduler of diffusers; your own classes cannot "
                         f'be used.{hint or f" Choose one of {listed(SCHEDULERS, len(SCHEDULERS))}."}')
     cls = getattr(diffusers, name)
@@ -90,7 +92,7 @@ def check_settings(cls: Any, settings: Mapping[str, Any]) -> None:
     known = list(inspect.signature(cls.__init__).parameters)
     for key in settings:
         if key not in known:
-            raise UserError(f"{cls.__name__} has no setting '{key}'.{nearest(key, known)}")
+            raise UserError(f"{cls.__name__} has no setting '{key}'.{did_you_mean(key, known)}")
     if settings.get('noise_sampler_seed') is not None:
         raise UserError(f"{cls.__name__}: leave noise_sampler_seed out; it is set from each image's seed.")
     if settings.get('use_flow_sigmas') or settings.get('prediction_type') == 'flow_prediction':

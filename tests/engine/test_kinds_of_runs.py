@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from kinds import CASES, ENCODER
-from runs import assert_same_run, build, cut_off, train, weights
+from runs import assert_same_run, build, train, weights
 
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
 TRANSFORMS = [
@@ -25,9 +26,9 @@ def options(tiny: dict[str, Any], adapters: dict[str, Any], encoder: Path, dropp
                for name, config in adapters.items()}
     transforms = [{**t, 'adapters': dropped} if t['type'] == 'JointDrop' else t for t in TRANSFORMS
                   if dropped or t['type'] != 'JointDrop']
-    return {**tiny, 'model.adapters': dict(_delete_=True, **configs), 'train_cfg.max_iters': 3,
+    return {**tiny, 'model.adapters': dict(_delete_=True, **configs), 'train_cfg.max_iters': 4,
             'train_dataloader.dataset.transforms': transforms, 'optim_wrapper.accumulative_counts': 2,
-            'default_hooks.checkpoint.interval': 1, 'optim_wrapper.optimizer.lr': 1e-2}
+            'optim_wrapper.optimizer.lr': 1e-2}
 
 
 @pytest.fixture(scope='module')
@@ -36,10 +37,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_resume(folder: Path, config: dict[str, Any]) -> None:
-    """Check that a run of three steps equals one resumed from its first checkpoint, bitwise."""
+    """Check that a run equals one that dies after step 3, with its last checkpoint at 2, and is resumed: bitwise."""
     train(folder / 'whole', config)
-    train(cut_off(folder / 'whole', folder / 'cut', step=1), config, resume=True)
-    assert_same_run(folder / 'whole', folder / 'cut', 3)
+    train(folder / 'cut', config, die_at=3)
+    assert checkpoint.latest(folder / 'cut') == folder / 'cut' / 'step2.pth'
+    train(folder / 'cut', config, resume=True)
+    assert_same_run(folder / 'whole', folder / 'cut', 4)
 
 
 @pytest.mark.parametrize('kind', CASES)
@@ -50,9 +53,9 @@ def test_every_kind_resumes_bitwise(tmp_path: Path, tiny: dict[str, Any], encode
         config['dropout'] = 0.3
     run = options(tiny, dict(a=config), encoder, ['a'] if config.get('condition_key') else [])
     check_resume(tmp_path, run)
-    state, before = weights(tmp_path / 'whole', 3), weights(tmp_path / 'whole', 1)
+    state, before = weights(tmp_path / 'whole', 4), weights(tmp_path / 'whole', 2)
     assert state and not any(torch.equal(state[k], before[k]) for k in state)
-    loaded = build(tmp_path / 'loaded', {**run, 'load_from': str(tmp_path / 'whole' / 'step3')})
+    loaded = build(tmp_path / 'loaded', {**run, 'load_from': str(tmp_path / 'whole' / 'step4')})
     loaded.load_or_resume()
     assert all(torch.equal(v, state[k]) for k, v in loaded.model.state_dict().items())
 
@@ -62,9 +65,9 @@ def test_several_train_together(tmp_path: Path, tiny: dict[str, Any], encoder: P
     adapters = dict(style=CASES['lora'].config, control=CASES['t2i_adapter'].config)
     check_resume(tmp_path, {**options(tiny, adapters, encoder, []), 'optim_wrapper.paramwise_cfg': dict(
         lr={'style': 1e-3, 'style.unet.mid_block': 1e-4})})
-    groups = torch.load(tmp_path / 'whole' / 'step3.pth')['optimizer']['param_groups']
+    groups = torch.load(tmp_path / 'whole' / 'step4.pth')['optimizer']['param_groups']
     assert {g['name']: g['lr'] for g in groups} == {'style': 1e-3, 'style.unet.mid_block': 1e-4, 'control': 1e-2}
-    manifest = json.loads((tmp_path / 'whole' / 'step3' / 'manifest.json').read_text())
+    manifest = json.loads((tmp_path / 'whole' / 'step4' / 'manifest.json').read_text())
     assert sorted(manifest['contents']) == ['control', 'style']
 
 
@@ -85,7 +88,8 @@ def test_one_trains_while_others_are_frozen(tmp_path: Path, tiny: dict[str, Any]
                                             fresh_weights: dict[str, torch.Tensor]) -> None:
     """The frozen ones keep their weights and are not exported."""
     adapters = {kind: dict(CASES[kind].config, trainable=kind == trained) for kind in KINDS}
-    runner = train(tmp_path, {**options(tiny, adapters, encoder, []), 'train_cfg.max_iters': 1})
+    runner = train(tmp_path, {**options(tiny, adapters, encoder, []), 'train_cfg.max_iters': 1,
+                              'default_hooks.checkpoint.interval': 1})
     assert set(runner.model.trainables()) == {trained}
     assert [p.name for p in (tmp_path / 'step1').iterdir() if p.is_dir()] == [trained]
     for name, parameter in runner.model.named_parameters():

@@ -122,7 +122,7 @@ def test_a_word_that_cannot_be_seen_is_refused(kind: str, word: str) -> None:
         metric(kind).process(data, generated(data, base=[image_of(SCENE)]))
 
 
-def test_a_image_that_is_not_finite_is_refused() -> None:
+def test_an_image_that_is_not_finite_is_refused() -> None:
     data, broken = batch([SCENE]), image_of(SCENE)
     broken[0, 3, 3] = float('nan')
     with pytest.raises(UserError, match="'adapted' of sample 'test/0' is not finite"):
@@ -169,7 +169,7 @@ def test_no_warning_of_a_missing_prefix(monkeypatch: pytest.MonkeyPatch) -> None
     assert metric('ShapeAccuracy').prefix is None and not messages
 
 
-def test_a_image_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[np.ndarray] = []
     observe = base.observe
     monkeypatch.setattr(base, 'observe', lambda pixels: seen.append(pixels) or observe(pixels))

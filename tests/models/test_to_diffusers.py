@@ -37,7 +37,7 @@ def make(base: Path, configs: dict[str, Any], **settings: Any) -> SDXL:
                                                       if config.get('trainable', True)))
 
 
-def ours(model: SDXL, num: int = 2, steps: int = 2, strength: float | None = None,
+def ours(model: SDXL, num: int = 2, steps: int = 3, strength: float | None = None,
          conditions: dict[str, Tensor] | None = None, **fields: Any) -> Tensor:
     """Latents of our sampler, of the first `num` images."""
     cut = {name: tensor[:num] for name, tensor in (conditions or {}).items()}
@@ -45,7 +45,7 @@ def ours(model: SDXL, num: int = 2, steps: int = 2, strength: float | None = Non
     return sampler(steps=steps).changed(strength=strength)(model, batch)
 
 
-def theirs(pipeline: Any, num: int = 2, steps: int = 2, **arguments: Any) -> Tensor:
+def theirs(pipeline: Any, num: int = 2, steps: int = 3, **arguments: Any) -> Tensor:
     """Latents of a diffusers pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     if 'strength' not in arguments:

@@ -96,7 +96,7 @@ def test_any_size_shows_the_same_scene() -> None:
 
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('style', STYLES)
-def test_a_image_has_the_colours_of_its_scene_where_its_mask_is(shape: str, style: str) -> None:
+def test_an_image_has_the_colours_of_its_scene_where_its_mask_is(shape: str, style: str) -> None:
     """Ground outside; inside fill, and the accent as the style says."""
     scene = replace(FLAT, shape=shape, style=style)
     image, cover = draw.render(scene, 128).astype(int), draw.mask(scene, 128)

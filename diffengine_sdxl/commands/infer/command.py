@@ -22,7 +22,7 @@ from diffengine_sdxl.commands.infer.run import (
     print_summary,
 )
 from diffengine_sdxl.config.check import accepted, check
-from diffengine_sdxl.errors import UserError, first_line, nearest, user_message
+from diffengine_sdxl.errors import UserError, did_you_mean, first_line, user_message
 from diffengine_sdxl.inference.inferencer import SDXLInferencer, split_infer_cfg
 from diffengine_sdxl.loading.trained import NONE, apply_weights
 from diffengine_sdxl.registry import ADAPTERS
@@ -270,7 +270,7 @@ def _add_adapter(cfg: Config, item: str) -> None:
     kind = pairs.pop('type', old.get('type', 'LoRA'))
     known = list(accepted(ADAPTERS.get(kind)) or ())
     if unknown := [key for key in pairs if key not in known]:
-        raise UserError(f"--adapter '{item}': a {kind} has no '{unknown[0]}'.{nearest(unknown[0], known)}")
+        raise UserError(f"--adapter '{item}': a {kind} has no '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
     values = configs.parse_overrides([f'{key}={value}' for key, value in pairs.items()], '--adapter')
     if kind == old.get('type'):
         # What locates the old file does not apply to the new one; an IP-Adapter's `variant` is its architecture.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffengine_sdxl.datasets.image_files import is_url
-from diffengine_sdxl.errors import UserError, nearest
+from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.request import REFINER, ROWS, SETTINGS, SIZES, TEXTS, Request
 
 #: Keys that may be followed by a name in the columns of a table: 'scales.style'.
@@ -196,12 +196,13 @@ def _check_header(header: Sequence[str], path: str) -> None:
     for column in header:
         key, dot, name = column.partition('.')
         if key not in SETTINGS or dot and key not in NESTED:
-            raise UserError(f"Unknown column '{column}' in '{path}'.{nearest(key, list(SETTINGS))} The first line "
+            raise UserError(f"Unknown column '{column}' in '{path}'.{did_you_mean(key, list(SETTINGS))} The first line "
                             'names the columns.')
         if dot and not name:
             raise UserError(f"Column '{column}' of '{path}' lacks a name after the dot.")
         if key == 'refiner' and name and name not in REFINER:
-            raise UserError(f"Unknown refiner setting in column '{column}' of '{path}'.{nearest(name, list(REFINER))}")
+            raise UserError(f"Unknown refiner setting in column '{column}' of '{path}'."
+                            f'{did_you_mean(name, REFINER)}')
         if header.count(column) > 1 or dot and key in header:
             raise UserError(f"Column '{column if header.count(column) > 1 else key}' of '{path}' repeats another; keep "
                             'one of them.')

@@ -62,7 +62,7 @@ def loop(pairs: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         source = base(Path(folder))
-        inferencer = SDXLInferencer('sdxl_text_to_image', device='cpu', overrides={
+        inferencer = SDXLInferencer('sdxl_text_to_image', device='cpu', cfg_options={
             'model.pretrained': str(source), 'model.vae': None, 'mixed_precision': 'no'})
         pipeline = StableDiffusionXLPipeline.from_pretrained(source)
         pipeline.set_progress_bar_config(disable=True)

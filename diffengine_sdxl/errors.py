@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import json
 import os
 import sys
-from collections.abc import Collection, Iterable
+import time
+import traceback
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 #: Errors of the disk: full, failing, or not writable, or a name that it does not take.
@@ -34,10 +38,10 @@ def listed(names: Iterable[object], num: int = 10) -> str:
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """Return " Did you mean 'a' or 'b'?" with the entries of `known` closest to `name`, or '' if none is close."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if not close:
         folded = {k.lower(): k for k in known}
-        close = [folded[k] for k in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.5)]
+        close = [folded[k] for k in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.6)]
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ''
 
 
@@ -63,6 +67,21 @@ def whole_number(key: str, value: Any, low: int | None = None) -> int:
     if low is not None and value < low:
         raise UserError(f'{key}={value!r} must be at least {low}.')
     return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def checked_range(active_range: Sequence[float], key: str = 'active_range') -> tuple[float, float]:
+    """Return a part of sampling, from noise (0) to image (1), as (start, end).
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        start, end = (float(side) for side in active_range)
+    except (TypeError, ValueError, OverflowError):  # the last: an integer of 400 digits
+        start = end = -1.0
+    if not 0 <= start < end <= 1:
+        raise UserError(f'{key}={active_range!r} must be (start, end) with 0 <= start < end <= 1.')
+    return start, end
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -94,6 +113,14 @@ def user_message(error: BaseException, if_out_of_memory: str = '') -> str | None
     return None
 
 
+def report(message: str) -> None:
+    """Print an error as the last line of stderr, and leave it for torchrun, whose own words come after it."""
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):
+        # torch.distributed.elastic.multiprocessing.errors: shown at the end, as the root cause.
+        Path(path).write_text(json.dumps({'message': f'error: {message}', 'timestamp': int(time.time())}))
+
+
 def run_command(name: str, args: Any) -> int:
     """Run `commands.<name>.run(args, cleanup)` and print what the user can fix as one sentence.
 
@@ -121,8 +148,9 @@ def run_command(name: str, args: Any) -> int:
             if message is None:
                 print(f'internal error in {name}: a bug of diffengine_sdxl, not yours. Please report it with the '
                       'command, the config and the lines below.', file=sys.stderr, flush=True)
-                raise
-            print(f'error: {message}', file=sys.stderr, flush=True)
+                traceback.print_exc()
+                message = f'internal error in {name}: {type(error).__name__}: {first_line(error)[:300]}'
+            report(message)
             if getattr(args, 'launcher', 'none') != 'none':
                 os._exit(1)  # the other processes wait for this one; the launcher ends them
             return 1

@@ -27,7 +27,8 @@ class NamedRegistry(Registry):
             folders = ', '.join(loc.replace('.', '/') for loc in self._locations)
             raise UserError(
                 f"type='{key}' is not a known {self.name}.{did_you_mean(key, self.names())} The {self.name}s of this "
-                f'package are in {folders or SCOPE}; your own class needs `custom_imports` in the config.')
+                f'package are in {folders or SCOPE}; your own class needs a module in the '
+                'config\'s `custom_imports` (docs/adding_an_adapter.md).')
         return entry
 
     def names(self) -> list[str]:

@@ -2,72 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from numbers import Real
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from diffengine_sdxl.errors import UserError, did_you_mean, one_of, whole_number
-from diffengine_sdxl.structures import checked_range
-
-Check = Callable[[str, Any], Any]
+from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.field_names import sampling_hint
+from diffengine_sdxl.settings import (
+    CUSTOM_STEPS,
+    FRACTION,
+    IMAGE,
+    NUMBER,
+    POSITION,
+    RANGE,
+    SIZE,
+    TEXT,
+    Kind,
+    Setting,
+    by_adapter,
+    choice,
+    setting,
+    whole,
+)
 
 #: How prompts may be written.
 SYNTAXES = ('plain', 'compel')
 #: Keys of a config's `infer_cfg` that are not part of a Request: how the VAE decodes, and where the components wait.
 OPTIONS = ('vae_tiling', 'vae_slicing', 'offload')
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f'{key}={value!r} must be a text.')
-    return value
-
-
-def _syntax(key: str, value: Any) -> Any:
-    one_of(key, value, SYNTAXES)
-    return value
-
-
-def _whole(low: int) -> Check:
-    return lambda key, value: whole_number(key, value, low)
-
-
-def _number(key: str, value: Any) -> float:
-    try:
-        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        pass
-    raise UserError(f'{key}={value!r} must be a number.')
-
-
-def _fraction(key: str, value: Any) -> float:
-    number = _number(key, value)
-    if not 0 < number <= 1:
-        raise UserError(f'{key}={number} must be above 0 and at most 1.')
-    return number
-
-
-def _size(key: str, value: Any) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2:
-        raise UserError(f'{key}={value!r} must be two whole numbers of pixels, vertical first.')
-    return whole_number(f'{key}[0]', pair[0]), whole_number(f'{key}[1]', pair[1])
-
-
-def _image(key: str, value: Any) -> Any:
-    return value  # checked where it is read
-
-
-def _by_adapter(check: Check) -> Check:
-    def check_all(key: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise UserError(f'{key}={value!r} must be a dict: adapter name -> value.')
-        return {str(name): check(f'{key}.{name}', part) for name, part in value.items()}
-    return check_all
 
 
 def _refiner(key: str, value: Any) -> dict[str, Any]:
@@ -79,43 +41,6 @@ def _refiner(key: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def check_custom_steps(name: str, values: Any) -> tuple[float, ...]:
-    """Return custom timesteps (as ints) or sigmas (as floats); whether the model knows them is checked later.
-
-    Raises:
-        UserError: they are not numbers that fall strictly and end at 0 or above; names the entry.
-    """
-    if not isinstance(values, list | tuple) or not values:
-        raise UserError(f'{name}={values!r} must be a list of numbers.')
-    checked = [(whole_number if name == 'timesteps' else _number)(f'{name}[{i}]', v) for i, v in enumerate(values)]
-    for i, value in enumerate(checked):
-        if value < 0:
-            raise UserError(f'{name}[{i}]={values[i]!r} must not be below 0.')
-        if i and value >= checked[i - 1]:
-            raise UserError(f'{name}[{i}]={values[i]!r} must be below the one before it, {values[i - 1]}: {name} fall '
-                            'from noise to image.')
-    if name == 'sigmas' and len(checked) < 2:
-        raise UserError(f'{name}={values!r} needs at least two numbers; the last one is where sampling ends.')
-    return tuple(checked)
-
-
-def setting(check: Check, help: str, default: Any = None, *, group: str = '', refiner: str | None = None) -> Any:
-    """Declare one setting of a Request.
-
-    Args:
-        check: (key, value) -> the value in the field's type; raises UserError.
-        group: 'text', 'size', 'score' (the refiner's time ids), 'steps' (a later one replaces all of them) or 'image'
-            (may be one for each image of a prompt).
-        refiner: what the refiner gets: 'own' what `refiner` sets, 'base' the base's, 'both' the base's unless `refiner`
-            sets it, '' nothing; None: as usual in the group.
-    """
-    if refiner is None:
-        refiner = {'text': 'both', 'size': 'both', 'score': 'both', 'steps': 'own'}.get(group, '')
-    metadata = {'check': check, 'help': help, 'group': group, 'refiner': refiner}
-    return field(default_factory=dict, metadata=metadata) if default is dict else field(
-        default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
 class Request:
     """What to generate; names as in diffusers' SDXL pipelines. None leaves a setting to the config.
@@ -125,48 +50,55 @@ class Request:
     list, or one more dimension, gives each image of a prompt its own. Sizes are (height, width) in pixels.
     """
 
-    prompt: str = setting(_text, 'what the image shows', '', group='text')
-    prompt_2: str | None = setting(_text, 'prompt of the second text encoder; default: the prompt', group='text')
-    negative_prompt: str | None = setting(_text, 'what the image must not show', group='text')
-    negative_prompt_2: str | None = setting(_text, 'negative prompt of the second text encoder', group='text')
-    image: Any = setting(_image, 'what to start from, or to repaint in part', group='image')  # noqa: RUF009
-    mask_image: Any = setting(_image, 'where to repaint `image`: white (inpainting)', group='image')  # noqa: RUF009
-    padding_mask_crop: int | None = setting(_whole(0), 'repaint only a crop around the mask, with a margin in pixels')
-    strength: float | None = setting(_fraction, 'how far towards noise `image` is taken, in (0, 1]; default: 0.3, with '
-                                     'a mask 0.9999', refiner='own')
-    conditions: Mapping[str, Any] = setting(_by_adapter(_image), "adapter -> its image, a list of several, or "
+    prompt: str = setting(TEXT, 'what the image shows', '', group='text')
+    prompt_2: str | None = setting(TEXT, 'prompt of the second text encoder; default: the prompt', group='text')
+    negative_prompt: str | None = setting(TEXT, 'what the image must not show', group='text')
+    negative_prompt_2: str | None = setting(TEXT, 'negative prompt of the second text encoder', group='text')
+    prompt_syntax: str = setting(choice(*SYNTAXES), "'compel': with weights, of any length", 'plain', refiner='base')
+    image: Any = setting(IMAGE, 'what to start from, or to repaint in part', group='image')  # noqa: RUF009
+    mask_image: Any = setting(IMAGE, 'where to repaint `image`: white (inpainting)', group='image')  # noqa: RUF009
+    strength: float | None = setting(
+        FRACTION, 'how far towards noise `image` is taken; default: 0.3, with a mask 0.9999', sampler=True)
+    padding_mask_crop: int | None = setting(
+        whole(0), 'repaint only what the mask marks, with a margin of so many pixels, at height x width')
+    conditions: Mapping[str, Any] = setting(by_adapter(IMAGE), "adapter -> its image, a list of several, or "
                                             "{'image': ..., 'mask': ...} to act in a part of the output", dict)
-    scales: Mapping[str, float] = setting(_by_adapter(_number), 'adapter -> its scale', dict)
-    active_ranges: Mapping[str, Any] = setting(_by_adapter(lambda key, value: checked_range(value, key)),
-                                               'adapter -> (start, end) of the part of sampling in which it acts', dict)
-    height: int | None = setting(_whole(1), 'in pixels; default: that of the image, else of the base', refiner='base')
-    width: int | None = setting(_whole(1), 'in pixels; default: that of the image, else of the base', refiner='base')
-    original_size: tuple[int, int] | None = setting(_size, 'time ids: size before cropping', group='size')
-    target_size: tuple[int, int] | None = setting(_size, 'time ids: size of the image', group='size')
-    crops_coords_top_left: tuple[int, int] = setting(_size, 'time ids: (top, left) of the crop', (0, 0), group='size')
-    negative_original_size: tuple[int, int] | None = setting(_size, 'of the negative prompt', group='size')
-    negative_target_size: tuple[int, int] | None = setting(_size, 'of the negative prompt', group='size')
-    negative_crops_coords_top_left: tuple[int, int] | None = setting(_size, 'of the negative prompt', group='size')
-    aesthetic_score: float | None = setting(_number, "the refiner's time ids; default: 6", group='score')
-    negative_aesthetic_score: float | None = setting(_number, 'of the negative prompt; default: 2.5', group='score')
-    num_inference_steps: int | None = setting(_whole(1), 'steps of the solver', group='steps')
-    timesteps: tuple[int, ...] | None = setting(check_custom_steps, 'custom timesteps', group='steps')
-    sigmas: tuple[float, ...] | None = setting(check_custom_steps, 'custom sigmas', group='steps')
-    guidance_scale: float | None = setting(_number, 'classifier-free guidance', refiner='own')
-    guidance_rescale: float | None = setting(_number, 'rescaling of the guided prediction', refiner='own')
-    eta: float | None = setting(_number, 'noise that DDIM adds in each step', refiner='own')
-    denoising_start: float | None = setting(_fraction, 'begin here, from noise (0) to image (1)', refiner='own')
-    denoising_end: float | None = setting(_fraction, 'stop here, from noise (0) to image (1)', refiner='own')
-    num_images_per_prompt: int = setting(_whole(1), 'images of the seeds seed, seed + 1, ...', 1)
-    seed: int = setting(_whole(0), 'seed of the initial noise', 0, refiner='base')
+    scales: Mapping[str, float] = setting(by_adapter(NUMBER), 'in place of the scales of adapters', dict)
+    active_ranges: Mapping[str, Any] = setting(
+        by_adapter(RANGE), 'the part of sampling in which an adapter acts, from noise (0) to image (1)', dict)
+    height: int | None = setting(whole(1), 'in pixels; default: that of the image, else of the base', refiner='base')
+    width: int | None = setting(whole(1), 'in pixels; default: that of the image, else of the base', refiner='base')
+    original_size: tuple[int, int] | None = setting(SIZE, 'time ids: size before cropping', group='size')
+    target_size: tuple[int, int] | None = setting(SIZE, 'time ids: size of the image', group='size')
+    crops_coords_top_left: tuple[int, int] = setting(POSITION, 'time ids: where the crop began', (0, 0), group='size')
+    negative_original_size: tuple[int, int] | None = setting(SIZE, 'of the negative prompt', group='size')
+    negative_target_size: tuple[int, int] | None = setting(SIZE, 'of the negative prompt', group='size')
+    negative_crops_coords_top_left: tuple[int, int] | None = setting(POSITION, 'of the negative prompt', group='size')
+    aesthetic_score: float | None = setting(NUMBER, "a refiner's time ids; default: 6", group='score')
+    negative_aesthetic_score: float | None = setting(NUMBER, 'of the negative prompt; default: 2.5', group='score')
+    num_inference_steps: int | None = setting(whole(1), 'steps of the solver', group='steps', flags=('--steps',))
+    timesteps: tuple[int, ...] | None = setting(CUSTOM_STEPS, 'custom timesteps, in 0 to 999', group='steps')
+    sigmas: tuple[float, ...] | None = setting(CUSTOM_STEPS, 'custom sigmas; the last is where sampling ends',
+                                               group='steps')
+    guidance_scale: float | None = setting(NUMBER, 'classifier-free guidance; 1 or less: none', sampler=True)
+    guidance_rescale: float | None = setting(NUMBER, 'rescaling of the guided prediction, in 0 to 1', sampler=True)
+    pag_scale: float | None = setting(NUMBER, 'perturbed-attention guidance; 0: none', sampler=True)
+    sag_scale: float | None = setting(NUMBER, 'self-attention guidance; 0: none', sampler=True)
+    eta: float | None = setting(NUMBER, 'noise that DDIM adds in each step, in 0 to 1', sampler=True)
+    denoising_start: float | None = setting(FRACTION, 'begin here, from noise (0) to image (1)', sampler=True)
+    denoising_end: float | None = setting(FRACTION, 'stop here (a refiner goes on), from noise (0) to image (1)',
+                                          sampler=True)
+    num_images_per_prompt: int = setting(whole(1), 'images of the seeds seed, seed + 1, ...', 1,
+                                         flags=('--num-images',))
+    seed: int = setting(whole(0), 'seed of the initial noise', 0, refiner='base')
     latents: Any = setting(  # noqa: RUF009
-        _image, 'initial noise: a tensor [4, h, w], of n images [n, 4, h, w], or a .safetensors file', group='image')
-    latents_row: int | None = setting(_whole(0), 'the (first) row to take of a `latents` file that holds several')
-    clip_skip: int | None = setting(_whole(0), 'layers of the text encoders that the prompts skip besides the last; '
+        IMAGE, 'initial noise: a tensor [4, h, w], of n images [n, 4, h, w], or a .safetensors file', group='image')
+    latents_row: int | None = setting(whole(0), 'the (first) row to take of a `latents` file that holds several')
+    clip_skip: int | None = setting(whole(0), 'layers of the text encoders that the prompt skips besides the last; '
                                     'negative prompts skip none', refiner='own')
-    prompt_syntax: str = setting(_syntax, "'plain', or 'compel': with weights, of any length", 'plain', refiner='base')
-    refiner: Mapping[str, Any] = setting(_refiner, 'settings in which the refiner differs from the base', dict)
-    name: str = setting(_text, "of the image's file, without number and suffix", '')
+    refiner: Mapping[str, Any] = setting(Kind(_refiner, 'dict', 'setting -> value'),
+                                         'settings in which the refiner differs from the base', dict)
+    name: str = setting(TEXT, "of the image's file, without number and suffix", '')
 
     @classmethod
     def of(cls, *settings: Mapping[str, Any], whole: bool = True) -> Request:
@@ -182,9 +114,7 @@ class Request:
         for layer in settings:
             for key, value in layer.items():
                 if key not in SETTINGS:
-                    hint = ' It does not belong to one image: set it in `infer_cfg`, or with --set.' if (
-                        key in OPTIONS) else did_you_mean(str(key), [*SETTINGS, *OPTIONS])
-                    raise UserError(f"Unknown setting '{key}'.{hint}")
+                    raise UserError(f"Unknown setting '{key}'.{_unknown_hint(str(key), value)}")
                 if value is None:
                     continue
                 if key in STEPS:  # three ways to give the steps
@@ -192,14 +122,14 @@ class Request:
                 if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
                     value = {**merged[key], **value}
                 merged[key] = value
-        request = cls(**{key: SETTINGS[key]['check'](key, value) for key, value in merged.items()})
+        request = cls(**{key: SETTINGS[key].kind.check(key, value) for key, value in merged.items()})
         request._check(whole)
         return request
 
     def for_refiner(self) -> Request:
         """Return the refiner's request: the base's texts, sizes and seed, its own number of steps and strength."""
         inherited = {name: getattr(self, name) for name, meta in SETTINGS.items()
-                     if meta['refiner'] in ('base', 'both')}
+                     if meta.refiner in ('base', 'both')}
         return Request.of(inherited, self.refiner, whole=False)
 
     def _check(self, whole: bool) -> None:
@@ -268,12 +198,26 @@ class Request:
         return replace(self, seed=self.seed + number, num_images_per_prompt=1, **inputs)
 
 
-#: Name of each setting -> what `setting` declares of it.
-SETTINGS = {f.name: f.metadata for f in fields(Request)}
-TEXTS, SIZES, SCORES, STEPS, ROWS = (tuple(name for name, meta in SETTINGS.items() if meta['group'] == group)
+#: All settings, by name.
+SETTINGS: dict[str, Setting] = {f.name: f.metadata['setting'] for f in fields(Request)}
+TEXTS, SIZES, SCORES, STEPS, ROWS = (tuple(name for name, meta in SETTINGS.items() if meta.group == group)
                                      for group in ('text', 'size', 'score', 'steps', 'image'))
 #: Settings that the refiner may have apart from the base.
-REFINER = tuple(name for name, meta in SETTINGS.items() if meta['refiner'] in ('own', 'both'))
+REFINER = tuple(name for name, meta in SETTINGS.items() if meta.refiner in ('own', 'both'))
+#: Settings that `Sampler.changed` takes.
+OF_SAMPLER = tuple(name for name, meta in SETTINGS.items() if meta.sampler)
+
+
+def of_form(*forms: str) -> tuple[str, ...]:
+    """Return the settings that are typed in one of `forms`, see `settings.Kind`."""
+    return tuple(name for name, meta in SETTINGS.items() if meta.kind.form in forms)
+
+
+def _unknown_hint(name: str, value: Any) -> str:
+    """Return what to set in place of an unknown setting, as a sentence after a blank; '' if nothing is near."""
+    if name in OPTIONS:
+        return ' It does not belong to one image: set it in `infer_cfg`, or with --set.'
+    return sampling_hint(name, value) or did_you_mean(name, [*SETTINGS, *OPTIONS])
 
 
 def _count(value: Any) -> int | None:

@@ -121,21 +121,6 @@ class Conditioning:
                        adapters=adapters, channels=channels, timestep_cond=timestep_cond)
 
 
-def checked_range(active_range: Sequence[float], key: str = 'active_range') -> tuple[float, float]:
-    """Return a part of sampling, from noise (0) to image (1), as (start, end).
-
-    Raises:
-        UserError: it is not one.
-    """
-    try:
-        start, end = (float(side) for side in active_range)
-    except (TypeError, ValueError, OverflowError):  # the last: an integer of 400 digits
-        start = end = -1.0
-    if not 0 <= start < end <= 1:
-        raise UserError(f'{key}={active_range!r} must be (start, end) with 0 <= start < end <= 1.')
-    return start, end
-
-
 def where(drop: Tensor, null: Tensor, value: Tensor) -> Tensor:
     """Return rows of `null` where `drop` (bool [B]) is set, else rows of `value`, without arithmetic on either."""
     return torch.where(drop.view(-1, *[1] * (value.dim() - 1)), null, value)
@@ -182,13 +167,13 @@ class AttentionProbes:
 
 @dataclass
 class UNetCall:
-    """One call of the UNet, to which adapters add features, tokens and channels.
+    """One call of the UNet, to which adapters add features, tokens, channels, and offsets of the prompt's embeddings.
 
     Attributes:
         sample: [B, C, h, w]; timestep: [] or [B].
         progress: [B, 2] on the CPU, begin and end of the solver step, from noise (0) to image (1); in training
             1 - t / T twice.
-        text, pooled, time_ids, timestep_cond: as in Conditioning.
+        text, pooled, time_ids, timestep_cond: as in Conditioning, without what adapters add.
         training: active ranges and scales multiply and never skip, so that the graph is always the same.
     """
 
@@ -205,6 +190,8 @@ class UNetCall:
     _images: dict[str, ImageTokens] = field(default_factory=dict)
     _channels: list[Tensor] = field(default_factory=list)
     _passed: list[Tensor] = field(default_factory=list)
+    _text: list[Tensor] = field(default_factory=list)
+    _pooled: list[Tensor] = field(default_factory=list)
 
     def gate(self, active_range: tuple[float, float]) -> Tensor | None:
         """Return 1 for rows whose step lies inside `active_range` (both bounds included), else 0, [B]; None: all do."""
@@ -242,6 +229,31 @@ class UNetCall:
         assert name not in self._images, f"image tokens of '{name}' were added twice to one call of the UNet"
         self._images[name] = replace(images, tokens=images.tokens.to(self.sample.dtype))
 
+    def add_text(self, text: Tensor | None = None, pooled: Tensor | None = None) -> None:
+        """Add offsets to the prompt's embeddings; those of several adapters sum.
+
+        Every adapter sees the prompt's own embeddings in `text` and `pooled`, so the order of adapters changes nothing,
+        even if one moves the prompt towards another: `weight * (other - call.text)`. The sum has the precision of the
+        offsets, the result the dtype of the embeddings. An offset of 0 changes nothing. Extra tokens in the text would
+        draw attention even if they were 0, and could have no scale; `add_image_tokens` has one.
+
+        Args:
+            text: [B, S, D]; 1 in place of B or S is the same offset for all rows or all tokens.
+            pooled: [B, P]; 1 in place of B likewise.
+
+        Raises:
+            UserError: an offset fits no embeddings of this base.
+        """
+        for offset, embeds, offsets, what in ((text, self.text, self._text, 'text embeddings'),
+                                              (pooled, self.pooled, self._pooled, 'pooled embeddings')):
+            if offset is None:
+                continue
+            if offset.dim() != embeds.dim() or offset.shape[-1] != embeds.shape[-1] or any(
+                    side not in (1, whole) for side, whole in zip(offset.shape, embeds.shape, strict=True)):
+                raise UserError(f'An adapter adds {list(offset.shape)} to the {what}, which are {list(embeds.shape)}. '
+                                'It was made for another base.')
+            offsets.append(offset)
+
     def add_channels(self, channels: Tensor) -> None:
         """Concatenate [B, C, h, w] to the latents, after channels added before."""
         self._channels.append(channels.to(self.sample.dtype))
@@ -250,8 +262,8 @@ class UNetCall:
         """Return the arguments of `UNet2DConditionModel.forward`, with fresh lists: the UNet pops from them."""
         call: dict[str, Any] = {
             'sample': torch.cat([self.sample, *self._channels], dim=1) if self._channels else self.sample,
-            'timestep': self.timestep, 'encoder_hidden_states': self.text,
-            'added_cond_kwargs': {'text_embeds': self.pooled, 'time_ids': self.time_ids}}
+            'timestep': self.timestep, 'encoder_hidden_states': _shifted(self.text, self._text),
+            'added_cond_kwargs': {'text_embeds': _shifted(self.pooled, self._pooled), 'time_ids': self.time_ids}}
         if self.timestep_cond is not None:
             call['timestep_cond'] = self.timestep_cond.to(self.sample.dtype)
         if self._residuals:
@@ -263,7 +275,7 @@ class UNetCall:
         if self._images:
             # As in diffusers, images are passed with the text. Gradient checkpointing calls the processors again later,
             # and would find another call's images if processors stored them.
-            call['encoder_hidden_states'] = (self.text, list(self._images.values()))
+            call['encoder_hidden_states'] = (call['encoder_hidden_states'], list(self._images.values()))
         return call
 
     def check_inputs(self, config: Any) -> None:
@@ -301,6 +313,11 @@ def _sum(total: list[Tensor], new: list[Tensor], what: str) -> list[Tensor]:
         raise UserError(f'Two adapters add {what} of different shapes: {[tuple(t.shape) for t in total]} and '
                         f'{[tuple(t.shape) for t in new]}.')
     return [a + b for a, b in zip(total, new, strict=True)]
+
+
+def _shifted(embeds: Tensor, offsets: Sequence[Tensor]) -> Tensor:
+    """Return `embeds` plus all `offsets`, in its dtype; itself if there are none."""
+    return (embeds + sum(offsets)).to(embeds.dtype) if offsets else embeds
 
 
 def to_device(batch: Batch, device: torch.device | str, non_blocking: bool = True) -> Batch:

@@ -71,7 +71,7 @@ class Hub:
     Attributes:
         repos: by id. log: the requests. cuts: end of a file's name -> after how many bytes each of its next answers
             breaks off. down: what of the API fails ('revision', 'tree', 'refs').
-        uploads: repository -> name -> content.
+        uploads: repository -> name -> content. read_only: repositories that the token may not write to.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,7 @@ class Hub:
         self.cuts: dict[str, list[int]] = {}
         self.down: set[str] = set()
         self.uploads: dict[str, dict[str, bytes]] = {}
+        self.read_only: set[str] = set()
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (Handler,), {'hub': self}))
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -181,7 +182,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer requests of the API, of files and of the storage."""
         path = urlsplit(self.path).path
-        if match := re.fullmatch(r'/api/models/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/(.+))?)?', path):
+        if match := re.fullmatch(r'/api/models/([^/]+/[^/]+)/auth-check/write', path):
+            allowed = match[1] in self.hub.uploads and match[1] not in self.hub.read_only
+            self.answer(200, b'{}') if allowed else self.refuse(403, 'Forbidden', repo=match[1], what=path)
+        elif match := re.fullmatch(r'/api/models/([^/]+/[^/]+)(?:/(revision|tree|refs)(?:/(.+))?)?', path):
             self.api(match[1], match[2] or 'revision', unquote(match[3] or 'main'))
         elif match := re.fullmatch(r'/(storage/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
             self.file(match[2], unquote(match[3]), unquote(match[4]), stored=bool(match[1]))

@@ -1,20 +1,20 @@
 """Fixtures of runs and of inference, for several folders of tests."""
 
-import importlib.util
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from asking import BASE, INPAINT, TO_IMAGE, Here, Refined, config
-from installs import ROOT
 from kinds import CASES, build, shaken
 from parity import SOLVERS, stock, stock_like
 from PIL import Image
 
+from diffengine_sdxl.commands import cli
 from diffengine_sdxl.inference.inferencer import SDXLInferencer
 from diffengine_sdxl.testing import draw_circle, write_tiny_refiner
 
@@ -57,13 +57,8 @@ def refined(tiny_base: Path, pipelines: dict[str, Any], tmp_path_factory: pytest
 
 @pytest.fixture(scope='module')
 def infer_main() -> Callable[[], int]:
-    """`main` of tools/infer.py, which reads sys.argv."""
-    spec = importlib.util.spec_from_file_location('infer_tool', ROOT / 'tools' / 'infer.py')
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    entry: Callable[[], int] = tool.main
-    return entry
+    """What tools/infer.py calls, which reads sys.argv."""
+    return partial(cli.main, 'infer')
 
 
 @pytest.fixture(scope='module')

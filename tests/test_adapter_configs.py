@@ -9,6 +9,7 @@ from kinds import CASES, build, shaken
 from runs import train, weights
 
 from diffengine_sdxl import config
+from diffengine_sdxl.config_files import installed_configs
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
 TRAINED = {
@@ -33,7 +34,7 @@ def parts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_are_here() -> None:
     """Those of other folders have tests of their own."""
     elsewhere = ('infer', 't2i_adapter', 'shapes', 'tiny')
-    assert {p.stem for p in config.installed_configs() if p.parent.name not in elsewhere} == {*TRAINED}
+    assert {p.stem for p in installed_configs() if p.parent.name not in elsewhere} == {*TRAINED}
 
 
 @pytest.mark.parametrize('name', TRAINED)

@@ -1,6 +1,8 @@
-"""The T2I-Adapter configs share all but a few keys, and the transforms of each produce a sample."""
+"""Configs are short and say what they are; the T2I-Adapter ones share all but a few keys, and their transforms run."""
 
 import json
+import re
+import statistics
 import sys
 import types
 from collections import Counter
@@ -14,6 +16,7 @@ from PIL import Image
 
 from diffengine_sdxl import config
 from diffengine_sdxl.config.references import differences
+from diffengine_sdxl.config_files import description, installed_configs
 from diffengine_sdxl.datasets import HFDataset
 from diffengine_sdxl.registry import DATASETS
 
@@ -35,8 +38,35 @@ def changed(one: str, other: str) -> set[str]:
 
 def test_a_base_name_names_one_config() -> None:
     counts = Counter(p.name for p in (ROOT / 'configs').rglob('*.py'))
-    leaves = [p.name for p in config.installed_configs()]
+    leaves = [p.name for p in installed_configs()]
     assert not [name for name in leaves if counts[name] > 1]
+
+
+def test_a_config_says_in_one_line_what_it_is() -> None:
+    lines = {p.stem: description(p) for p in installed_configs()}
+    assert not {name: line for name, line in lines.items() if not line.endswith('.')}
+    assert not [line for line, count in Counter(lines.values()).items() if count > 1]
+
+
+def test_leaves_are_short() -> None:
+    """A recipe, a data set, and what differs."""
+    lengths = [len(p.read_text().splitlines()) for p in installed_configs()
+               if p.parent.name not in ('infer', 'shapes', 'tiny')]
+    assert statistics.mean(lengths) <= 5
+
+
+def test_every_piece_is_used() -> None:
+    """By a name of `_base_` that leads to it."""
+    used = {(path.parent / base).resolve() for path in (ROOT / 'configs').rglob('*.py')
+            for base in re.findall(r"'([^']+\.py)'", path.read_text())}
+    assert set((ROOT / 'configs' / '_base_').rglob('*.py')) <= used
+
+
+def test_a_config_of_ones_own_is_a_recipe_and_a_data_set(tmp_path: Path) -> None:
+    path = tmp_path / 'own.py'
+    path.write_text("_base_ = ['diffengine_sdxl::_base_/recipes/lora.py',\n"
+                    "          'diffengine_sdxl::_base_/datasets/captions.py']\n")
+    assert changed(str(path), 'stable_diffusion_xl_lora_text_to_image') == set()
 
 
 def test_variants_share_all_but_a_few_keys() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from diffengine_sdxl import config, errors
+from diffengine_sdxl.commands import cli
 from diffengine_sdxl.commands.common import load_config
 from diffengine_sdxl.commands.test import to_test_config
 from diffengine_sdxl.errors import run_command
@@ -134,6 +135,7 @@ def place(tiny_base: Path, circles: Path, tmp_path_factory: pytest.TempPathFacto
     write_tiny_image_encoder(folder / 'ENCODER')
     model = SDXL(pretrained=str(tiny_base), adapters=dict(style=dict(type='LoRA', rank=2)))
     model.adapters['style'].save(folder / 'STYLE')
+    shutil.copy(folder / 'STYLE' / 'pytorch_lora_weights.safetensors', folder / 'STYLE.safetensors')
     return folder
 
 
@@ -191,9 +193,6 @@ def evaluate(arguments: list[str], place: Path) -> None:
     if '--gpus' in arguments:
         at = arguments.index('--gpus')
         del arguments[at:at + 2]
-    if '--checkpoint' in arguments:  # mim's own, too: it passes the name on
-        at = arguments.index('--checkpoint')
-        arguments[at:at + 2] = arguments[at + 1:at + 2]
     args = parsed('test.py', arguments)
     args.checkpoint = re.sub(r'step\d+', 'step2', args.checkpoint)
     args.cfg_options = [re.sub(r'step\d+', 'step2', option) for option in args.cfg_options or []]
@@ -212,11 +211,11 @@ def make_pictures(arguments: list[str], place: Path) -> None:
     """Check the command as it is written, then run it in two steps: on the base of the shapes, or on a tiny one."""
     args = parsed('infer.py', arguments)
     if Path(args.config).suffix != '.png':
-        args.num_inference_steps = 2
+        args.num_inference_steps = '2'
         sdxl = config.load(args.config).model.pretrained != 'diffengine_sdxl::shapes/base'
         own = ['model.pretrained=BASE', 'model.vae=None', 'mixed_precision=no'] if sdxl else []
         args.cfg_options = [*(args.cfg_options or []), *own]
-        args.height, args.width = args.height and 64, args.width and 64
+        args.height, args.width = args.height and '64', args.width and '64'
     assert run_command('infer', args) == 0
     if args.out:
         assert (place / args.out / 'index.html').is_file() and any((place / args.out).glob('00000-*.png'))
@@ -256,21 +255,23 @@ def run_shell_line(words: list[str], folder: Path) -> None:
     while words and re.fullmatch(r'\w+=\S+', words[0]):
         words = words[1:]
     if words[0] in ('torchrun', 'srun', 'mpirun'):
-        words = ['python', *words[next(i for i, w in enumerate(words) if w.startswith('tools/')):]]
+        words = ['diffengine-sdxl', *words[words.index(next(w for w in words if re.fullmatch('diffengine.sdxl', w))) + 1:]]
     if words[0] == 'make':
         assert re.search(rf'^{words[1]}:', (ROOT / 'Makefile').read_text(), re.M), words
     elif words[:3] == ['mim', 'train', 'diffengine_sdxl']:
         train(words[3:], folder)
-    elif words[:2] == ['python', 'tools/train.py']:
-        train(words[2:], folder)
     elif words[:3] == ['mim', 'test', 'diffengine_sdxl']:
         evaluate(words[3:], folder)
-    elif words[:2] == ['python', 'tools/test.py']:
-        evaluate(words[2:], folder)
     elif words[:4] == ['mim', 'run', 'diffengine_sdxl', 'infer']:
         make_pictures(words[4:], folder)
-    elif words[:2] == ['python', 'tools/infer.py']:
+    elif words[:2] in (['python', 'tools/train.py'], ['diffengine-sdxl', 'train']):
+        train(words[2:], folder)
+    elif words[:2] in (['python', 'tools/test.py'], ['diffengine-sdxl', 'test']):
+        evaluate(words[2:], folder)
+    elif words[:2] in (['python', 'tools/infer.py'], ['diffengine-sdxl', 'infer']):
         make_pictures(words[2:], folder)
+    elif words[0] == 'diffengine-sdxl':
+        assert cli.main(None, words[1:]) == 0
     elif words[0] == 'python' and words[1].startswith('tools/'):
         run_tool(words, folder)
     elif words[0] == 'python' and words[1].startswith('benchmarks/'):
@@ -311,6 +312,7 @@ def tiny(code: str) -> str:
     code = code.replace("from_pretrained('madebyollin/sdxl-vae-fp16-fix'", "from_pretrained('BASE', subfolder='vae'")
     code = re.sub(r"'https?://[^']*\.png'", "'DATA/conditioning_images/00000.png'", code)
     code = code.replace('(1024, 1024)', '(64, 64)').replace("'cuda'", "'cpu'").replace('torch.float16', 'torch.float32')
+    code = code.replace("['train_cfg.max_iters=500']", "['train_cfg.max_iters=1', 'train_dataloader.batch_size=2']")
     return code.replace('num_inference_steps=50', 'num_inference_steps=2')
 
 

@@ -30,7 +30,8 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     first, second, *_, last = process.stderr.splitlines()
     assert process.returncode == 1 and process.stdout == ''
     assert first.startswith('internal error in fake: a bug of diffengine_sdxl') and second.startswith('Traceback')
-    assert last == 'ValueError: ours' and 'fake.py", line 2, in run' in process.stderr
+    assert 'ValueError: ours' in process.stderr and 'fake.py", line 2, in run' in process.stderr
+    assert last == 'error: internal error in fake: ValueError: ours'
 
 
 def test_a_mistake_of_the_users_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import original_format
 import pytest
 import torch
-from kinds import CASES, build, shaken
 from parity import images, stock
 from torch import Tensor
 
 from diffengine_sdxl import config
+from diffengine_sdxl.config_files import installed_configs
 from diffengine_sdxl.images import to_pil
 from diffengine_sdxl.inference.inferencer import SDXLInferencer
 from diffengine_sdxl.request import Request
-from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_refiner, write_tiny_sdxl
+from diffengine_sdxl.testing.stand_ins import StandIns, few, small
 
 TEXT, IMAGE, INPAINT = (f'StableDiffusionXL{kind}Pipeline' for kind in ('', 'Img2Img', 'Inpaint'))
 T2I, PAG = 'StableDiffusionXLAdapterPipeline', 'StableDiffusionXLPAGPipeline'
@@ -146,11 +145,10 @@ GUIDES = {
                            guidance_scale=7.0, pag_scale=3.0), PAG),
 }
 EVERYTHING = 'sdxl_everything'
-WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 
 def test_all_are_here() -> None:
-    found = {p.stem for p in config.installed_configs() if p.parent.name == 'infer'}
+    found = {p.stem for p in installed_configs() if p.parent.name == 'infer'}
     assert found == {*GUIDES, EVERYTHING}
 
 
@@ -206,51 +204,10 @@ def test_a_config_says_what_its_guide_says(name: str) -> None:
 
 # What they make
 
-@dataclass(frozen=True)
-class World:
-    """Folders of tiny weights, and small pictures by the names of the guides'."""
-
-    folder: Path
-    base: Path
-
-    def weights(self, source: str) -> Path:
-        """The folder that stands for a hub id; for a single file, that with its configs, beside that file."""
-        if 'refiner' in source:
-            return self.folder / 'refiner'
-        return self.folder / 'wide' if 'inpainting' in source else self.base
-
-    def unet(self, source: str) -> Path:
-        """The folder of the UNet that stands for one of its own."""
-        return self.folder / ('lightning' if 'ightning' in source else 'lcm') / 'unet'
-
-    def picture(self, url: str) -> str:
-        """The file that stands for a URL."""
-        return str(self.folder / 'pictures' / url.rpartition('/')[2])
-
-    def loaded(self, url: str) -> Any:
-        """The picture at a URL, as the guides load it."""
-        return diffusers.utils.load_image(self.picture(url))
-
-
 @pytest.fixture(scope='module')
-def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Two LoRAs, an IP-Adapter plus and two T2I-Adapters that look trained, three bases, a refiner, pictures."""
-    folder = tmp_path_factory.mktemp('world')
-    kinds = {'lora': CASES['lora_everywhere'], 'lora2': CASES['lora'], 'ip': CASES['ip_adapter_plus'],
-             't2i': CASES['t2i_adapter'], 't2i2': CASES['t2i_adapter']}
-    model = shaken(build(tiny_base, {name: {**case.config, 'condition_key': name} if case.condition_key else case.config
-                                     for name, case in kinds.items()}), *(kinds[name] for name in sorted(kinds)))
-    for name, adapter in model.adapters.items():
-        adapter.save(folder / name)
-    write_tiny_image_encoder(folder / 'encoder')
-    write_tiny_refiner(folder / 'refiner')
-    write_tiny_sdxl(folder / 'wide', in_channels=9)
-    write_tiny_sdxl(folder / 'lcm', seed=3, time_cond_proj_dim=16)
-    write_tiny_sdxl(folder / 'lightning', seed=4)
-    for source in (tiny_base, folder / 'refiner'):
-        original_format.write(source.with_suffix('.safetensors'), original_format.original_tensors(source))
-    (folder / 'pictures').mkdir()
-    # Smaller, as the guides', than what is made of them; one is no square.
+def world(tmp_path_factory: pytest.TempPathFactory) -> StandIns:
+    """Tiny weights, and noise as images: smaller, as the guides', than what is made of them; two are no squares."""
+    world = StandIns(tmp_path_factory.mktemp('world'))
     sizes = {f'{HUB}/sdxl-text2img.png': (64, 64), f'{HUB}/sdxl-inpaint-mask.png': (64, 64), f'{BENCH}.png': (32, 32),
              f'{BENCH}_mask.png': (32, 32), f'{HUB}/conditioning_image_1.png': (32, 32),
              f'{REFINE}/german-castle.jpg': (48, 80), f'{REFINE}/zoe-depth-map-german-castle.png': (64, 96)}
@@ -258,81 +215,40 @@ def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
         pixels = images(1, size, seed=i)[0]
         if 'mask' in url:
             pixels = (pixels[:1] > 0.5).float().expand(3, *size)
-        to_pil(pixels.numpy()).save(World(folder, tiny_base).picture(url), 'PNG')
-    return World(folder, tiny_base)
+        to_pil(pixels.numpy()).save(world.image(url))
+    return world
 
 
-def few(num_steps: int) -> int:
-    """Fewer steps, in proportion."""
-    return num_steps if num_steps <= 10 else num_steps // 5
+def overrides(name: str, world: StandIns) -> dict[str, Any]:
+    return world.overrides(config.resolve(config.load(name)))
 
 
-def small(side: int) -> int:
-    """What a base of 64 pixels makes, where SDXL makes `side`."""
-    return side // 16 if side <= 1024 else side // 32
-
-
-#: Name of an adapter in the configs -> that of its export in the world.
-EXPORTS = {'scifi': 'lora', 'pixel_art': 'lora2', 'lcm': 'lora', 'lightning': 'lora', 'ip': 'ip', 'depth': 't2i',
-           'midas': 't2i2', 'adapter': 't2i'}
-
-
-def overrides(name: str, world: World) -> dict[str, Any]:
-    """Tiny weights, small pictures and few steps in place of the config's."""
-    cfg = config.load(name)
-    changed: dict[str, Any] = {'mixed_precision': 'no', 'model.vae': None, 'model.dtype': None}
-    for part in ('model', 'refiner'):
-        if part in cfg:
-            source = cfg[part].pretrained
-            folder = str(world.weights(source))
-            changed |= {f'{part}.pretrained': folder, f'{part}.attention': 'sdpa'}
-            if source.endswith('.safetensors'):
-                changed |= {f'{part}.pretrained': f'{folder}.safetensors', f'{part}.config': folder}
-            if cfg[part].get('sampler'):
-                changed[f'{part}.sampler.num_inference_steps'] = few(cfg[part].sampler.num_inference_steps)
-    if source := cfg.model.get('unet'):
-        changed['model.unet'] = str(world.unet(source))
-        if source.endswith('.safetensors'):
-            changed |= {'model.unet': f'{world.unet(source)}/{WEIGHTS}', 'model.config': str(world.base)}
-    for key, adapter in (cfg.model.get('adapters') or {}).items():
-        where = dict(weights=str(world.folder / EXPORTS[key]), subfolder=None)
-        if adapter.type != 'T2IAdapter':
-            where['weight_name'] = None
-        if adapter.type == 'IPAdapter':
-            where |= dict(image_encoder=str(world.folder / 'encoder'), image_encoder_subfolder=None)
-        changed |= {f'model.adapters.{key}.{k}': v for k, v in where.items()}
-    own = cfg.infer_cfg
-    changed |= {f'infer_cfg.{key}': small(own[key]) for key in ('height', 'width') if key in own}
-    changed |= {f'infer_cfg.{key}': world.picture(own[key]) for key in ('image', 'mask_image') if key in own}
-    changed |= {f'infer_cfg.conditions.{key}': world.picture(url) for key, url in own.get('conditions', {}).items()}
-    for part, place in ((own, 'infer_cfg'), (own.get('refiner', {}), 'infer_cfg.refiner')):
-        if 'num_inference_steps' in part:
-            changed[f'{place}.num_inference_steps'] = few(part['num_inference_steps'])
-    return changed
-
-
-def made(name: str, world: World, **changes: Any) -> Tensor:
+def made(name: str, world: StandIns, **changes: Any) -> Tensor:
     """The config's picture, [1, 3, H, W], by SDXLInferencer."""
     options = {**overrides(name, world), **changes}
-    picture: Tensor = SDXLInferencer(name, device='cpu', overrides=options)(output_type='pt')
+    picture: Tensor = SDXLInferencer(name, device='cpu', cfg_options=options)(output_type='pt')
     return picture
 
 
-def stocks(guide: Guide, world: World) -> Tensor:
+def stocks(name: str, world: StandIns) -> Tensor:
     """The picture of the guide's own pipelines, called as there."""
+    guide = GUIDES[name]
     parts: dict[str, Any] = {}
-    if guide.cls == T2I:
-        name, = (EXPORTS[name] for name in guide.adapters if EXPORTS[name] == 't2i')
-        parts['adapter'] = diffusers.T2IAdapter.from_pretrained(world.folder / name)
+    adapters = config.resolve(config.load(name)).model.get('adapters') or {}
+    folders = {kind: {key: world.adapter(adapter) for key, adapter in sorted(adapters.items()) if adapter.type == kind}
+               for kind in ('T2IAdapter', 'LoRA', 'IPAdapter')}
+    assert sum(map(len, folders.values())) == len(guide.adapters)
+    for folder in folders['T2IAdapter'].values():
+        parts['adapter'] = diffusers.T2IAdapter.from_pretrained(folder)
     if guide.unet is not None:
         parts['unet'] = diffusers.UNet2DConditionModel.from_pretrained(world.unet(guide.unet))
         if guide.unet.endswith('.safetensors'):
             copied(parts['unet'])
-    base = equipped(opened(guide.base, guide.cls, world, **parts), guide, world)
+    base = equipped(opened(guide.base, guide.cls, world, **parts), guide, folders, world.image_encoder())
     generator = torch.Generator().manual_seed(guide.seed)
     call = small_call(guide.cls, guide.call, world)
     if guide.cls == T2I:
-        call['adapter_conditioning_scale'] = next(s for n, (_, s) in guide.adapters.items() if EXPORTS[n] == 't2i')
+        call['adapter_conditioning_scale'], = (guide.adapters[key][1] for key in folders['T2IAdapter'])
     if guide.then is None:
         return base(**call, generator=generator, output_type='pt').images
     refiner = opened(guide.refiner, guide.second, world, text_encoder_2=base.text_encoder_2, vae=base.vae)
@@ -342,13 +258,13 @@ def stocks(guide: Guide, world: World) -> Tensor:
     return refiner(**then, **mask, image=latents, generator=generator, output_type='pt').images
 
 
-def opened(source: str, cls: str, world: World, **parts: Any) -> Any:
+def opened(source: str, cls: str, world: StandIns, **parts: Any) -> Any:
     """A stock pipeline with the tiny weights that stand for `source`.
 
     Not from a single file: stock gives the second encoder the first one's weights where both are as wide. But its
     weights are copies, as of one: a folder's are mapped and may lie anywhere, on which the kernels' last bits depend.
     """
-    pipeline = stock(world.weights(source), cls, **parts)
+    pipeline = stock(world.base(source), cls, **parts)
     if source.endswith('.safetensors'):
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
@@ -362,30 +278,29 @@ def copied(module: torch.nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def small_call(cls: str, call: Mapping[str, Any], world: World) -> dict[str, Any]:
+def small_call(cls: str, call: Mapping[str, Any], world: StandIns) -> dict[str, Any]:
     """A guide's call with small pictures and few steps."""
     new = {**call, 'num_inference_steps': few(full(cls, call)['num_inference_steps'])}
     new |= {key: small(call[key]) for key in ('height', 'width') if key in call}
-    return new | {key: world.loaded(call[key]) for key in ('image', 'mask_image', 'ip_adapter_image') if key in call}
+    return new | {key: diffusers.utils.load_image(world.image(call[key]))
+                  for key in ('image', 'mask_image', 'ip_adapter_image') if key in call}
 
 
-def equipped(pipeline: Any, guide: Guide, world: World) -> Any:
+def equipped(pipeline: Any, guide: Guide, folders: Mapping[str, Mapping[str, Path]], encoder: Path) -> Any:
     """The pipeline with a guide's scheduler, LoRAs and IP-Adapter."""
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
     settings = dict(guide.solver)
     pipeline.scheduler = getattr(diffusers, settings.pop('type')).from_config(pipeline.scheduler.config, **settings)
-    loras = sorted(name for name in guide.adapters if EXPORTS[name].startswith('lora'))
-    for name in loras:
-        pipeline.load_lora_weights(world.folder / EXPORTS[name], adapter_name=name)
+    loras = folders['LoRA']
+    for name, folder in loras.items():
+        pipeline.load_lora_weights(folder, adapter_name=name)
     if loras:
-        pipeline.set_adapters(loras, [guide.adapters[name][1] for name in loras])
-    if 'ip' in guide.adapters:
-        pipeline.load_ip_adapter(world.folder, subfolder='ip', weight_name='ip_adapter.safetensors',
-                                 image_encoder_folder=None)
-        pipeline.set_ip_adapter_scale(guide.adapters['ip'][1])
-        encoder = CLIPVisionModelWithProjection.from_pretrained(world.folder / 'encoder')
-        pipeline.register_modules(image_encoder=encoder.requires_grad_(False),
-                                  feature_extractor=CLIPImageProcessorPil.from_pretrained(world.folder / 'encoder'))
+        pipeline.set_adapters(list(loras), [guide.adapters[name][1] for name in loras])
+    for name, folder in folders['IPAdapter'].items():
+        pipeline.load_ip_adapter(folder, subfolder='', weight_name='ip_adapter.safetensors', image_encoder_folder=None)
+        pipeline.set_ip_adapter_scale(guide.adapters[name][1])
+        net = CLIPVisionModelWithProjection.from_pretrained(encoder).requires_grad_(False)
+        pipeline.register_modules(image_encoder=net, feature_extractor=CLIPImageProcessorPil.from_pretrained(encoder))
     for part in ('unet', 'text_encoder', 'text_encoder_2'):
         if getattr(pipeline, part) is not None:
             getattr(pipeline, part).requires_grad_(False)
@@ -393,28 +308,28 @@ def equipped(pipeline: Any, guide: Guide, world: World) -> Any:
 
 
 @pytest.mark.parametrize('name', GUIDES)
-def test_the_picture_is_that_of_the_guides_pipelines(name: str, world: World) -> None:
+def test_the_picture_is_that_of_the_guides_pipelines(name: str, world: StandIns) -> None:
     """Bitwise; of Refiners' steps without self-attention guidance, which stock has not: with it they are others."""
     guide = GUIDES[name]
     without = {'model.sampler.guidances.1.scale': 0.0} if guide.sag else {}
     picture = made(name, world, **without)
-    assert torch.equal(picture, stocks(guide, world))
+    assert torch.equal(picture, stocks(name, world))
     if guide.sag:
         guided = made(name, world)
         assert guided.shape == picture.shape and guided.isfinite().all() and not torch.equal(guided, picture)
 
 
-def test_everything_has_a_say(world: World) -> None:
+def test_everything_has_a_say(world: StandIns) -> None:
     """In the picture with all at once no part is idle: none can be left out without another picture."""
     cfg, changes = config.resolve(config.load(EVERYTHING)), overrides(EVERYTHING, world)
     kinds = sorted(a.type for a in cfg.model.adapters.values())
     assert kinds == ['IPAdapter', 'LoRA', 'LoRA', 'T2IAdapter', 'T2IAdapter'] and 'refiner' in cfg
-    inferencer = SDXLInferencer(EVERYTHING, device='cpu', overrides=changes)
+    inferencer = SDXLInferencer(EVERYTHING, device='cpu', cfg_options=changes)
     picture = inferencer(output_type='pt')
     assert picture.shape == (1, 3, 64, 64) and picture.isfinite().all()
     assert torch.equal(inferencer(output_type='pt'), picture)
     others = {name: inferencer(scales={name: 0.0}, output_type='pt') for name in cfg.model.adapters}
     others |= {'the refiner': inferencer(refiner={'prompt': 'other'}, output_type='pt'),
-               'the mask': inferencer(mask_image=world.picture(f'{HUB}/sdxl-inpaint-mask.png'), output_type='pt'),
+               'the mask': inferencer(mask_image=world.image(f'{HUB}/sdxl-inpaint-mask.png'), output_type='pt'),
                'SAG': made(EVERYTHING, world, **{'model.sampler.guidances.1.scale': 0.0})}
     assert not [name for name, other in others.items() if torch.equal(other, picture)]

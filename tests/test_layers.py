@@ -16,9 +16,9 @@ CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 # From the ground up; the modules of one storey don't import each other. A folder stands for all files in it.
 STOREYS = (
     ('errors',),
-    ('atomic_files', 'versions', 'registry', 'rng', 'structures', 'images'),
-    ('noise_schedule', 'attention', 'request', 'shapes'),
-    ('protocols',),
+    ('atomic_files', 'config_files', 'field_names', 'literals', 'versions', 'registry', 'rng', 'structures', 'images'),
+    ('noise_schedule', 'attention', 'settings', 'shapes'),
+    ('protocols', 'request'),
     ('config',),
     ('loading',),
     ('adapters', 'objectives', 'samplers', 'datasets', 'evaluation'),
@@ -26,7 +26,7 @@ STOREYS = (
     ('engine', 'inference'),
     ('commands',),
     ('testing',),  # the tiny models of the tests and of tools/make_shapes_base.py
-    ('tools',),
+    ('tools', '__main__'),
 )
 
 

@@ -9,7 +9,7 @@ from parity import images, make_batch
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.structures import Batch, Conditioning, UNetCall, to_device, where
+from diffengine_sdxl.structures import Batch, Conditioning, ImageTokens, UNetCall, to_device, where
 
 
 def conditioning(num: int, start: float = 0.0, **kwargs: Any) -> Conditioning:
@@ -109,6 +109,53 @@ def test_the_arguments_of_the_unet() -> None:
     assert kwargs['sample'] is one.sample and kwargs['timestep'] is one.timestep
     assert kwargs['encoder_hidden_states'] is one.text
     assert kwargs['added_cond_kwargs'] == {'text_embeds': one.pooled, 'time_ids': one.time_ids}
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_offsets_of_the_embeddings_sum(dtype: torch.dtype) -> None:
+    """In the offsets' precision, to the embeddings' dtype; each adapter sees the prompt's own; rows stay apart."""
+    text, pooled = torch.randn(3, 7, 6).to(dtype), torch.randn(3, 5).to(dtype)
+    weights = torch.tensor([1.0, 0.5, 0.0], requires_grad=True)
+    one, other = (call(3, text=text, pooled=pooled) for _ in range(2))
+    offsets = [(torch.randn(3, 1, 6), None), (torch.randn(3, 7, 6), torch.randn(1, 5)), (None, torch.randn(3, 5))]
+    for added, order in ((one, (0, 1, 2)), (other, (2, 1, 0))):
+        for i in order:
+            assert added.text is text and added.pooled is pooled
+            added.add_text(*(None if o is None else o * weights.view(3, *[1] * (o.dim() - 1)) for o in offsets[i]))
+        added.add_text(pooled=torch.full((3, 5), 1e-4), text=torch.full((1, 1, 6), 1e-4))
+    for added in (one, other):
+        kwargs = added.kwargs()
+        embeds = {'text': kwargs['encoder_hidden_states'], 'pooled': kwargs['added_cond_kwargs']['text_embeds']}
+        for i, (name, own) in enumerate((('text', text), ('pooled', pooled))):
+            total = sum(pair[i].double() * weights.double().view(3, *[1] * (own.dim() - 1))
+                        for pair in offsets if pair[i] is not None)  # type: ignore[union-attr]
+            expected = own.double() + total + 1e-4
+            assert embeds[name].dtype == dtype
+            torch.testing.assert_close(embeds[name], expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6,
+                                       atol=1e-6)
+        assert torch.autograd.grad(embeds['text'].double().sum(), weights)[0].abs().min() > 0
+
+
+def test_no_offset_is_the_prompt() -> None:
+    """Bitwise, as one of 0 is; beside image tokens too."""
+    one = call(text=torch.randn(2, 7, 6).bfloat16(), pooled=torch.randn(2, 5).bfloat16())
+    assert one.kwargs()['encoder_hidden_states'] is one.text
+    one.add_text(torch.zeros(2, 7, 6), torch.zeros(2, 5))
+    assert torch.equal(one.kwargs()['encoder_hidden_states'], one.text)
+    assert torch.equal(one.kwargs()['added_cond_kwargs']['text_embeds'], one.pooled)
+    one.add_text(torch.ones(1, 1, 6))
+    one.add_image_tokens('a', ImageTokens(torch.zeros(2, 1, 4, 6), {}, {}, {}))
+    moved, images = one.kwargs()['encoder_hidden_states']
+    assert torch.equal(moved, (one.text.float() + 1).bfloat16()) and len(images) == 1
+
+
+@pytest.mark.parametrize(('text', 'pooled', 'words'), [
+    ((2, 7, 8), None, r'adds \[2, 7, 8\] to the text embeddings, which are \[2, 7, 6\].*another base'),
+    ((2, 6), None, 'text embeddings'), ((3, 1, 6), None, 'text embeddings'), ((2, 3, 6), None, 'text embeddings'),
+    (None, (2, 4), r'adds \[2, 4\] to the pooled'), (None, (5,), 'pooled'), (None, (2, 1), 'pooled')])
+def test_offsets_that_do_not_fit(text: Any, pooled: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        call().add_text(*(None if shape is None else torch.zeros(shape) for shape in (text, pooled)))
 
 
 def test_to_device() -> None:

@@ -55,13 +55,14 @@ def components() -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from diffengine_sdxl import testing
+    from diffengine_sdxl.shapes import scene
     vocab, merges = vocabulary()
     torch.manual_seed(0)
     end = len(vocab) - 1
     text = dict(vocab_size=len(vocab), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
                 num_attention_heads=4, max_position_embeddings=SEQUENCE, bos_token_id=end - 1, eos_token_id=end)
-    tokenizers = [CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=SEQUENCE, pad_token=pad)
-                  for pad in ('<|endoftext|>', '!')]
+    tokenizers = [CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=SEQUENCE, pad_token=pad,
+                                closed_vocabulary=list(scene.WORDS)) for pad in ('<|endoftext|>', '!')]
     return dict(
         vae=AutoencoderKL(block_out_channels=(16, 48, 64), norm_num_groups=8, latent_channels=4, layers_per_block=1,
                           down_block_types=('DownEncoderBlock2D',) * 3, up_block_types=('UpDecoderBlock2D',) * 3,

@@ -6,4 +6,4 @@ _base_ = ['../_base_/models/shapes.py', '../_base_/samplers/shapes.py', '../_bas
           '../_base_/runtime.py']
 resolution = 64
 model = dict(sampler=_base_.sampler)
-infer_cfg = dict(prompt='a large red circle on a blue ground')
+infer_cfg = dict(prompt='a blue star on white')

@@ -1,5 +1,4 @@
-"""Three adapters, each trained alone, at once and with empty prompts: style by LoRA, colours by IP-Adapter, layout by
-T2I-Adapter.
+"""Three adapters, each trained alone, at once: style by LoRA, colours by IP-Adapter, layout by T2I-Adapter; no prompt.
 
 `--cfg-options model.adapters.ip.scale=0` and the like leave one out.
 """

@@ -1,11 +1,9 @@
 """An IP-Adapter on the shapes base: the colours of another image, not mentioned in the prompt."""
-_base_ = ['../_base_/models/shapes.py', '../_base_/adapters/ip_adapter.py', '../_base_/objectives/denoise.py',
-          '../_base_/samplers/shapes.py', '../_base_/datasets/shapes.py', '../_base_/evaluation/shapes.py',
-          '../_base_/schedules/adamw_15k.py', '../_base_/runtime.py']
+_base_ = ['../_base_/recipes/shapes.py', '../_base_/adapters/ip_adapter.py', '../_base_/objectives/denoise.py']
 model = dict(
     adapters=dict(ip=dict(
         _base_.ip_adapter, image_encoder='diffengine_sdxl::shapes/base', image_encoder_subfolder='image_encoder')),
-    objective=_base_.objective, sampler=_base_.sampler)
+    objective=_base_.objective)
 train_dataloader = dict(dataset=dict(conditioning=None, reference=True, transforms=[
     dict(type='ImagePrompt', key='reference', size=64),
     # Text far more often than in the recipe: half of the time the image alone says what to make.
@@ -22,9 +20,6 @@ test_dataloader = dict(dataset=dict(conditioning=None, reference=True, transform
 ]))
 test_evaluator = [dict(type='FillAccuracy'), dict(type='GroundAccuracy')]
 train_cfg = dict(max_iters=4000)
-optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1e-3, betas=(0.9, 0.99)))
-param_scheduler = dict(name='cosine', num_warmup_steps=20)
 default_hooks = dict(
-    samples=dict(interval=2000, num_from_dataset=4, num_images=4), logger=dict(interval=50),
+    samples=dict(interval=2000, num_from_dataset=4, num_images=4),
     checkpoint=dict(interval=2000, max_keep_ckpts=1))
-randomness = dict(seed=0)

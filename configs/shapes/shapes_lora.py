@@ -3,9 +3,7 @@
 Dots are as large as one latent, so what has to change lies at the finest level: the last up blocks, their counterparts
 and the convolutions at both ends.
 """
-_base_ = ['../_base_/models/shapes.py', '../_base_/adapters/lora.py', '../_base_/objectives/denoise.py',
-          '../_base_/samplers/shapes.py', '../_base_/datasets/shapes.py', '../_base_/evaluation/shapes.py',
-          '../_base_/schedules/adamw_15k.py', '../_base_/runtime.py']
+_base_ = ['../_base_/recipes/shapes.py', '../_base_/adapters/lora.py', '../_base_/objectives/denoise.py']
 model = dict(
     adapters=dict(style=dict(
         _base_.lora, rank=2, alpha=4,
@@ -16,8 +14,7 @@ model = dict(
                  'unet.up_blocks.1.upsamplers.0.conv', 'unet.down_blocks.0.*.conv*', 'unet.conv_in', 'unet.conv_out'],
         blocks={'unet.up_blocks.2': dict(rank=8, alpha=16), 'unet.conv_in': dict(rank=4, alpha=8),
                 'unet.conv_out': dict(rank=4, alpha=8)})),
-    objective=_base_.objective,
-    sampler=_base_.sampler)
+    objective=_base_.objective)
 # Part of the captions are empty, so that the style comes without being named, too.
 proportion_empty_prompts = 0.1
 train_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None))
@@ -25,10 +22,9 @@ test_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None))
 test_evaluator = [dict(type='StyleScore'), dict(type='ShapeAccuracy'), dict(type='FillAccuracy'),
                   dict(type='GroundAccuracy')]
 train_cfg = dict(max_iters=3000)
-optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0))
-param_scheduler = dict(name='cosine', num_warmup_steps=20)
+optim_wrapper = dict(optimizer=dict(lr=5e-3, weight_decay=0.0))
 default_hooks = dict(
-    samples=dict(interval=1000, num_images=6, prompts=['a dotted cyan circle on brown', 'a dotted red triangle on white',
-                                                       'a dotted yellow star on blue', 'dotted green square on pink']),
-    logger=dict(interval=50), checkpoint=dict(interval=1000, max_keep_ckpts=1))
-randomness = dict(seed=0)
+    samples=dict(interval=1000, num_images=6, prompts=[
+        'a dotted cyan circle on brown', 'a dotted red triangle on white', 'a dotted yellow star on blue',
+        'dotted green square on pink']),
+    checkpoint=dict(interval=1000, max_keep_ckpts=1))

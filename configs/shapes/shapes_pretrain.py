@@ -2,7 +2,7 @@
 
 The cache is written by `python tools/cache.py shapes_pretrain_data work_dirs/shapes_latents` (docs/shapes.md).
 """
-_base_ = ['../_base_/models/shapes.py', '../_base_/samplers/shapes.py', '../_base_/schedules/adamw_15k.py',
+_base_ = ['../_base_/models/shapes.py', '../_base_/samplers/shapes.py', '../_base_/schedules/adamw_shapes.py',
           '../_base_/runtime.py']
 resolution = 64
 model = dict(
@@ -21,8 +21,7 @@ train_dataloader = dict(
             dict(type='CaptionDrop', prob=0.05),
             dict(type='CaptionDrop', prob=0.08, to=None)]))
 train_cfg = dict(max_iters=7000)
-optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01))
-param_scheduler = dict(name='cosine', num_warmup_steps=200)
+param_scheduler = dict(num_warmup_steps=200)
 default_hooks = dict(
     samples=dict(interval=1000, num_images=6, prompts=[
         'a striped cyan circle on brown', 'a red triangle on white', 'an outlined yellow star on blue',

@@ -1,6 +1,6 @@
-"""UNet and text encoders of the shapes world, trained on with all timesteps alike: detail is decided where noise is low.
+"""UNet and text encoders of the shapes world, trained on with all timesteps alike, from shapes_pretrain's weights.
 
-It begins from the weights of shapes_pretrain (docs/shapes.md).
+Detail is decided where noise is low (docs/shapes.md).
 """
 _base_ = ['shapes_pretrain.py']
 load_from = 'work_dirs/pretrain/step7000.pth'

@@ -1,5 +1,5 @@
 """The VAE of the shapes world, from random weights: the first step of its base (docs/shapes.md)."""
-_base_ = ['../_base_/models/shapes.py', '../_base_/datasets/shapes.py', '../_base_/schedules/adamw_15k.py',
+_base_ = ['../_base_/models/shapes.py', '../_base_/datasets/shapes.py', '../_base_/schedules/adamw_shapes.py',
           '../_base_/runtime.py']
 model = dict(
     pretrained=None, config='diffengine_sdxl::shapes/base', trainable=['vae'],
@@ -10,8 +10,8 @@ train_dataloader = dict(
     dataset=dict(conditioning=None, styles=['flat', 'outlined', 'striped', 'glossy', 'dotted', 'ringed'],
                  combinations='all'))
 train_cfg = dict(max_iters=2400)
-optim_wrapper = dict(accumulative_counts=1, optimizer=dict(lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.0))
-param_scheduler = dict(name='cosine', num_warmup_steps=100)
+optim_wrapper = dict(optimizer=dict(lr=1.2e-3, weight_decay=0.0))
+param_scheduler = dict(num_warmup_steps=100)
 default_hooks = dict(samples=None, logger=dict(interval=50), checkpoint=dict(interval=500, max_keep_ckpts=2))
 custom_hooks = [dict(type='EMAHook', decay=0.998)]
 randomness = dict(seed=0)

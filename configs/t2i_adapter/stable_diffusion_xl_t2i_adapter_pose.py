@@ -1,5 +1,6 @@
-_base_ = ['./stable_diffusion_xl_t2i_adapter_canny.py']
-# Needs the package controlnet_aux, which needs torchvision (docs/data.md); OpenPose's licence allows no commercial use.
+"""A T2I-Adapter from body poses, computed from the images by OpenPose; needs the package controlnet_aux."""
+_base_ = ['stable_diffusion_xl_t2i_adapter_canny.py']
+# controlnet_aux needs torchvision (docs/data.md); OpenPose's licence allows no commercial use.
 # Give it photographs of people: in drawings few poses are found. On a GPU as in the depth config.
 condition = dict(
     _delete_=True, type='Preprocessor', function='controlnet_aux:OpenposeDetector.from_pretrained',

@@ -1,7 +1,7 @@
 """The main job on a tiny SDXL of random weights and drawn circles, for tests.
 
-It shows that the machinery runs; on random weights nothing can be learned that looks like an image. What learns in minutes
-is `shapes_t2i_adapter.py`.
+It shows that the machinery runs; on random weights nothing can be learned that looks like an image. What learns in
+minutes is `shapes_t2i_adapter.py`.
 """
 _base_ = ['../t2i_adapter/stable_diffusion_xl_t2i_adapter_fill50k.py']
 mixed_precision = 'no'

@@ -10,13 +10,18 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.adapters.formats import files
+from diffengine_sdxl.errors import UserError, checked_range
+from diffengine_sdxl.loading.strict import log_loaded
 from diffengine_sdxl.protocols import AdapterHost
-from diffengine_sdxl.structures import Batch, UNetCall, checked_range
+from diffengine_sdxl.structures import Batch, UNetCall
 
 Tensors = dict[str, Tensor]
+#: File of the weights of a kind that has no format of its own.
+NAME = 'adapter.safetensors'
 
 
 class Adapter(nn.Module):
@@ -177,8 +182,9 @@ class Adapter(nn.Module):
         """Add this adapter's part to a call of the UNet, subject to its scale and active range."""
 
     def save(self, folder: str | Path) -> None:
-        """Write the weights in the format of the adapter's ecosystem."""
-        raise NotImplementedError(f'{type(self).__name__}.save')
+        """Write the weights in their ecosystem's format; by default the state dict, to adapter.safetensors."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({key: value.cpu().contiguous() for key, value in self.state_dict().items()}, Path(folder) / NAME)
 
     def load(self, source: str | Path) -> None:
         """Read what `save` wrote, in place.
@@ -186,7 +192,12 @@ class Adapter(nn.Module):
         Raises:
             UserError: keys or shapes don't fit; which ones.
         """
-        raise NotImplementedError(f'{type(self).__name__}.load')
+        path = files.find(source, [NAME])
+        theirs, ours = files.read(path).tensors, self.state_dict()
+        files.refuse(path, unknown=list(theirs.keys() - ours), missing=list(ours.keys() - theirs), of_another_shape=[
+            key for key in ours.keys() & theirs if ours[key].shape != theirs[key].shape])
+        self.load_state_dict(theirs)
+        log_loaded(f"{self.kind} '{self.name}'", path, len(ours))
 
     def add_to_pipeline(self, stock: Any) -> None:
         """Add itself, with its current weights, to a pipeline (`models.diffusers_pipeline.PipelineBuilder`).

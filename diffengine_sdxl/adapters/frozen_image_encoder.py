@@ -1,12 +1,14 @@
-"""The frozen image encoder that IP-Adapters read images through: loading, preprocessing, sharing."""
+"""The frozen image encoder that IP-Adapters read images through: finding, loading, preprocessing, sharing."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from mmengine.logging import print_log
@@ -14,12 +16,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.adapters.formats.files import Folder, locate
 from diffengine_sdxl.adapters.image_encoder import MEAN, STD
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.loading import hub
-from diffengine_sdxl.loading.files import read_json
+from diffengine_sdxl.loading.files import WEIGHTS, read_json
+from diffengine_sdxl.loading.single_file import is_single_file
 from diffengine_sdxl.loading.strict import as_user_error, load_pretrained, shipped
 from diffengine_sdxl.protocols import AdapterHost
+
+#: Source of an image encoder, and its subfolder there.
+EncoderSource = tuple[str, str | None]
+#: Folders that may hold the image encoder of a base or repository, first choice first; and, seen from the folder of an
+#: IP-Adapter's file, its own: in h94/IP-Adapter there is one beside the files and one in 'models'.
+INSIDE = ('.', 'image_encoder', 'models/image_encoder')
+BESIDE = ('image_encoder', 'models/image_encoder', '../image_encoder', '../models/image_encoder')
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,75 @@ class FrozenImageEncoder(nn.Module):
             side = self.preprocessing.size
             null = self._null[num_images] = self.embed(torch.zeros(num_images, 3, side, side, **options), True)
         return null
+
+
+def encoder_inside(source: str) -> EncoderSource:
+    """Return where in `source` (a folder, hub id or link) its image encoder is.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    folder, name = locate(source)
+    if name is not None:  # a link
+        return source, None
+    places = [place for place in INSIDE if _is_model(folder.at(place))]
+    if not places:
+        raise UserError(f"'{source}' holds no image encoder: neither it nor a folder {' or '.join(INSIDE[1:])} in it "
+                        'has a config.json and weights. Set image_encoder_subfolder to the folder that has.')
+    if len(places) > 1 and places[0] != '.':
+        raise UserError(f"'{source}' holds several image encoders; set image_encoder_subfolder to one of "
+                        f'{listed(places)}.')
+    return source, None if places[0] == '.' else places[0]
+
+
+def encoder_beside(folder: Folder, base: str | None, embed_dim: int | None, plus: bool) -> EncoderSource | None:
+    """Return the image encoder of an IP-Adapter that names none, or None: one near its file, else the base's own.
+
+    Args:
+        folder: with the IP-Adapter's file.
+        base: the base's folder or hub id.
+        embed_dim: the width that the IP-Adapter reads, of hidden states if `plus`; None fits any.
+
+    Raises:
+        UserError: several near the file have that width.
+    """
+    def fits(place: Folder) -> bool:
+        return _is_model(place) and embed_dim in (None, _width(place, plus))
+
+    near = [place for place in dict.fromkeys(folder.at(place) for place in BESIDE) if fits(place)]
+    if len(near) > 1:
+        raise UserError(f"There are several image encoders near '{folder}' ({listed(near)}); set image_encoder to the "
+                        'one that the IP-Adapter was trained with.')
+    if near:
+        return _source(near[0])
+    if base is not None and not is_single_file(base):
+        with suppress(UserError):  # a hub id that was loaded from another cache
+            if fits(locate(base)[0].at('image_encoder')):
+                return base, 'image_encoder'
+    return None
+
+
+def _is_model(folder: Folder) -> bool:
+    names = folder.names()
+    return 'config.json' in names and any(WEIGHTS.fullmatch(name) for name in names)
+
+
+def _width(folder: Folder, hidden: bool) -> int:
+    """Return `FrozenImageEncoder.width` of a model from its config alone."""
+    from transformers import AutoConfig
+    config = as_user_error(str(folder), AutoConfig.from_pretrained, str(folder.file('config.json').parent))
+    projects = not hidden and config.model_type in ('clip', 'clip_vision_model')
+    return int(config.projection_dim if projects else getattr(config, 'vision_config', config).hidden_size)
+
+
+def _source(folder: Folder) -> EncoderSource:
+    if folder.repo is None:
+        return folder.path, None
+    if folder.repo.revision is None:
+        return folder.repo.source, folder.path
+    # An IP-Adapter's `revision` is that of its weights; a link has its own.
+    revision = quote(folder.repo.revision, safe='')
+    return f'{hub.HOSTS[0]}/{folder.repo.source}/blob/{revision}/{folder.path}/config.json', None
 
 
 def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> FrozenImageEncoder:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from diffengine_sdxl.adapters.base import Adapter, Tensors
 from diffengine_sdxl.adapters.formats import files
 from diffengine_sdxl.adapters.formats import ip_adapter as layout
-from diffengine_sdxl.adapters.frozen_image_encoder import FrozenImageEncoder, release_encoder, share_encoder
+from diffengine_sdxl.adapters.frozen_image_encoder import (
+    EncoderSource,
+    FrozenImageEncoder,
+    encoder_beside,
+    encoder_inside,
+    release_encoder,
+    share_encoder,
+)
 from diffengine_sdxl.adapters.image_projection import NUM_TOKENS, image_projection
 from diffengine_sdxl.attention import block_scales, cross_attention_names, plain_layer, release, use_image_prompts
 from diffengine_sdxl.errors import UserError, one_of
@@ -27,6 +34,13 @@ from diffengine_sdxl.loading.strict import log_loaded
 from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import Batch, ImageTokens, UNetCall
+
+#: The repository whose image encoder a fresh IP-Adapter reads through; and, of an architecture and the width that its
+#: weights read, the encoder there (CLIP ViT-H, or ViT-bigG).
+AUTHORS = 'h94/IP-Adapter'
+VIT_H = 'models/image_encoder'
+AUTHORS_ENCODERS = {('base', 1024): VIT_H, ('plus', 1280): VIT_H, ('base', 1280): 'sdxl_models/image_encoder',
+                    ('plus', 1664): 'sdxl_models/image_encoder'}
 
 
 @ADAPTERS.register_module()
@@ -45,7 +59,9 @@ class IPAdapter(Adapter):
             the samples hold it, else everywhere.
         subfolder, weight_name, revision: of `weights`, a folder or hub id ('h94/IP-Adapter': 'sdxl_models',
             'ip-adapter_sdxl_vit-h.safetensors').
-        image_encoder, image_encoder_subfolder: folder or hub id of a vision model that transformers loads.
+        image_encoder: folder or hub id of a vision model that transformers loads. None: for fresh weights CLIP ViT-H of
+            'h94/IP-Adapter'; else the one near `weights`, or in the base, that gives as many numbers as they read.
+        image_encoder_subfolder: of `image_encoder`; None for itself, or its 'image_encoder' or 'models/image_encoder'.
         architecture: 'base', tokens from one embedding of the image; or 'plus', from all its patches.
         num_tokens: per image; None for the weights', or 4 (plus: 16).
         multi_image: n images give n times the tokens ('concat'), or one mean embedding ('average').
@@ -71,7 +87,7 @@ class IPAdapter(Adapter):
     def __init__(self, condition_key: str = 'reference', mask: str | None = None, weights: str | None = None,
                  trainable: bool = True, scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0),
                  subfolder: str | None = None, weight_name: str | None = None, revision: str | None = None,
-                 image_encoder: str = 'h94/IP-Adapter', image_encoder_subfolder: str | None = 'models/image_encoder',
+                 image_encoder: str | None = None, image_encoder_subfolder: str | None = None,
                  architecture: str = 'base', num_tokens: int | None = None, multi_image: str = 'concat',
                  blocks: str | Mapping[str, Any] | None = None, hidden: int | None = None, depth: int = 4,
                  heads: int | None = None, dim_head: int = 64, ff_mult: float = 4) -> None:
@@ -80,6 +96,7 @@ class IPAdapter(Adapter):
         one_of('multi_image', multi_image, ('concat', 'average'))
         self.mask, self.architecture, self.multi_image, self.blocks = mask, architecture, multi_image, blocks
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
+        #: The image encoder and its subfolder; `attach` puts in what is found.
         self.encoder_source = (image_encoder, image_encoder_subfolder)
         self.shape: dict[str, Any] = {'num_tokens': num_tokens, 'hidden': hidden, 'depth': depth, 'heads': heads,
                                       'dim_head': dim_head, 'ff_mult': ff_mult}
@@ -111,7 +128,8 @@ class IPAdapter(Adapter):
         if self.weights is not None:
             path, tensors, settings = self._read(self.weights, token_dim, **self.source)
         # In a tuple, or torch would register it here too, and again in every adapter that reads through it.
-        self._encoder = (share_encoder(model, *self.encoder_source, user=self.name),)
+        source = self._find_encoder(model, settings.get('embed_dim'))
+        self._encoder, self.encoder_source = (share_encoder(model, *source, user=self.name),), source
         embed_dim = self.encoder.width(self.plus)
         if settings.get('embed_dim', embed_dim) != embed_dim:
             raise UserError(f"'{self.weights}' reads embeddings of {settings['embed_dim']} numbers; the image encoder "
@@ -261,6 +279,26 @@ class IPAdapter(Adapter):
             raise UserError(f"'{path}' makes {settings['num_tokens']} tokens per image; the config has "
                             f'num_tokens={num_tokens}.')
         return path, tensors, settings
+
+    def _find_encoder(self, model: AdapterHost, embed_dim: int | None) -> EncoderSource:
+        """Return the image encoder that is named; or one that is found, for weights that read `embed_dim` numbers."""
+        source, subfolder = self.encoder_source
+        if subfolder is not None:
+            return source or AUTHORS, subfolder
+        if source is not None:
+            return encoder_inside(source)
+        if self.weights is None:
+            return AUTHORS, VIT_H
+        folder, _ = files.locate(self.weights, **self.source)
+        found = encoder_beside(folder, getattr(model, 'pretrained', None), embed_dim, self.plus)
+        if found is None:
+            theirs = AUTHORS_ENCODERS.get((self.architecture, embed_dim or 0))
+            raise UserError(f"Adapter '{self.name}': set image_encoder= to the folder or hub id of the image encoder "
+                            f"that '{self.weights}' was trained with. It reads {embed_dim} numbers, and there is no "
+                            'image encoder that gives as many near it or in the base.' + (
+                                f" The authors' adapters of this width use image_encoder='{AUTHORS}', "
+                                f"image_encoder_subfolder='{theirs}'." if theirs else ''))
+        return found
 
     def _file(self) -> Tensors:
         return layout.to_file(self.projector.state_dict(), [layer.weight for layer in self.to_k],

@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from diffengine_sdxl import registry as r
 from diffengine_sdxl.errors import UserError, did_you_mean, listed
+from diffengine_sdxl.field_names import training_hint
 from diffengine_sdxl.registry import NamedRegistry
 from diffengine_sdxl.request import OPTIONS, Request
 
@@ -106,7 +107,8 @@ def _walk(node: Any, path: str) -> None:
         known = dict.fromkeys(SECTIONS[path]) or _dataloader_keys()
         for key, value in node.items():
             if key not in known:
-                raise UserError(f"{path} has no key '{key}'.{did_you_mean(str(key), list(known))}")
+                hint = did_you_mean(str(key), list(known)) or training_hint(str(key), value)
+                raise UserError(f"{path} has no key '{key}'.{hint}")
             _check_number(f'{path}.{key}', value, known[key])
     for key, child in node.items():
         _walk(child, f'{path}.{key}' if path else str(key))
@@ -123,7 +125,7 @@ def _check_keys(node: Mapping[str, Any], path: str, registry: NamedRegistry) -> 
     extra = next((keys for pattern, keys in EXTRA.items() if _matches(path, pattern)), set())
     for key, value in node.items():
         if key not in known and key not in extra and key not in ('type', '_scope_'):
-            hint = did_you_mean(str(key), sorted({*known, *extra}))
+            hint = did_you_mean(str(key), sorted({*known, *extra})) or training_hint(str(key), value)
             raise UserError(f"{path} ({node['type']}) has no key '{key}'.{hint}")
         _check_number(f'{path}.{key}', value, known.get(key))
 

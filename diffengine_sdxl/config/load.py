@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.utils import import_modules_from_strings
 
 from diffengine_sdxl.config.check import check
-from diffengine_sdxl.config.overrides import check_override, parse_overrides
+from diffengine_sdxl.config.custom_modules import import_custom_modules
+from diffengine_sdxl.config.overrides import check_override, checked_overrides, parse_overrides
 from diffengine_sdxl.config.references import references, resolve
+from diffengine_sdxl.config_files import PACKAGE, configs_folder, find
 from diffengine_sdxl.errors import UserError, did_you_mean
-
-PACKAGE = Path(__file__).resolve().parents[1]
+from diffengine_sdxl.field_names import training_hint
 
 #: Top-level keys that the runner and the inferencer read.
 RUNNER_KEYS = (
@@ -24,34 +24,7 @@ RUNNER_KEYS = (
     'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
     'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_processor', 'log_level',
     'visualizer', 'default_scope', 'randomness', 'experiment_name', 'custom_imports', 'find_unused_parameters',
-    'infer_cfg', 'refiner')
-
-
-def configs_folder() -> Path:
-    """Return the folder of the installed configs, in a wheel or in a checkout."""
-    return next(f for f in (PACKAGE / '.mim' / 'configs', PACKAGE.parent / 'configs') if f.is_dir())
-
-
-def installed_configs() -> list[Path]:
-    """Return all installed config files except the pieces in `_base_`."""
-    return sorted(p for p in configs_folder().rglob('*.py') if '_base_' not in p.parts)
-
-
-def find(name: str | Path) -> Path:
-    """Return the config file at path `name`, or the installed one of that base name (with or without '.py').
-
-    Raises:
-        UserError: there is none; names the nearest.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = {p.name: p for p in installed_configs()}
-    wanted = path.name if path.suffix == '.py' else f'{path.name}.py'
-    if wanted in known and path.name == str(name):
-        return known[wanted]
-    raise UserError(f"There is no config file '{name}' and no installed config of that name."
-                    f'{did_you_mean(wanted, list(known))}')
+    'infer_cfg', 'refiner', 'custom_imports_folders')
 
 
 def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
@@ -76,85 +49,92 @@ def read(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
         UserError: the file cannot be read, or an override is unknown; names the nearest.
     """
     path = find(name)
-    try:
-        with _installed_bases():
-            config = Config.fromfile(str(path))
-    except Exception as error:  # a config is Python and may fail in any way
-        raise UserError(f"The config '{path}' cannot be read: {type(error).__name__}: {error}") from error
-    names_read = _names_read(path)
+    config, files = _from_file(path)
+    for key in [key for key, value in config.items() if callable(value)]:
+        config.pop(key)  # classes that the file imports; mmengine drops functions and modules
+    names_read, known_before = _names_read(files), _known_keys(config)
+    if (pieces := config.keys() - known_before - names_read) and len(files) == 1 and _is_dumped(config, path):
+        for key in pieces:
+            # mim gridsearch writes what it searches into the name.
+            if re.search(rf'(^|_){key}[._]', path.stem.partition('_search_')[2]):
+                check_override(config, key, {}, known_before, pieces)
+        names_read |= pieces
     options = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    known_before = _known_keys(config)
-    for key in options:
-        check_override(config, key, options, known_before, names_read)
+    options = checked_overrides(config, options, known_before, names_read)
     try:
         config.merge_from_dict(options)
     except (TypeError, KeyError, IndexError) as error:
         raise UserError(f'The overrides {", ".join(options)} contradict each other or the config: {error}') from error
-    if any(key.split('.')[0] == 'custom_imports' for key in options):
-        _import(config.custom_imports)
+    if config.get('custom_imports'):
+        folders = [*(file.resolve().parent for file in files), *map(Path, config.get('custom_imports_folders', ()))]
+        own = [folder for folder in folders if not folder.is_relative_to(configs_folder().resolve())]
+        try:
+            config.custom_imports_folders = import_custom_modules(config.custom_imports, own)
+        except UserError as error:
+            raise UserError(f"The config '{path}': {error}") from error
     known = _known_keys(config)
     for key in [k for k in config if k not in known]:
         if key not in names_read | known_before:
-            raise UserError(f"'{path.name}' sets '{key}', which nothing reads.{did_you_mean(key, sorted(known))}")
+            hint = training_hint(key, config[key]) or did_you_mean(key, sorted(known))
+            raise UserError(f"'{path.name}' sets '{key}', which nothing reads.{hint}")
         config.pop(key)
     return config
 
 
-@contextmanager
-def _installed_bases() -> Iterator[None]:
-    """Let `_base_` name an installed config, as 'diffengine_sdxl::t2i_adapter/x.py', which mmengine does not know."""
+def _from_file(path: Path) -> tuple[Config, list[Path]]:
+    """Read a config file; return it, and all files that were read, itself first.
+
+    Raises:
+        UserError: it is not valid.
+    """
+    files = [path]
+
+    def base_path(base: str, file: str) -> tuple[str, None]:
+        # Beside what mmengine knows, `_base_` may name an installed config, as 'diffengine_sdxl::t2i_adapter/x.py'.
+        package, colons, rest = base.partition('::')
+        files.append(configs_folder() / rest if colons and package == PACKAGE.name else Path(file).parent / base)
+        return str(files[-1]), None
+
     original = Config._get_cfg_path
-    Config._get_cfg_path = staticmethod(lambda base, file: (str(_base_path(base, Path(file))), None))
+    Config._get_cfg_path = staticmethod(base_path)
     try:
-        yield
+        # Not lazily: mmengine takes a config that imports anything before `_base_` for one of its other dialect.
+        return Config.fromfile(str(path), import_custom_modules=False, lazy_import=False), files
+    except Exception as error:  # a config is Python and may fail in any way
+        hint = (' `read_base` is not supported: name the inherited files in _base_.'
+                if 'read_base' in path.read_text(encoding='utf-8', errors='replace') else '')
+        raise UserError(f"The config '{path}' cannot be read: {type(error).__name__}: {error}{hint}") from error
     finally:
         Config._get_cfg_path = staticmethod(original)
 
 
-def _base_path(base: str, path: Path) -> Path:
-    """Return the file that the config at `path` refers to as `base`."""
-    package, colons, rest = base.partition('::')
-    return configs_folder() / rest if colons and package == PACKAGE.name else path.parent / base
-
-
-def _import(custom_imports: Mapping[str, Any]) -> None:
-    try:
-        import_modules_from_strings(**custom_imports)
-    except (ImportError, TypeError) as error:
-        raise UserError(f'custom_imports: {error}') from error
+def _is_dumped(config: Config, path: Path) -> bool:
+    """Return whether mmengine wrote the file, with all that was inherited: its pieces have been used already."""
+    return path.suffix == '.py' and config.pretty_text == path.read_text(encoding='utf-8')
 
 
 def _known_keys(config: Config) -> set[str]:
     return set(RUNNER_KEYS) | set(references(config.to_dict()))
 
 
-def _names_read(path: Path, seen: set[Path] | None = None) -> set[str]:
-    """Return the names that a config file or its bases read: variables, `_base_.name` and '$name'.
+def _names_read(files: Sequence[Path]) -> set[str]:
+    """Return the names that config files read: variables, `_base_.name` and '$name'.
 
     Raises:
         UserError: a dict in one of them has a key twice.
     """
-    seen = set() if seen is None else seen
-    path = path.resolve()
-    if path in seen or path.suffix != '.py':
-        return set()
-    seen.add(path)
-    tree = ast.parse(path.read_text(encoding='utf-8'), str(path))
     read: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            read.add(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == '_base_':
-            read.add(node.attr)
-        elif isinstance(node, ast.Constant):
-            read.update(references(node.value))
-        elif isinstance(node, ast.Dict):
-            # Python silently takes the last, and an adapter would be lost.
-            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-            if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
-                raise UserError(f"'{path}', line {node.lineno}: the dict has the key {twice[0]!r} twice.")
-        elif isinstance(node, ast.Assign) and any(getattr(t, 'id', None) == '_base_' for t in node.targets):
-            bases = ast.literal_eval(node.value)
-            for base in [bases] if isinstance(bases, str) else bases:
-                read |= _names_read(_base_path(base, path), seen)
+    for path in {file for file in files if file.suffix == '.py'}:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'), str(path))):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                read.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == '_base_':
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant):
+                read.update(references(node.value))
+            elif isinstance(node, ast.Dict):
+                # Python silently takes the last, and an adapter would be lost.
+                keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+                if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+                    raise UserError(f"'{path}', line {node.lineno}: the dict has the key {twice[0]!r} twice.")
     return read

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.errors import UserError, did_you_mean, listed
+from diffengine_sdxl.field_names import training_hint
+from diffengine_sdxl.literals import parse_literal
 
 #: Hooks that the runner adds; a config may change them, or remove one with None.
 DEFAULT_HOOKS = {'runtime_info': 'RuntimeInfoHook', 'timer': 'IterTimerHook', 'logger': 'LoggerHook',
@@ -17,10 +18,10 @@ DEFAULT_HOOKS = {'runtime_info': 'RuntimeInfoHook', 'timer': 'IterTimerHook', 'l
 
 
 def parse_overrides(items: Sequence[str], option: str = '--cfg-options') -> dict[str, Any]:
-    """Parse ['a.b=1', 'c=[x,a y]'] into {'a.b': 1, 'c': ['x', 'a y']}.
+    """Parse ['a.b=1', 'c=[x,a y]', 'd+=dict(type=X)'] into {'a.b': 1, 'c': ['x', 'a y'], 'd+': [{'type': 'X'}]}.
 
-    Python literals are read as such (numbers, True, None, quoted text, lists, tuples, dicts). In brackets, commas
-    separate; anything else is text with its spaces and commas, which mmengine's parser would remove.
+    Values are read by `literals.parse_literal`; mmengine's parser would remove the spaces and commas of a text.
+    'KEY+=VALUE' appends to a list: a value, or each entry of a list.
 
     Args:
         option: the command-line option they belong to, for errors.
@@ -30,82 +31,97 @@ def parse_overrides(items: Sequence[str], option: str = '--cfg-options') -> dict
     """
     options: dict[str, Any] = {}
     for item in items:
-        key, equals, value = item.partition('=')
-        if not equals or not key:
+        key, equals, text = item.partition('=')
+        if not equals or not key.rstrip('+'):
             raise UserError(f"{option} '{item}' must have the form KEY=VALUE.")
-        options[key] = _value(value, f"{option} '{item}'")
+        value = parse_literal(text, f"{option} '{item}'")
+        if key.endswith('+'):
+            value = [*options.get(key, ()), *(value if isinstance(value, list) else [value])]
+        options[key] = value
     return options
 
 
-def _value(text: str, item: str) -> Any:
-    text = text.strip()
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        pass
-    if text in ('true', 'false'):
-        return text == 'true'
-    if text[:1] not in ('[', '('):
-        return text
-    values = [_value(part, item) for part in _split(text[1:-1], item) if part.strip()]
-    if text[-1] != {'[': ']', '(': ')'}[text[0]]:
-        raise UserError(f"{item}: the brackets don't match; put text with brackets into quotes.")
-    return values if text[0] == '[' else tuple(values)
+def checked_overrides(config: Config, options: Mapping[str, Any], known: set[str], read: set[str]) -> dict[str, Any]:
+    """Return overrides as `Config.merge_from_dict` takes them: list entries by number, appended lists in full.
+
+    Args:
+        options: as `parse_overrides` returns them; an entry of a list may be named by its type:
+            'transforms.ComputeTimeIds.crops_coords_top_left'.
+        known: top-level keys that something reads.
+        read: names that the config's files read.
+
+    Raises:
+        UserError: a path leads nowhere; whether a class knows a new last key is checked later.
+    """
+    checked: dict[str, Any] = {}
+    for key, value in options.items():
+        path = check_override(config, key.removesuffix('+'), options, known, read)
+        if key.endswith('+'):
+            before = checked.get(path, _at(config, path))
+            if not isinstance(before, list | tuple):
+                raise UserError(f"--cfg-options '{key}=...' appends to a list, and {path} is {before!r}.")
+            value = [*before, *value]
+        checked[path] = value
+    return checked
 
 
-def _split(text: str, item: str) -> list[str]:
-    """Split `text` at its commas, except those inside brackets or quotes."""
-    parts, depth, quote = [''], 0, ''
-    for character in text:
-        if quote:
-            quote = '' if character == quote else quote
-        elif character in '"\'' and not parts[-1].strip():
-            quote = character  # only at the start: an apostrophe inside a word is not a quote
-        else:
-            depth += (character in '[(') - (character in '])')
-        if character == ',' and not depth and not quote:
-            parts.append('')
-        else:
-            parts[-1] += character
-        if depth < 0:
-            break
-    if depth or quote:
-        raise UserError(f"{item}: the brackets or quotes don't match; put text with brackets into quotes.")
-    return parts
+def _at(config: Config, path: str) -> Any:
+    """Return what is at a checked path, [] if nothing is there yet."""
+    node: Any = config._cfg_dict
+    for part in path.split('.'):
+        node = node[int(part)] if isinstance(node, list | tuple) else (node or {}).get(part)
+    return [] if node is None else node
 
 
-def check_override(config: Config, key: str, options: Mapping[str, Any], known: set[str], read: set[str]) -> None:
-    """Refuse an override whose path leads nowhere; whether a class knows a new last key is checked later."""
+def check_override(config: Config, key: str, options: Mapping[str, Any], known: set[str], read: set[str]) -> str:
+    """Return the path of an override, with list entries by number; refuse one that leads nowhere."""
     parts = key.split('.')
     top = re.split(r'\[', parts[0])[0]
     if top not in known:
         if top in config and top in read:
             raise UserError(f"'{key}': '{top}' is a piece that the config has already used; override it where it was "
                             f'used{_where(config, top)}.')
-        raise UserError(f"--cfg-options '{key}': the config has no key '{top}'.{did_you_mean(top, sorted(known))}")
+        hint = training_hint(key, options.get(key)) or did_you_mean(top, sorted(known))
+        raise UserError(f"--cfg-options '{key}': the config has no key '{top}'.{hint}")
     node: Any = config._cfg_dict
     for depth, part in enumerate(parts):
         here = '.'.join(parts[:depth]) or 'the config'
         if isinstance(node, list | tuple):
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"--cfg-options '{key}': {here} is a list of {len(node)}; '{part}' is not an index of "
-                                'it.')
-            node = node[int(part)]
+            parts[depth] = str(_entry(node, part, key, here))
+            node = node[int(parts[depth])]
         elif not isinstance(node, dict):
             raise UserError(f"--cfg-options '{key}': {here} is {node!r} and has no '{part}'.")
         elif part not in node:
             _check_new(here, part, key, options, node)
-            return
+            break
         else:
             if node[part] is None and depth < len(parts) - 1:
                 node[part] = ConfigDict()  # mmengine cannot merge into None
             node = node[part]
+    return '.'.join(parts)
+
+
+def _entry(entries: Sequence[Any], name: str, key: str, here: str) -> int:
+    """Return the number of an entry of a list, given by it or by the entry's type.
+
+    Raises:
+        UserError: there is none, or several are of that type.
+    """
+    types = [entry.get('type') if isinstance(entry, Mapping) else None for entry in entries]
+    if name.isdigit() and int(name) < len(entries):
+        return int(name)
+    if types.count(name) == 1:
+        return types.index(name)
+    held = f'{here} is a list of {len(entries)}' + (f' ({listed(map(str, types))})' if any(types) else '')
+    fault = (f"{types.count(name)} of them are '{name}'; name one by its number, from 0" if name in types
+             else f"'{name}' is neither an index of it nor a type in it")
+    raise UserError(f"--cfg-options '{key}': {held}; {fault}.{did_you_mean(name, [t for t in types if t])}")
 
 
 def _check_new(here: str, name: str, key: str, options: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Refuse a new adapter or hook that no override gives a type: a misspelt name."""
     names = {*present, *(DEFAULT_HOOKS if here == 'default_hooks' else ())}
-    new = isinstance(options[key], Mapping) or f'{here}.{name}.type' in options
+    new = isinstance(options.get(key), Mapping) or f'{here}.{name}.type' in options
     if here in ('model.adapters', 'default_hooks') and not new and name not in names:
         raise UserError(f"--cfg-options '{key}': {here} has no '{name}'.{did_you_mean(name, sorted(names))} A new one "
                         f'needs {here}.{name}.type.')

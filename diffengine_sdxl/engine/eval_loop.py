@@ -211,9 +211,7 @@ class EvalLoop(BaseLoop):
         seeds = f' x {len(self.seeds)} seeds' if len(self.seeds) > 1 else ''
         title = f'{self.describe_weights()}, {len(self.dataloader.dataset)} samples{seeds}'
         report.save(self.path(), results)
-        text = f'{title}\n{report.table(results)}'
-        runner.logger.info(text)  # several lines go to the log file only
-        print(f'\n{text}\n', flush=True)
+        runner.log_lines(f'{title}\n{report.table(results)}')
         runner.visualizer.add_scalars({f'{self.mode}/{image_set}/{name}': result['value']
                                        for image_set, metrics in results.items() for name, result in metrics.items()
                                        if result['value'] is not None}, step=step)

@@ -111,14 +111,18 @@ class ExperimentRunner(Runner):
         super().setup_env(env_cfg)
 
     def build_logger(self, *args: Any, **kwargs: Any) -> Any:
-        """Build the logger; records of several lines (environment, config, hooks) go to the log file only."""
+        """Build the logger; mmengine's records of several lines (environment, config, hooks) go to the file only."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if not isinstance(handler, logging.FileHandler):
                 # Our metrics' names start with their image set, so they need no prefix.
-                handler.addFilter(lambda record: '\n' not in str(record.msg)
+                handler.addFilter(lambda record: getattr(record, 'on_console', '\n' not in str(record.msg))
                                   and not str(record.msg).startswith('The prefix is not set in metric class'))
         return logger
+
+    def log_lines(self, text: str) -> None:
+        """Log several lines, to the console too."""
+        self.logger.info(text, extra={'on_console': True})
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Move the model to its device; wrap it in DDP if several processes train, on CPUs without device ids."""

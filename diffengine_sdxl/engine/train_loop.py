@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.runner import BaseLoop
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.engine.eval_loop import ValLoop, shut_down_workers
 from diffengine_sdxl.engine.main_process import on_main_process
+from diffengine_sdxl.engine.run_summary import run_summary
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.loading import checkpoint
@@ -90,6 +91,8 @@ class StepLoop(BaseLoop):
         runner = self.runner
         if hasattr(self.dataloader.dataset, 'check_model'):
             self.dataloader.dataset.check_model(runner.bare_model)
+        if is_main_process():
+            runner.log_lines(run_summary(runner))
         runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
         self._begin_validation()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,22 +18,21 @@ from diffengine_sdxl.config.check import check
 from diffengine_sdxl.errors import UserError, first_line, one_of, whole_number
 from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.inference import stages
+from diffengine_sdxl.inference.add_adapters import add_adapter
+from diffengine_sdxl.inference.call_arguments import seeds_of, split_prompts
 from diffengine_sdxl.inference.stages import Stage
 from diffengine_sdxl.loading.trained import apply_weights, load_trained
 from diffengine_sdxl.models.image_inputs import MaskCrop, cached_urls, crop_of
 from diffengine_sdxl.models.request_batch import request_batch, size_of
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import INFERENCERS, MODELS
-from diffengine_sdxl.request import OPTIONS, ROWS, SCORES, SIZES, Request
+from diffengine_sdxl.request import OF_SAMPLER, OPTIONS, SCORES, Request
 from diffengine_sdxl.samplers.sampler import check_size
 
 if TYPE_CHECKING:
     from diffengine_sdxl.inference.offload import SequentialOffloadHook
 
 OUTPUT_TYPES = ('pil', 'pt', 'np', 'latent')
-#: The settings of a Request that a sampler takes.
-SAMPLER_SETTINGS = ('num_inference_steps', 'timesteps', 'sigmas', 'eta', 'strength', 'denoising_start',
-                    'denoising_end', 'guidance_scale', 'guidance_rescale')
 
 
 @dataclass
@@ -68,20 +67,25 @@ class SDXLInferencer:
         weights: a step<N>.pth, a work_dir (its latest checkpoint), an exported step<N>/ or adapter's folder, or 'none'
             for the base without adapters; None for the `weights` that the config names.
         device: 'cuda', 'cpu', ...; None for the best available.
-        overrides: of the config, as `--cfg-options` takes them, or a dict of dotted keys.
+        adapters: name -> a file, folder, hub id or link, whose kind is found by itself; or a dict of an adapter's
+            settings with such `weights`. They are added to those of the config, or give one of them another file.
+        cfg_options: overrides of the config, as `--cfg-options` takes them, or a dict of dotted keys.
         checked: `config` is a resolved and checked Config.
 
     Raises:
         UserError: the config or the weights cannot be read, an adapter has no weights, or there is no sampler.
     """
 
-    def __init__(self, config: str | Config, weights: str | None = None, device: str | None = None,
-                 overrides: Sequence[str] | Mapping[str, Any] = (), checked: bool = False) -> None:
-        if isinstance(config, Config) and overrides:
-            raise UserError('Overrides go with the name of a config; change the Config itself.')
+    def __init__(self, config: str | Config, weights: str | None = None, device: str | None = None, *,
+                 adapters: Mapping[str, Any] | None = None, cfg_options: Sequence[str] | Mapping[str, Any] = (),
+                 checked: bool = False) -> None:
+        if isinstance(config, Config) and cfg_options:
+            raise UserError('cfg_options go with the name of a config; change the Config itself.')
         # Both copy: `apply_weights` changes the config.
         cfg = copy.deepcopy(config) if isinstance(config, Config) and checked else configs.resolve(
-            config if isinstance(config, Config) else configs.read(config, overrides))
+            config if isinstance(config, Config) else configs.read(config, cfg_options))
+        for name, adapter in (adapters or {}).items():
+            add_adapter(cfg, name, adapter if isinstance(adapter, Mapping) else {'weights': str(adapter)})
         if not checked:
             check(cfg)
         if not (cfg.get('model') or {}).get('sampler'):
@@ -123,24 +127,20 @@ class SDXLInferencer:
         """The base and, if there is one, the refiner."""
         return [self.model] if self.refiner is None else [self.model, self.refiner]
 
-    def __call__(self, prompt: str | Sequence[str] | None = None, prompt_2: Any = None, negative_prompt: Any = None,
-                 negative_prompt_2: Any = None, image: Any = None, mask_image: Any = None,
-                 strength: float | None = None, conditions: Mapping[str, Any] | None = None, height: int | None = None,
-                 width: int | None = None, num_inference_steps: int | None = None,
-                 guidance_scale: float | None = None, num_images_per_prompt: int | None = None, seed: Any = None,
-                 latents: Any = None, output_type: str = 'pil', batch_size: int = 1,
-                 on_step: Callable[[int, int], None] | None = None, **settings: Any) -> Any:
+    def __call__(self, prompt: str | Sequence[str] | None = None, *, output_type: str = 'pil', batch_size: int = 1,
+                 on_step: Callable[[int, int], None] | None = None, generator: Any = None, **settings: Any) -> Any:
         """Generate images of one prompt, or of several.
 
-        If `prompt` is a list, every other argument may be a list of the same length, one entry per prompt; so may the
+        If `prompt` is a list, every other setting may be a list of the same length, one entry per prompt; so may the
         values of `conditions`. `image`, `mask_image` and `latents` may have one entry per image.
 
         Args:
-            prompt, ..., latents, settings: see `request.Request`, which lists all.
+            prompt, settings: see `request.Request`, which lists all.
             output_type: 'pil', a list of PIL images; 'pt', a tensor [N, 3, H, W] in [0, 1]; 'np', an array
                 [N, H, W, 3] in [0, 1]; or 'latent', [N, 4, h, w].
             batch_size: images per batch; above 1 the last bits may differ.
             on_step: called with (steps done, total steps) of each stage.
+            generator: a fresh torch.Generator in place of `seed`, or a list of them, one per image.
 
         Returns:
             num_images_per_prompt images for each prompt, in order.
@@ -149,13 +149,16 @@ class SDXLInferencer:
             UserError: a setting is unknown, invalid, or does not suit the model.
         """
         one_of('output_type', output_type, OUTPUT_TYPES)
-        call = {'prompt': prompt, 'prompt_2': prompt_2, 'negative_prompt': negative_prompt,
-                'negative_prompt_2': negative_prompt_2, 'image': image, 'mask_image': mask_image, 'strength': strength,
-                'conditions': conditions, 'height': height, 'width': width,
-                'num_inference_steps': num_inference_steps, 'guidance_scale': guidance_scale,
-                'num_images_per_prompt': num_images_per_prompt, 'seed': seed, 'latents': latents, **settings}
-        requests = [self.request(one) for one in _split_prompts({k: v for k, v in call.items() if v is not None})]
+        call = {key: value for key, value in {'prompt': prompt, **settings}.items() if value is not None}
+        seeds = seeds_of(generator, call)
+        if isinstance(seeds, int):
+            call['seed'] = seeds
+        requests = [self.request(one) for one in split_prompts(call)]
         singles = [request.with_seed(k) for request in requests for k in range(request.num_images_per_prompt)]
+        if isinstance(seeds, list):
+            if len(seeds) != len(singles):
+                raise UserError(f'There are {len(seeds)} generator(s) for {len(singles)} images; give one per image.')
+            singles = [replace(request, seed=seed) for request, seed in zip(singles, seeds, strict=True)]
         outputs: list[Any] = [None] * len(singles)
         with self.cached_inputs():
             if output_type != 'pil':
@@ -317,38 +320,6 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _split_prompts(call: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one dict of settings for each prompt.
-
-    Raises:
-        UserError: a list has another length than `prompt`.
-    """
-    prompts = call.get('prompt')
-    if prompts is None or isinstance(prompts, str):
-        return [dict(call)]
-    if not isinstance(prompts, list | tuple):
-        raise UserError(f'prompt={prompts!r} must be a text, or a list of texts.')
-    num = len(prompts)
-    if num == 0:
-        raise UserError('prompt=[] holds no prompt.')
-
-    def at(name: str, value: Any, i: int) -> Any:
-        if name in ('conditions', 'refiner', 'scales', 'active_ranges') and isinstance(value, Mapping):
-            return {k: at('', v, i) if name == 'conditions' else v for k, v in value.items()}
-        if name in ROWS and (isinstance(value, list | tuple) or getattr(value, 'ndim', 0) == 4):
-            each, rest = divmod(len(value), num)
-            if not rest and each:  # one per prompt, or one per image of a prompt
-                return value[i] if each == 1 else value[i * each:(i + 1) * each]
-        if not isinstance(value, list | tuple) or name in (*SIZES, 'timesteps', 'sigmas'):
-            return value
-        if len(value) != num:
-            raise UserError(f'There are {num} prompts and {len(value)} of {name or "an adapter"!r}; give one per '
-                            'prompt.')
-        return value[i]
-    return [{name: value for name, values in call.items() if (value := at(name, values, i)) is not None}
-            for i in range(num)]
-
-
 def _batch_key(model: SDXL, refiner: SDXL | None, request: Request) -> str:
     """Return what must be equal in images of one batch."""
     from diffengine_sdxl.models.prompt_branches import num_chunks
@@ -362,12 +333,12 @@ def _batch_key(model: SDXL, refiner: SDXL | None, request: Request) -> str:
                  request.active_ranges, counts, kind, request.mask_image is not None, request.latents is not None,
                  [getattr(request, name) is None for name in vars(request) if name.startswith('negative_')],
                  request.prompt_syntax, request.clip_skip, request.refiner.get('clip_skip'), chunks,
-                 {k: v for k, v in request.refiner.items() if k in SAMPLER_SETTINGS},
+                 {k: v for k, v in request.refiner.items() if k in OF_SAMPLER},
                  [request.refiner.get(name) is None for name in ('negative_prompt', 'negative_prompt_2')]))
 
 
 def _sampler_settings(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in SAMPLER_SETTINGS}
+    return {name: getattr(request, name) for name in OF_SAMPLER}
 
 
 def _count(images: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError, one_of
-from diffengine_sdxl.models.prompt_weighting import WeightedEncoder
+from diffengine_sdxl.models.prompt_weighting import WeightedEncoder, plain_text
 from diffengine_sdxl.models.text_encoders import NewTokens, TextEncoder, encode_prompts, encode_weighted, extended
 from diffengine_sdxl.protocols import Model
 from diffengine_sdxl.request import SYNTAXES, Request
@@ -193,7 +193,17 @@ def _embed(model: Model, first: Sequence[str], second: Sequence[str], syntax: st
     encoders = _text_encoders(model)
     # As in diffusers, a refiner's only encoder, the second one, reads the first prompt.
     prompts = [first, second][:len(encoders)]
+    if model.prompt_cache is not None:  # inference; captions of a training may teach new words
+        _warn_of_unread_words(model, prompts, encoders, syntax)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.text_trains), model.autocast(mixed):
         if syntax == 'plain':
             return encode_prompts(prompts, encoders, clip_skip)
         return encode_weighted(prompts, encoders, num_chunks)
+
+
+def _warn_of_unread_words(model: Model, prompts: Sequence[Sequence[str]], encoders: Sequence[TextEncoder],
+                          syntax: str) -> None:
+    adapted = not model.adapters_disabled and any(adapter.modifies_base for adapter in model.adapters.values())
+    for texts, encoder in zip(prompts, encoders, strict=True):
+        for text in texts:
+            encoder.warn_of_unread_words(plain_text(text) if syntax == 'compel' else text, adapted)

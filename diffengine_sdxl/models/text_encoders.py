@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -12,16 +13,18 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.models.prompt_weighting import WeightedEncoder, plain_text
 
 #: New tokens of one text encoder: token -> its vectors [n, D].
 NewTokens = Mapping[str, Tensor]
 #: A tokenizer -> the entries last added to it, and the copy that has them; SDXL's take 0.2 s to copy.
 _EXTENDED: WeakKeyDictionary[Any, tuple[list[str], Any]] = WeakKeyDictionary()
-#: Ends of prompts that were truncated and logged; MAX_TRUNCATIONS of them, as captions may all be long.
+#: What was logged: ends of prompts that were truncated, and prompts with words that the base never read.
 _TRUNCATED: set[str] = set()
-MAX_TRUNCATIONS = 10
+_UNREAD: set[str] = set()
+#: Warnings of each kind, as the prompts of a file or the captions of a data set may all be alike.
+MAX_WARNINGS = 10
 
 
 class TextEncoder:
@@ -37,13 +40,36 @@ class TextEncoder:
         length, rows = self.tokenizer.model_max_length, self.tokenizer(texts)['input_ids']
         for row in rows:
             if len(row) > length:
-                _log_truncation(self.tokenizer.decode(row[length - 1:-1]), length)
+                lost = self.tokenizer.decode(row[length - 1:-1])
+                _warn_once(_TRUNCATED, lost, f'A prompt has more than {length} tokens, so its end is ignored: '
+                           f"'{lost}'. prompt_syntax='compel' reads all of it.")
         return torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row))
                              for row in _truncate(rows, length)])
 
     def weighted(self) -> WeightedEncoder:
         """Return the encoder of compel's syntax."""
         return WeightedEncoder(self.tokenizer, self.encoder)
+
+    def warn_of_unread_words(self, text: str, adapted: bool) -> None:
+        """Log the words of `text` that a base of few words was not trained on; once a text.
+
+        Such a base lists its words in its tokenizer_config.json, as `closed_vocabulary`; others, such as SDXL, have no
+        such list.
+
+        Args:
+            adapted: an adapter changes the base, so it may have learned any word that is one token.
+        """
+        known = self.tokenizer.init_kwargs.get('closed_vocabulary')
+        if known is None:
+            return
+        plain = text.lower()
+        for token in self.new_tokens:
+            plain = plain.replace(token.lower(), ' ')
+        spared = {*known, *(token.removesuffix('</w>') for token in self.tokenizer.get_vocab() if adapted)}
+        if unread := [word for word in dict.fromkeys(re.findall(r'\w+', plain)) if word not in spared]:
+            _warn_once(_UNREAD, text, f"The base was not trained on {listed(map(repr, unread))} of the prompt "
+                       f"'{text if len(text) <= 200 else text[:200] + '...'}'. It knows {len(known)} words: "
+                       f'{listed(known)}; all are in its tokenizer_config.json.')
 
 
 def encode_prompts(prompts: Sequence[Sequence[str]], encoders: Sequence[TextEncoder],
@@ -136,13 +162,13 @@ def _truncate(rows: list[list[int]], length: int) -> list[list[int]]:
     return [row if len(row) <= length else [*row[:length - 1], row[-1]] for row in rows]
 
 
-def _log_truncation(lost: str, length: int) -> None:
-    if lost in _TRUNCATED or len(_TRUNCATED) >= MAX_TRUNCATIONS:
+def _warn_once(logged: set[str], key: str, message: str) -> None:
+    """Log `message`, unless `key` or MAX_WARNINGS others are in `logged`, to which it is added."""
+    if key in logged or len(logged) >= MAX_WARNINGS:
         return
-    _TRUNCATED.add(lost)
-    print_log(f"A prompt has more than {length} tokens, so its end is ignored: '{lost}'. prompt_syntax='compel' reads "
-              'all of it.' + (' Further ones are not logged.' if len(_TRUNCATED) == MAX_TRUNCATIONS else ''),
-              logger='current', level=logging.WARNING)
+    logged.add(key)
+    print_log(message + (' Further ones are not logged.' if len(logged) == MAX_WARNINGS else ''), logger='current',
+              level=logging.WARNING)
 
 
 class _Tokenizer:

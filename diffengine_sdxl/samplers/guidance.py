@@ -7,6 +7,7 @@ would not be bitwise that of diffusers.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, checked_range
 from diffengine_sdxl.noise_schedule import NoiseSchedule
 from diffengine_sdxl.registry import GUIDANCES
-from diffengine_sdxl.structures import AttentionProbes, checked_range
+from diffengine_sdxl.structures import AttentionProbes
 
 #: The order of rows in one UNet call. 'perturbed' has the conditioning of 'cond'.
 BRANCHES = ('uncond', 'cond', 'perturbed')
@@ -67,8 +68,29 @@ class Guidance:
     #: Deltas are added and predictions finished in this order, whatever the config's.
     order = 0
 
+    scale: float
+
     def __init__(self, scale: float, active_range: Sequence[float] = (0.0, 1.0)) -> None:
-        self.scale, self.active_range = float(scale), checked_range(active_range)
+        self.active_range = checked_range(active_range)
+        self._set_scale(scale)
+
+    def _set_scale(self, scale: float) -> None:
+        """Take a scale.
+
+        Raises:
+            UserError: it is out of range.
+        """
+        self.scale = float(scale)
+
+    def with_scale(self, scale: float) -> Guidance:
+        """Return a copy with another scale.
+
+        Raises:
+            UserError: it is out of range.
+        """
+        new = copy.copy(self)
+        new._set_scale(scale)
+        return new
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(scale={self.scale:g})'
@@ -128,6 +150,9 @@ class Rescale(Guidance):
 
     def __init__(self, scale: float = 0.7, active_range: Sequence[float] = (0.0, 1.0)) -> None:
         super().__init__(scale, active_range)
+
+    def _set_scale(self, scale: float) -> None:
+        super()._set_scale(scale)
         if not 0 <= self.scale <= 1:
             raise UserError(f'Rescale: scale={scale} must be from 0 (off) to 1.')
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import GUIDANCES, SAMPLERS
-from diffengine_sdxl.request import check_custom_steps
 from diffengine_sdxl.samplers import schedulers
 from diffengine_sdxl.samplers.guidance import (
     BRANCHES,
@@ -29,9 +28,14 @@ from diffengine_sdxl.samplers.guidance import (
 )
 from diffengine_sdxl.samplers.initial_latents import Inpainting, effective_strength, initial_latents
 from diffengine_sdxl.samplers.non_finite import NonFiniteDetector
-from diffengine_sdxl.samplers.self_attention import SAG
+from diffengine_sdxl.samplers.self_attention import PAG, SAG
 from diffengine_sdxl.samplers.timesteps import SelectedTimesteps, select_timesteps, set_timesteps
+from diffengine_sdxl.settings import check_custom_steps
 from diffengine_sdxl.structures import AttentionProbes, Batch, Conditioning
+
+#: Settings of one request that are a guidance's scale.
+SCALES: dict[str, type[Guidance]] = {'guidance_scale': CFG, 'guidance_rescale': Rescale, 'pag_scale': PAG,
+                                     'sag_scale': SAG}
 
 
 @SAMPLERS.register_module()
@@ -87,19 +91,19 @@ class Sampler:
             raise UserError(f'denoising_start={self.denoising_start} must be below denoising_end='
                             f'{self.denoising_end}.')
 
-    def changed(self, guidance_scale: float | None = None, guidance_rescale: float | None = None,
-                **settings: Any) -> Sampler:
+    def changed(self, **settings: Any) -> Sampler:
         """Return a copy with other settings, named as in __init__; None keeps one.
 
         Args:
-            guidance_scale: of classifier-free guidance, which is added if there is none.
-            guidance_rescale: of Rescale, likewise.
+            settings: also those of SCALES; a guidance that the sampler does not have is added.
 
         Raises:
             UserError: a value is invalid.
         """
         new = copy.copy(self)
         known = inspect.signature(type(self).__init__).parameters
+        scales = {name: settings.pop(name) for name in SCALES if settings.get(name) is not None}
+        settings = {name: value for name, value in settings.items() if name not in SCALES}
         for name, value in settings.items():
             assert name in known and name not in ('scheduler', 'guidances'), name
             if value is not None:
@@ -109,11 +113,10 @@ class Sampler:
         if settings.get('timesteps') is not None or settings.get('sigmas') is not None:
             new.timesteps, new.sigmas = settings.get('timesteps'), settings.get('sigmas')
         new.guidances = list(self.guidances)
-        for kind, scale in ((CFG, guidance_scale), (Rescale, guidance_rescale)):
-            if scale is not None:
-                old = [g for g in new.guidances if isinstance(g, kind)] or [kind(scale)]
-                new.guidances = [g for g in new.guidances if not isinstance(g, kind)]
-                new.guidances += [kind(scale, active_range=g.active_range) for g in old]
+        for name, scale in scales.items():
+            old = [g for g in new.guidances if isinstance(g, SCALES[name])] or [SCALES[name](scale)]
+            new.guidances = [g for g in new.guidances if not isinstance(g, SCALES[name])]
+            new.guidances += [g.with_scale(scale) for g in old]
         new._check()
         return new
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -31,6 +32,10 @@ MIN_CONTRAST = 30.0
 TEMPLATES = ('{a} {look} on {ground}', '{look} on {ground}', '{a} {look} on {a_ground} background',
              'a picture of {a} {look} on {ground}', '{look}, {ground} background', 'a drawing of {a} {look} on '
              '{a_ground} ground', '{a} {look} in front of {ground}', 'one {look} on a background of {ground}')
+#: The words of all captions without WITHHELD_STYLES: what the base was trained on, and its tokenizers declare as
+#: `closed_vocabulary`.
+WORDS = tuple(dict.fromkeys([*SHAPES, *palette.NAMES, *BASE_STYLES, *TEXTURES, 'a', 'an', *re.findall(
+    r'\w+', re.sub(r'{\w+}', '', ' '.join(TEMPLATES)))]))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from diffengine_sdxl import rng
 from diffengine_sdxl.adapters.frozen_image_encoder import ImagePreprocessing
 from diffengine_sdxl.adapters.image_projection import image_projection
+from diffengine_sdxl.adapters.ip_adapter import IPAdapter
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import write_tiny_image_encoder, write_tiny_sdxl
@@ -252,6 +254,65 @@ def test_the_shipped_base_has_an_image_encoder(tmp_path: Path) -> None:
         type='IPAdapter', image_encoder=shapes, image_encoder_subfolder='image_encoder')))
     assert model.adapters['a'].encoder.preprocessing.size == 64 and model.adapters['a'].encoder.width(False) == 64
     assert 'cross-attentions' in repr(model) and 'reference' in repr(model)
+
+
+def copied(encoder: Path, *places: Path) -> None:
+    for place in places:
+        shutil.copytree(encoder, place)
+
+
+def test_an_image_encoder_in_its_folder(tiny_base: Path, encoder: Path, tmp_path: Path) -> None:
+    """As it is, or in 'image_encoder' or 'models/image_encoder'; several or none there are refused."""
+    copied(encoder, tmp_path / 'base' / 'image_encoder', tmp_path / 'repo' / 'models' / 'image_encoder')
+    for folder, inner in ((encoder, None), (tmp_path / 'base', 'image_encoder'),
+                          (tmp_path / 'repo', 'models/image_encoder')):
+        model = SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(type='IPAdapter', image_encoder=str(folder))))
+        assert model.adapters['a'].encoder_source == (str(folder), inner)
+    copied(encoder, tmp_path / 'base' / 'models' / 'image_encoder')
+    for folder, sentence in ((tmp_path / 'base', 'several image encoders; set image_encoder_subfolder to one of image'),
+                             (tmp_path, 'holds no image encoder: neither it nor a folder image_encoder or models/')):
+        with pytest.raises(UserError, match=sentence):
+            SDXL(pretrained=str(tiny_base), adapters=dict(a=dict(type='IPAdapter', image_encoder=str(folder))))
+
+
+@ARCHITECTURES
+def test_an_image_encoder_that_nobody_names(tiny_base: Path, encoder: Path, tmp_path: Path, architecture: str) -> None:
+    """h94's layout, by width: beside the file or in 'models'; then the base's own; else a sentence that asks for it."""
+    import transformers as hf
+    base = shutil.copytree(tiny_base, tmp_path / 'base')
+    build(base, encoder, shake=True, architecture=architecture).adapters['a'].save(tmp_path / 'repo' / 'sdxl_models')
+    settings: dict[str, Any] = dict(architecture=architecture, trainable=False,
+                                    weights=str(tmp_path / 'repo' / 'sdxl_models' / NAME))
+
+    model = SDXL(pretrained=str(base))
+
+    def place() -> tuple[Any, str | None]:
+        adapter = IPAdapter(**settings)
+        adapter.name = 'a'
+        adapter.attach(model)
+        assert adapter.encoder.width(adapter.plus) == hidden
+        adapter.detach(model)
+        return adapter.encoder_source
+    beside, models, own = (tmp_path / x / 'image_encoder' for x in ('repo/sdxl_models', 'repo/models', 'base'))
+    hidden = 24 if architecture == 'base' else 32
+    with pytest.raises(UserError, match=f"'a': set image_encoder= .*sdxl_models/{NAME}' .*It reads {hidden} numbers"):
+        place()
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+                  patch_size=8)
+    hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**{**vision, 'hidden_size': 48}, projection_dim=40)
+                                     ).save_pretrained(beside)
+    copied(encoder, own)
+    assert place() == (str(base), 'image_encoder')
+    copied(encoder, models)
+    assert place() == (str(models), None)
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
+    shutil.rmtree(beside)
+    hf.CLIPModel(hf.CLIPConfig(vision_config={**vision, 'projection_dim': 99}, text_config=text, projection_dim=24)
+                 ).save_pretrained(beside)
+    with pytest.raises(UserError, match='several image encoders near .*sdxl_models'):
+        place()
+    shutil.rmtree(models)
+    assert place() == (str(beside), None)
 
 
 def test_settings_of_image_processors() -> None:

@@ -139,6 +139,9 @@ def test_the_whole_command(tmp_path: Path, base_options: dict[str, Any]) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     # One process speaks.
     assert (done.stdout + done.stderr).count("/W2/step2.pth' and ") == 1
+    table = done.stdout[done.stdout.index('This training:'):]
+    assert table.count('This training:') == table.count('2 x 1 accumulated x 2 processes = 4 rows per step') == 1
+    assert '2; 0.5 epochs' in table
     assert [row['step'] for row in curves(tmp_path / 'W2')] == [1, 2]
     from diffusers import T2IAdapter
     T2IAdapter.from_pretrained(str(tmp_path / 'W2' / 'step2'), subfolder='adapter')

@@ -194,11 +194,11 @@ def test_configs_by_path_and_name(tiny_base: Path, tmp_path: Path, inferencer: S
     words = [f'model.pretrained={tiny_base}', "model.sampler.scheduler.type=EulerAncestralDiscreteScheduler",
              'model.sampler.num_inference_steps=3', 'mixed_precision=no']
     for name, overrides in ((str(path), ()), ('sdxl_text_to_image', plain), ('sdxl_text_to_image.py', words)):
-        ours = SDXLInferencer(name, device='cpu', overrides=overrides)
+        ours = SDXLInferencer(name, device='cpu', cfg_options=overrides)
         assert torch.equal(ours(PROMPT, seed=5, output_type='pt', **SIZE), expected)
-    with pytest.raises(UserError, match='Overrides go with the name of a config'):
-        SDXLInferencer(config(tiny_base), overrides=words)
-    with pytest.raises(UserError, match=r"no installed config.*Did you mean.*'sdxl_text_to_image.py'"):
+    with pytest.raises(UserError, match='cfg_options go with the name of a config'):
+        SDXLInferencer(config(tiny_base), cfg_options=words)
+    with pytest.raises(UserError, match=r"no installed config.*Did you mean.*'sdxl_text_to_image'"):
         SDXLInferencer('sdxl_text_to_imag')
 
 
@@ -210,7 +210,7 @@ def test_weights(tiny_base: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     shown = dict(conditions=dict(adapter=draw_circle(3)[1]))
 
     def ours(weights: str | None, **more: Any) -> Tensor:
-        made: Tensor = SDXLInferencer('tiny_t2i_adapter', weights, 'cpu', {**options, **more})(
+        made: Tensor = SDXLInferencer('tiny_t2i_adapter', weights, 'cpu', cfg_options={**options, **more})(
             **call, **({} if weights == 'none' else shown))
         return made
     folder = tmp_path / 'W'

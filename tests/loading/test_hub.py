@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import runpy
+import shlex
 import shutil
 import sys
 import types
@@ -362,20 +363,42 @@ def in_command(work: Path) -> None:
 
 
 def upload(work: Path, hub: Hub) -> None:
-    """Upload a run's last export; a refusal of the hub keeps it."""
+    """Upload a run's last export; the hub's refusals come before the run, and a failed upload's command repeats it."""
     import logging
 
     from diffengine_sdxl.engine.hooks.hub import PushToHubHook
     run = types.SimpleNamespace(work_dir=str(work / 'run'), max_iters=4, logger=logging.getLogger('uploads'))
     folder = shutil.copytree(work / 'served' / 'dora_everywhere' / 'main', work / 'run' / 'step4')
-    with pytest.raises(UserError, match=f"'{folder}' could not be uploaded to the hub: .*hf upload OWNER/NAME"):
-        PushToHubHook().after_run(run)
+    with pytest.raises(UserError, match='nobody is logged in'):
+        PushToHubHook().before_run(run)
     os.environ['HF_TOKEN'] = 'hf_key'
+    hub.read_only.add('you/closed')
+    with pytest.raises(UserError, match="the hub does not let you write to 'you/closed': Forbidden"):
+        PushToHubHook('you/closed').before_run(run)
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
     for repo_id, repo in (('you/it', 'you/it'), (None, 'me/run')):
-        PushToHubHook(repo_id).after_run(run)
-        sent = {name: content for name, content in hub.uploads[repo].items() if name != '.gitattributes'}
-        assert sent == {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+        hook = PushToHubHook(repo_id)
+        hook.before_run(run)
+        hook.after_run(run)
+        assert {name: sent for name, sent in hub.uploads[repo].items() if name != '.gitattributes'} == files
+    repeated_by_hand(hub, run, folder, files)
     del os.environ['HF_TOKEN']
+
+
+def repeated_by_hand(hub: Hub, run: Any, folder: Path, files: dict[str, bytes]) -> None:
+    """An upload fails; the command that the warning names does the same."""
+    from diffengine_sdxl.engine.hooks.hub import PushToHubHook
+    hook = PushToHubHook('you/again')
+    hook.before_run(run)
+    hook.repo_id = 'you/gone'  # deleted meanwhile
+    warnings: list[str] = []
+    run.logger = types.SimpleNamespace(warning=warnings.append)
+    hook.after_run(run)
+    name, *arguments = shlex.split(warnings[0].partition('Upload it with: ')[2])
+    assert name == 'hf' and arguments == ['upload', 'you/gone', str(folder)]
+    from huggingface_hub.cli.hf import app
+    app(arguments, standalone_mode=False)
+    assert {name: sent for name, sent in hub.uploads['you/gone'].items() if name != '.gitattributes'} == files
 
 
 def test_errors_of_the_command_are_one_sentence(work: Path) -> None:

@@ -9,7 +9,9 @@ import torch
 from parity import make_batch, picture_batch, sampler
 
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models import text_encoders
 from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.shapes.scene import WORDS
 
 PROMPTS = ['a cat', 'x' * 300, 'Ünïcode 東京 & emoji 🦀', '']
 
@@ -103,3 +105,67 @@ def test_cached_prompts_are_not_trained(tiny_base: Path) -> None:
     with torch.no_grad():
         model.encode(batch)
     assert calls == [2, 2, 2, 2]
+
+
+SHAPES = 'diffengine_sdxl::shapes/base'
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged from here on, as if nothing had been before."""
+    lines: list[str] = []
+    monkeypatch.setattr(text_encoders, 'print_log', lambda message, **_: lines.append(message))
+    monkeypatch.setattr(text_encoders, '_UNREAD', set())
+    return lines
+
+
+def infer(model: SDXL, *texts: str, **changes: Any) -> None:
+    """Encode prompts as SDXLInferencer does, each call with a cache of its own."""
+    with model.cached_prompts(), torch.no_grad():
+        model.encode(picture_batch([*texts], [1] * len(texts), **changes), ('uncond', 'cond'), project=True)
+
+
+def test_words_that_a_base_never_read_are_named_in_inference(logged: list[str]) -> None:
+    """Once a text, of both encoders, of negative prompts and of compel's syntax too; captions of a training are not."""
+    model = SDXL(SHAPES)
+    infer(model, 'A Striped red circle, on blue.', 'one glossy star on a background of wavy gray', '')
+    model.encode(picture_batch(['a small dog'], [1]))
+    assert logged == []
+    infer(model, 'a small green square', 'a small green square')
+    infer(model, 'a small green square')
+    assert len(logged) == 1 and "'small' of the prompt 'a small green square'. " in logged[0]
+    assert f'It knows {len(WORDS)} words: {", ".join(WORDS[:10])} ...' in logged[0]
+    infer(model, 'a red star', negative_text=['ugly'], text_2=['Big and 2 blue stars'])
+    assert ["'ugly' of the prompt 'ugly'" in line for line in logged] == [False, True, False]
+    assert "'big', 'and', '2', 'stars' of the prompt 'Big" in logged[2]
+    infer(model, 'a (tiny)1.3 star++', prompt_syntax='compel')
+    assert len(logged) == 4 and "'tiny' of the prompt 'a tiny star'" in logged[3]
+    for number in range(12):
+        infer(model, f'a{number}')
+    assert len(logged) == 10 and 'Further ones are not logged' in logged[-1]
+
+
+@pytest.mark.parametrize(('adapter', 'unread'), [
+    (dict(type='T2IAdapter'), ["'dotted', 'dots'"]), (dict(type='LoRA', rank=2), ["'dots'"]),
+    (dict(type='TextualInversion', token='<dots>', init='star'), ["'dotted'"])])
+def test_words_that_an_adapter_may_know(adapter: dict[str, Any], unread: list[str], logged: list[str]) -> None:
+    """A LoRA may have learned a word of one token, which the base never read; a new token is known."""
+    model = SDXL(SHAPES, adapters=dict(adapter=adapter))
+    conditions = {'conditioning_image': torch.zeros(1, 3, 64, 64)}
+    text = f'a dotted star, {adapter.get("token", "dots")}'
+    infer(model, text, conditions=conditions)
+    assert [line[:line.index(' of the prompt')] for line in logged] == [
+        f'The base was not trained on {words}' for words in unread]
+    logged.clear()
+    with model.disable_adapters():
+        infer(model, f'{text}!')
+    assert "'dotted', 'dots' of the prompt" in logged[0]
+
+
+def test_sdxls_words_are_all_known(tiny_base: Path, logged: list[str]) -> None:
+    """SDXL declares no closed vocabulary; a base with one keeps it when it is written."""
+    sdxl = SDXL(str(tiny_base), tokenizer='diffengine_sdxl::loading/sdxl_files')
+    for tokenizer in (sdxl.tokenizer, sdxl.tokenizer_2):
+        text_encoders.TextEncoder(tokenizer, None, {}).warn_of_unread_words('zyxwv 123 ünï', False)
+    infer(SDXL(str(tiny_base)), 'zyxwv 123 ünï')
+    assert logged == [] and len(sdxl.tokenizer) == 49408

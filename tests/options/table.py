@@ -1,31 +1,26 @@
-"""docs/options.md as a table, and a small config in which an option of it can be set and checked."""
+"""The table of options, and a small config in which an option of it can be set and checked."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from options.page import plain
 
 from diffengine_sdxl import config
 from diffengine_sdxl.datasets import Draw
 from diffengine_sdxl.engine.optim import AdapterOptimWrapperConstructor
+from diffengine_sdxl.field_names import TRAINING
+from diffengine_sdxl.field_names.place import by_name
 from diffengine_sdxl.registry import DATASETS, MODELS, RUNNERS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILL50K = 'stable_diffusion_xl_t2i_adapter_fill50k'
 
 
-def read_table() -> dict[str, str]:
-    """Return option -> the text of the table's second column, without backquotes."""
-    rows = re.findall(r'^\| `(\w+)` \| (?:`([^`]+)`|(none)) \| .*\|$', (ROOT / 'docs' / 'options.md').read_text(), re.M)
-    table = {option: setting or none for option, setting, none in rows}
-    assert len(table) == len(rows), 'docs/options.md lists an option twice'
-    return table
-
-
-TABLE = read_table()
+#: Option -> what to type for it in the T2I-Adapter's configs.
+TABLE = {name: plain(place).replace('NAME', 'adapter') for name, place in by_name(TRAINING).items()}
 Overrides = dict[str, Any]
 
 

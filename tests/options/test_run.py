@@ -132,10 +132,13 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Replace uploads; return their (repository, folder)."""
     import huggingface_hub
     calls: list[tuple[str, str]] = []
-    monkeypatch.setattr(huggingface_hub, 'create_repo',
-                        lambda name, **_: types.SimpleNamespace(repo_id=name if '/' in name else f'me/{name}'))
-    monkeypatch.setattr(huggingface_hub, 'upload_folder',
-                        lambda repo_id, folder_path, **_: calls.append((repo_id, folder_path)))
+    monkeypatch.setattr(huggingface_hub, 'get_token', lambda: 'token')
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(api, 'create_repo', lambda _, name, **__: types.SimpleNamespace(
+        repo_id=name if '/' in name else f'me/{name}'))
+    monkeypatch.setattr(api, 'auth_check', lambda *_, **__: None)
+    monkeypatch.setattr(api, 'upload_folder', lambda _, repo_id, folder_path, **__: calls.append(
+        (repo_id, folder_path)))
     return calls
 
 
@@ -143,8 +146,10 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 def push_to_hub(world: World, uploads: list[tuple[str, str]], run: Path) -> None:
     import logging
     hook = HOOKS.build(dict(world.resolved().default_hooks.hub))
-    hook.after_run(types.SimpleNamespace(work_dir=str(run), max_iters=4, logger=logging.getLogger('uploads')))
-    name = 'OWNER/NAME' if 'repo_id' in world.setting else f'me/{run.name}'
+    runner = types.SimpleNamespace(work_dir=str(run), max_iters=4, logger=logging.getLogger('uploads'))
+    hook.before_run(runner)
+    hook.after_run(runner)
+    name = 'OWNER/REPO' if 'repo_id' in world.setting else f'me/{run.name}'
     assert uploads == [(name, str(run / 'step4'))]
 
 

@@ -1,4 +1,4 @@
-"""SDXL's refiner 1.0 behind the base: it takes over noisy latents, or refines finished ones; two parts are the base's."""
+"""SDXL's refiner 1.0: it takes over the base's noisy latents, or refines finished ones; two parts are the base's."""
 refiner = dict(
     type='SDXL',
     pretrained='stabilityai/stable-diffusion-xl-refiner-1.0',

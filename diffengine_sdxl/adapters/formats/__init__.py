@@ -1,5 +1,6 @@
 """Adapter files as other tools write and read them; the only place where keys are renamed.
 
+detect: which kind of adapter a file or folder is.
 lora: which format a LoRA file is of.
 kohya: keys of kohya and LyCORIS files, read and written.
 layer_names: their names of the UNet's and text encoders' layers.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ _SUFFIXES = {**{suffix: suffix for suffix in peft_lora.SUFFIXES}, **_OLD,
 _PROCESSOR = re.compile(r'\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$')
 
 
+def has_layers(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys holds layers of a LoRA or of its relatives; of peft too, which has the same."""
+    return any(_suffix(_split(key)[1]) is not None for key in keys)
+
+
 def read(file: WeightFile, modules: Modules) -> LoRAWeights:
     """Read a file's tensors and settings. Keys without a part's name are the UNet's.
 
@@ -48,7 +53,7 @@ def read(file: WeightFile, modules: Modules) -> LoRAWeights:
         if name.endswith('.alpha') and tensor.numel() == 1:
             alphas[part, peft_lora.in_memory(name.removesuffix('.alpha'), part_modules)] = (key, float(tensor))
             continue
-        suffix = next((s for s in _SUFFIXES if name.endswith(f'.{s}')), None)
+        suffix = _suffix(name)
         if suffix is None:
             unknown.append(key)
             continue
@@ -69,6 +74,10 @@ def read(file: WeightFile, modules: Modules) -> LoRAWeights:
                             'alpha are unknown. Ask for a peft folder or a kohya file.')
         part_weights.alpha |= {str(m): value for (p, m), (_, value) in alphas.items() if p == part}
     return weights
+
+
+def _suffix(name: str) -> str | None:
+    return next((s for s in _SUFFIXES if name.endswith(f'.{s}')), None)
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +29,65 @@ class WeightFile:
     tensors: dict[str, Any]
     metadata: dict[str, str]
     path: Path
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local folder, or one of a repository on the hub, whose files are downloaded when they are asked for.
+
+    Attributes:
+        path: of the folder; in the repository if there is one, where '.' is its root.
+        repo: None for a local folder.
+    """
+
+    path: str
+    repo: hub.Repo | None = None
+
+    def __str__(self) -> str:
+        return os.path.normpath(os.path.join(self.repo.source, self.path)) if self.repo else self.path
+
+    def at(self, path: str) -> Folder:
+        """Return the folder at a relative path."""
+        return replace(self, path=self._join(path))
+
+    def names(self) -> Collection[str]:
+        """Return the names directly in it; none if there is no such folder."""
+        if self.repo:
+            return self.repo.files_in(None if self.path == '.' else self.path)
+        return os.listdir(self.path) if os.path.isdir(self.path) else []
+
+    def has(self, name: str) -> bool:
+        """Whether it has a file of this relative path."""
+        path = self._join(name)
+        return path in self.repo.names if self.repo else os.path.isfile(path)
+
+    def file(self, name: str) -> Path:
+        """Return the local path of a file that it has."""
+        path = self._join(name)
+        return self.repo.fetch([path]) / path if self.repo else Path(path)
+
+    def _join(self, path: str) -> str:
+        # Compared by name: in the hub's cache every file is a link to another folder.
+        return os.path.normpath(os.path.join(self.path, path))
+
+
+def locate(source: str | Path, subfolder: str | None = None, weight_name: str | None = None,
+           revision: str | None = None) -> tuple[Folder, str | None]:
+    """Return the folder of `source`, and the name of its file if one is named. See `find`, which picks the file.
+
+    Raises:
+        UserError: there is no such source.
+    """
+    text = str(shipped(source))
+    if linked := hub.parse_file_link(text):
+        file = PurePosixPath(linked[2])
+        return Folder(str(file.parent), hub.Repo(linked[0], revision or linked[1])), weight_name or file.name
+    local = hub.local_path(text)
+    if local is not None and local.is_file():
+        return Folder(str(local.parent)), local.name
+    path, name = os.path.split(os.path.join((subfolder or '').strip('/'), weight_name or ''))
+    root = Folder('.', hub.Repo(text, revision)) if local is None else Folder(str(local))
+    return root.at(path), name or None
 
 
 def find(source: str | Path, names: Sequence[str] = (), subfolder: str | None = None, weight_name: str | None = None,
@@ -112,8 +172,13 @@ def parts_folder(source: str | Path, suffixes: tuple[str, ...], subfolder: str |
     return (repo.fetch(files) if files else Path(text)) / prefix
 
 
-def read(path: Path) -> WeightFile:
+def read(path: Path, header_only: bool = False) -> WeightFile:
     """Read a weight file.
+
+    Args:
+        path: the file.
+        header_only: leave the tensors' data on the disk: those of safetensors are fp32 on the meta device, those of a
+            pickle are mapped into memory.
 
     Raises:
         UserError: it is damaged, or a pickle that holds more than tensors.
@@ -121,12 +186,13 @@ def read(path: Path) -> WeightFile:
     if path.suffix not in PICKLES:
         try:
             with safe_open(path, framework='pt') as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: torch.empty(file.get_slice(key).get_shape(), device='meta') if header_only
+                           else file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return WeightFile(tensors, dict(file.metadata() or {}), path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"'{path}' cannot be read: {error}") from error
+            raise UserError(f"'{path}' cannot be read as safetensors: {error}") from error
     try:
-        tensors = torch.load(path, map_location='cpu', weights_only=True)
+        tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=header_only and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(f"'{path}' is a pickle that holds more than tensors, perhaps code; it was not opened. Ask for "
                         'a .safetensors file.') from error

@@ -36,16 +36,26 @@ BLOCK = {'0.norm1': 'ln0', '0.norm2': 'ln1', '0.to_q': 'attn.to_q', '0.to_kv': '
 BLOCK_BACK = {theirs: ours for ours, theirs in BLOCK.items()}
 
 
+def is_ip_adapter(file: WeightFile) -> bool:
+    """Whether a file has one of an IP-Adapter's parts, of any kind."""
+    return any(key.startswith(PARTS) for key in _unnested(file))
+
+
+def _unnested(file: WeightFile) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for key, value in file.tensors.items():
+        tensors |= {f'{key}.{k}': v for k, v in value.items()} if isinstance(value, Mapping) else {str(key): value}
+    return tensors
+
+
 def flat(file: WeightFile) -> dict[str, Tensor]:
     """Return a file's tensors by their keys in a `.safetensors`.
 
     Raises:
         UserError: it holds something else, or an IP-Adapter of an unsupported kind (FaceID, full face).
     """
-    tensors: dict[str, Tensor] = {}
-    for key, value in file.tensors.items():
-        tensors |= {f'{key}.{k}': v for k, v in value.items()} if isinstance(value, Mapping) else {str(key): value}
-    if not any(key.startswith(PARTS) for key in tensors):
+    tensors = _unnested(file)
+    if not is_ip_adapter(file):
         raise UserError(f"'{file.path}' is not an IP-Adapter: it has no 'image_proj' and no 'ip_adapter'.")
     for prefix, kind in UNSUPPORTED.items():
         if any(key.startswith(prefix) for key in tensors):

@@ -8,7 +8,8 @@ use_conv false): `conv_in`, and residual blocks `body.<n>` numbered through all 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ WIDENING = (1, 2)
 def is_file(source: str | Path) -> bool:
     """Whether `source` is a single file, not a folder or hub id."""
     return os.path.isfile(os.path.expanduser(source)) or Path(source).suffix in files.SUFFIXES
+
+
+def has_blocks(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys holds the residual blocks of a T2I-Adapter, under either set of names."""
+    return any(re.search(r'(^|\.)body\.\d+\.(resnets\.\d+\.)?block1\.weight$', key) for key in keys)
 
 
 def read_t2i_adapter(source: str | Path, num_levels: int, downscale_factor: int,

@@ -37,16 +37,15 @@ def read_textual_inversion(
     path = files.find(source, NAMES, subfolder, weight_name, revision)
     tensors = files.read(path).tensors
     keys = {part: KEYS[part] for part in widths}
-    single = None if tensors.keys() & set(KEYS.values()) else _of_one_encoder(tensors)
+    single = None if tensors.keys() & set(KEYS.values()) else of_one_encoder(tensors)
     if single is None:
         files.refuse(path, unknown=[str(k) for k in tensors if k not in keys.values()],
                      missing=[key for key in keys.values() if key not in tensors])
         return _check(path, {part: tensors[key] for part, key in keys.items()}, widths), path
-    vectors = [single]
-    second_path = path.with_name(f'{path.stem}_2{path.suffix}')
-    if len(keys) == 2 and second_path.is_file():
-        second = _of_one_encoder(files.read(second_path).tensors)
-        vectors += [] if second is None else [second]
+    vectors = [single[1]]
+    if len(keys) == 2 and (second := second_file(path)).is_file():
+        entry = of_one_encoder(files.read(second).tensors)
+        vectors += [] if entry is None else [entry[1]]
     if len(vectors) != len(keys):
         raise UserError(f"'{path}' holds the vectors of one text encoder only; this base has two, so it needs a file "
                         "with 'clip_l' and 'clip_g'.")
@@ -60,11 +59,16 @@ def write_textual_inversion(folder: str | Path, vectors: Mapping[str, Tensor]) -
               metadata={'format': 'pt'})
 
 
-def _of_one_encoder(tensors: Mapping[str, Any]) -> Any:
-    """Return the only tensor of a file for one text encoder, or None."""
+def second_file(path: Path) -> Path:
+    """Return the name of the file with the second encoder's vectors, <name>_2, for one with the first's."""
+    return path.with_name(f'{path.stem}_2{path.suffix}')
+
+
+def of_one_encoder(tensors: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return key and value of the only tensor of a file for one text encoder, or None."""
     inner = tensors.get('string_to_param')
     entries = inner if isinstance(inner, Mapping) else tensors
-    return next(iter(entries.values())) if len(entries) == 1 else None
+    return next(iter(entries.items())) if len(entries) == 1 else None
 
 
 def _check(path: Path, tensors: Mapping[str, Any], widths: Mapping[str, int]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
 from diffengine_sdxl import config as configs
 from diffengine_sdxl.commands.common import hide_loading_bars
@@ -21,16 +21,16 @@ from diffengine_sdxl.commands.infer.run import (
     RunResult,
     print_summary,
 )
+from diffengine_sdxl.commands.options import given_settings
 from diffengine_sdxl.config.check import accepted, check
-from diffengine_sdxl.errors import UserError, did_you_mean, first_line, user_message
+from diffengine_sdxl.datasets.image_files import is_url
+from diffengine_sdxl.errors import UserError, first_line, listed, user_message
+from diffengine_sdxl.inference.add_adapters import add_adapter, dict_at
 from diffengine_sdxl.inference.inferencer import SDXLInferencer, split_infer_cfg
 from diffengine_sdxl.loading.trained import NONE, apply_weights
 from diffengine_sdxl.registry import ADAPTERS
-from diffengine_sdxl.request import OPTIONS, Request
+from diffengine_sdxl.request import OPTIONS, SETTINGS, Request
 
-#: Options of the command line that are settings of a Request.
-SETTING_OPTIONS = ('prompt_2', 'negative_prompt', 'negative_prompt_2', 'image', 'mask_image', 'strength', 'height',
-                   'width', 'num_inference_steps', 'guidance_scale', 'num_images_per_prompt', 'seed', 'denoising_end')
 #: Limit on the characters of an error about a PNG's settings, which may be of any length.
 MAX_ERROR = 1000
 
@@ -73,8 +73,7 @@ def infer(args: Any) -> RunResult:
     Rows and images that fail are listed in `errors`; the others are made.
 
     Args:
-        args: config (a config, or a PNG made here), prompt, prompts, SETTING_OPTIONS, condition, adapter, set,
-            weights, out, device, batch_size, cfg_options; as tools/infer.py parses them.
+        args: as `commands.options` parses them.
 
     Raises:
         UserError: the config, the weights, an option or the folder is unusable.
@@ -158,39 +157,36 @@ def _plan_from_config(args: Any, errors: list[str]) -> Plan:
         raise UserError(f'--weights {NONE} is the base without adapters; it contradicts --adapter {args.adapter[0]}.')
     for item in args.adapter or ():
         _add_adapter(cfg, item)
-    settings = {key: getattr(args, key) for key in SETTING_OPTIONS if getattr(args, key) is not None}
-    settings.update(_nested(configs.parse_overrides(args.set or (), '--set')))
-    if conditions := _conditions(args.condition or ()):
-        settings['conditions'] = {**_dict_at(settings, 'conditions'), **conditions}
-    if options := {key: settings.pop(key) for key in OPTIONS if key in settings}:
-        cfg.infer_cfg = {**_dict_at(cfg, 'infer_cfg'), **options}
+    others = _nested(configs.parse_overrides(args.set or (), '--set'))
+    if options := {key: others.pop(key) for key in OPTIONS if key in others}:
+        cfg.infer_cfg = {**dict_at(cfg, 'infer_cfg'), **options}
+    layers = (given_settings(args), others, {'conditions': _conditions(args.condition or (), cfg)})
     check(cfg)
     if args.weights == NONE:
         apply_weights(cfg, NONE)
     defaults, _ = split_infer_cfg(cfg)
     jobs: list[ImageJob] = []
     number = 0
-    for where, request in _requests(args, defaults, settings, errors):
+    for where, request in _requests(args, (defaults, *layers), errors):
         if where is not None:
             jobs += [ImageJob(number + k, where, request.with_seed(k)) for k in range(request.num_images_per_prompt)]
         number += request.num_images_per_prompt
     return Plan(cfg, jobs, args.weights)
 
 
-def _requests(args: Any, defaults: Mapping[str, Any], settings: Mapping[str, Any],
-              errors: list[str]) -> list[tuple[str | None, Request]]:
+def _requests(args: Any, layers: Sequence[Mapping[str, Any]], errors: list[str]) -> list[tuple[str | None, Request]]:
     """Return each row's place, or None if it is broken, and its request; without rows, that of the config's prompt."""
-    requests: list[tuple[str | None, Request]] = [('', Request.of(defaults, settings, {'prompt': prompt}))
+    requests: list[tuple[str | None, Request]] = [('', Request.of(*layers, {'prompt': prompt}))
                                                   for prompt in args.prompt or ()]
     if args.prompts is not None:
         from diffengine_sdxl.commands.infer.prompt_files import read_prompts
         # Broken rows keep their numbers.
-        usual = Request.of(defaults, settings, whole=False)
-        for row in read_prompts(args.prompts, defaults, settings):
+        usual = Request.of(*layers, whole=False)
+        for row in read_prompts(args.prompts, *layers):
             if row.request is None:
                 errors.append(str(row.error))
             requests.append((f"'{args.prompts}', line {row.number}" if row.request else None, row.request or usual))
-    return requests or [('', Request.of(defaults, settings))]
+    return requests or [('', Request.of(*layers))]
 
 
 def _plan_from_png(args: Any) -> Plan:
@@ -200,8 +196,8 @@ def _plan_from_png(args: Any) -> Plan:
         UserError: they are missing or invalid, a file has changed, or an option contradicts them.
     """
     from diffengine_sdxl.commands.infer import untrusted
-    options = ('prompt', 'prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *SETTING_OPTIONS)
-    if conflicts := [name for name in options if getattr(args, name) not in (None, [])]:
+    options = ('prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *SETTINGS)
+    if conflicts := [name for name in options if getattr(args, name, None) is not None]:
         raise UserError(f"'{args.config}' is made again by its own settings, so {', '.join(conflicts)} cannot be "
                         'changed. Name the config to make another image.')
     recorded = untrusted.read_png(args.config)
@@ -239,14 +235,19 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _conditions(items: Sequence[str]) -> dict[str, Any]:
-    """Return ['depth=d.png', 'ip=a.png', 'ip=b.png'] as {'depth': 'd.png', 'ip': ['a.png', 'b.png']}; 'ip.mask=m.png'
-    adds a mask."""
+def _conditions(items: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ['depth=d.png', 'ip=a.png', 'ip=b.png'] as {'depth': 'd.png', 'ip': ['a.png', 'b.png']}.
+
+    'ip.mask=m.png' adds a mask; a file without a name is for the only adapter that reads images.
+    """
+    adapters = dict_at(dict_at(config, 'model'), 'adapters')
     files: dict[str, dict[str, list[str]]] = {}
     for item in items:
         name, equals, source = item.partition('=')
         name, _, part = name.partition('.')
-        if not equals or not name or not source or part not in ('', 'image', 'mask'):
+        if not equals or is_url(item) or name not in adapters and Path(item).is_file():
+            name, part, source = _only_reader(adapters, item), '', item
+        if not name or not source or part not in ('', 'image', 'mask'):
             raise UserError(f"--condition takes ADAPTER=FILE or ADAPTER.mask=FILE, not '{item}'.")
         files.setdefault(name, {}).setdefault(part or 'image', []).append(source)
     single = {name: {part: paths if len(paths) > 1 else paths[0] for part, paths in parts.items()}
@@ -254,37 +255,30 @@ def _conditions(items: Sequence[str]) -> dict[str, Any]:
     return {name: parts if 'mask' in parts else parts['image'] for name, parts in single.items()}
 
 
-def _add_adapter(cfg: Config, item: str) -> None:
-    """Add an adapter of the command line to the config: 'style=FILE,scale=0.8,type=LoRA'.
+def _only_reader(adapters: Mapping[str, Any], item: str) -> str:
+    """Return the name of the only adapter that reads images.
 
     Raises:
-        UserError: it is not of that form, or names a setting that the adapter's class does not have.
+        UserError: there are none or several.
+    """
+    readers = [name for name, adapter in adapters.items() if isinstance(adapter, Mapping)
+               and 'condition_key' in (accepted(ADAPTERS.get(str(adapter.get('type')))) or ())]
+    if len(readers) != 1:
+        several = f'several read images ({listed(readers)}); write --condition NAME={item}'
+        raise UserError(f"--condition '{item}' names no adapter, and "
+                        f"{several if readers else 'no adapter of the config reads images'}.")
+    return readers[0]
+
+
+def _add_adapter(cfg: Config, item: str) -> None:
+    """Add an adapter of the command line to the config: 'style=FILE,scale=0.8'.
+
+    Raises:
+        UserError: it is not of that form; or see `add_adapter`.
     """
     head, *rest = item.split(',')
     name, equals, source = head.partition('=')
-    pairs = dict(part.partition('=')[::2] for part in rest)
     if not equals or not name or not source or not all('=' in part for part in rest):
         raise UserError(f"--adapter takes NAME=SOURCE[,scale=0.8][,type=LoRA][,subfolder=...], not '{item}'.")
-    adapters = _dict_at(cfg.model, 'adapters')
-    old = _dict_at(adapters, name)
-    kind = pairs.pop('type', old.get('type', 'LoRA'))
-    known = list(accepted(ADAPTERS.get(kind)) or ())
-    if unknown := [key for key in pairs if key not in known]:
-        raise UserError(f"--adapter '{item}': a {kind} has no '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
-    values = configs.parse_overrides([f'{key}={value}' for key, value in pairs.items()], '--adapter')
-    if kind == old.get('type'):
-        # What locates the old file does not apply to the new one; an IP-Adapter's `variant` is its architecture.
-        location = {'subfolder', 'weight_name', 'revision', *(() if kind == 'IPAdapter' else ('variant',))}
-        values = {**{key: value for key, value in old.items() if key not in location}, 'type': kind, 'weights': source,
-                  'trainable': False, **values}
-    else:
-        values = {'type': kind, 'weights': source, 'trainable': False, **values}
-    cfg.model.adapters = ConfigDict({**adapters, name: values})
-
-
-def _dict_at(node: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return the dict at `key`, empty if there is none."""
-    value = node.get(key) or {}
-    if not isinstance(value, Mapping):
-        raise UserError(f'{key}={value!r} must be a dict.')
-    return value
+    values = configs.parse_overrides(rest, '--adapter')
+    add_adapter(cfg, name, {'weights': source, **values})

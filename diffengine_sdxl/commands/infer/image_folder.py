@@ -167,6 +167,7 @@ def _settings(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     digests = {f"SHA-256 of {entry['key']}": (entry['sha256'] or 'unknown')[:12]
                for entry in [*settings['inputs'], *settings['sources']]}
+    digests |= {f"SHA-256 of module '{one['name']}'": one['sha256'][:12] for one in settings.get('modules') or ()}
     return [settings['request'], settings['config'], {'weights': settings.get('weights')}, digests]
 
 

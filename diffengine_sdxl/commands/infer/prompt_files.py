@@ -12,14 +12,11 @@ from typing import Any
 
 from diffengine_sdxl.datasets.image_files import is_url
 from diffengine_sdxl.errors import UserError, did_you_mean
-from diffengine_sdxl.request import REFINER, ROWS, SETTINGS, SIZES, TEXTS, Request
+from diffengine_sdxl.request import REFINER, ROWS, SETTINGS, Request, of_form
+from diffengine_sdxl.settings import read_text
 
 #: Keys that may be followed by a name in the columns of a table: 'scales.style'.
-NESTED = ('conditions', 'scales', 'active_ranges', 'refiner')
-#: Keys whose cells are taken as text.
-TEXT_KEYS = (*TEXTS, 'name', 'prompt_syntax')
-#: Keys whose cells hold several numbers, with or without brackets.
-LIST_KEYS = (*SIZES, 'timesteps', 'sigmas')
+NESTED = of_form('dict')
 
 
 @dataclass(frozen=True)
@@ -208,13 +205,16 @@ def _check_header(header: Sequence[str], path: str) -> None:
                             'one of them.')
 
 
-def _settings(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+def _settings(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | UserError:
     settings: dict[str, Any] = {}
     for column, cell in zip(header, cells, strict=True):
         if cell.strip():
             key, dot, name = column.partition('.')
             holder = settings.setdefault(key, {}) if dot else settings
-            holder[name if dot else key] = _value(key, name, cell.strip())
+            try:
+                holder[name if dot else key] = _value(key, name, cell.strip())
+            except UserError as error:
+                return error
     return settings
 
 
@@ -223,13 +223,7 @@ def _value(key: str, name: str, cell: str) -> Any:
     if key in ROWS or key == 'conditions' and name and not cell.startswith('{'):
         parts = [part.strip() for part in cell.split('|')]
         return parts if len(parts) > 1 else cell
-    setting = name if key == 'refiner' else key
-    if setting in TEXT_KEYS:
-        return cell
-    is_list = setting in LIST_KEYS or key == 'active_ranges' and name
-    for text in (cell, f'[{cell}]') if is_list else (cell,):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-    return cell
+    kind = SETTINGS[name if key == 'refiner' and name else key].kind
+    # A condition may be a dict of image and mask.
+    form = kind.form if not name or key == 'refiner' or cell.startswith('{') else kind.inner
+    return read_text(form, f'{key}.{name}' if name else key, cell)

@@ -2,8 +2,9 @@
 
 The settings are one JSON object in an iTXt chunk 'diffengine_sdxl': `format` (of this object), `request` (as
 `Request.of` takes it), `config` (its sections of CONFIG), `weights` (what was loaded in place of those that the config
-names), `inputs` and `sources` (files by path and SHA-256), and `made` (versions, time: nothing to compare). A second
-chunk, 'parameters', is for people and other tools. `untrusted` reads and checks the settings.
+names), `inputs` and `sources` (files by path and SHA-256), `modules` (the user's own, by name and SHA-256), and `made`
+(versions, time: nothing to compare). A second chunk, 'parameters', is for people and other tools. `untrusted` reads
+and checks the settings.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffengine_sdxl import atomic_files
 from diffengine_sdxl.commands.infer.digests import in_memory, sha256
+from diffengine_sdxl.commands.infer.untrusted_modules import modules_of
 from diffengine_sdxl.config.references import to_plain
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.loading import hub
 from diffengine_sdxl.loading.strict import SHIPPED, shipped
 from diffengine_sdxl.loading.trained import NONE, WEIGHTS, resolve_checkpoint
-from diffengine_sdxl.request import OPTIONS, Request
+from diffengine_sdxl.request import OPTIONS, ROWS, Request
 
 FORMAT = 1
 KEY = 'diffengine_sdxl'
@@ -36,8 +38,8 @@ MAX_BYTES = 4 * 2**20
 CONFIG = ('model', 'refiner', 'infer_cfg', 'randomness')
 #: Keys of a model that change no image.
 IGNORED = ('cache_dir', 'objective', 'gradient_checkpointing')
-#: Fields of a Request that may name files.
-FILES = ('image', 'mask_image', 'conditions', 'latents')
+#: Settings of a Request that may name files.
+FILES = (*ROWS, 'conditions')
 #: Keys of a model, and of an adapter, that name a file, a folder or a hub id; with those that locate it in a folder.
 SOURCES = ('pretrained', 'unet', 'vae', 'config', 'tokenizer')
 ADAPTER_SOURCES = {'weights': ('subfolder', 'weight_name'), 'image_encoder': ('image_encoder_subfolder',)}
@@ -69,6 +71,8 @@ def record(request: Request, config: Mapping[str, Any], weights: str | Path | No
     settings = {'format': FORMAT, 'request': _plain_request(request), 'config': plain, 'inputs': inputs(request)}
     if weights is not None and str(weights) != WEIGHTS:
         settings['weights'] = NONE if str(weights) == NONE else os.path.abspath(resolve_checkpoint(str(weights)))
+    if modules := modules_of(plain):
+        settings['modules'] = modules
     return {**settings, 'sources': sources(plain, settings.get('weights')), 'made': to_plain(dict(made or {}))}
 
 

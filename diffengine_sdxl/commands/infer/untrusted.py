@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffengine_sdxl import registry
 from diffengine_sdxl.commands.infer.digests import sha256
 from diffengine_sdxl.commands.infer.provenance import (
     CONFIG,
@@ -23,21 +22,22 @@ from diffengine_sdxl.commands.infer.provenance import (
     named_sources,
     request_inputs,
 )
+from diffengine_sdxl.commands.infer.untrusted_modules import find_modules, import_modules, known_types, types_in
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.images import png_text
 from diffengine_sdxl.loading.hub import COMMIT
 from diffengine_sdxl.loading.strict import shipped
-from diffengine_sdxl.request import Request
+from diffengine_sdxl.request import STEPS, Request
 
-REGISTRIES = (registry.MODELS, registry.ADAPTERS, registry.SAMPLERS, registry.GUIDANCES)
 #: Limit on the characters of settings that an error quotes.
 MAX_QUOTED = 500
 #: Limit on nested dicts and lists; a config has about eight.
 MAX_DEPTH = 32
 #: Keys whose number, or whose list's length, is work or memory; and its limit. Training has 1000 steps.
-COUNTS = ('num_inference_steps', 'timesteps', 'sigmas', 'num_train_timesteps', 'rank', 'num_tokens')
+COUNTS = (*STEPS, 'num_train_timesteps', 'rank', 'num_tokens')
 MAX_COUNT = 10_000
-#: Limits on entries of `guidances` and `adapters`, characters of a text (compel's parser is quadratic), and pixels.
+#: Limits on entries of `guidances`, `adapters` and `modules`, characters of a text (compel's parser is quadratic), and
+#: pixels.
 MAX_PARTS, MAX_CHARACTERS, MAX_PIXELS = 32, 20_000, 2**26
 
 
@@ -89,7 +89,8 @@ def check_image_size(path: str | Path, settings: Mapping[str, Any]) -> None:
 def check_unchanged(settings: Mapping[str, Any]) -> list[str]:
     """Refuse inputs that differ from those that the image was made of; return the keys that could not be checked.
 
-    These are URLs, hub ids and links, whose content may have changed.
+    These are URLs, hub ids and links, whose content may have changed. Modules of the user's own that the image was made
+    with are imported last, when all else is as it was.
 
     Args:
         settings: as `read_png` returns them.
@@ -98,7 +99,7 @@ def check_unchanged(settings: Mapping[str, Any]) -> list[str]:
         UserError: a file is missing or has another SHA-256, or an input was not a file; names all keys. Or the config
             names what it must not (see `check_types`).
     """
-    check_types(settings['config'])
+    modules = check_types(settings['config'], settings.get('modules') or ())
     recorded = {entry['key']: entry for name in ('inputs', 'sources') for entry in settings[name]}
     faults, unchecked = [], []
     # What the request and the config name is loaded; the recorded list may be forged.
@@ -119,6 +120,7 @@ def check_unchanged(settings: Mapping[str, Any]) -> list[str]:
             faults.append(f"{key} ('{path}') has changed (SHA-256 {digest[:12]}, was {before['sha256'][:12]})")
     if faults:
         raise UserError(f'The image cannot be made again: {"; ".join(faults)}.')
+    import_modules(modules)
     return unchecked
 
 
@@ -164,22 +166,31 @@ def refuse_moved(settings: Mapping[str, Any], config: Mapping[str, Any], loaded:
                         'name it in the config.')
 
 
-def check_types(config: Mapping[str, Any]) -> None:
-    """Refuse a config from a PNG that names any type but those of this package.
+def check_types(config: Mapping[str, Any],
+                recorded: Sequence[Mapping[str, Any]] = ()) -> dict[str, tuple[Path, set[str]]]:
+    """Refuse a config from a PNG that names any type but those of this package and of the recorded modules.
 
     mmengine's registries import whatever module a `type` or a `_scope_` names.
 
+    Returns:
+        What `find_modules` found.
+
     Raises:
-        UserError: names the key.
+        UserError: names the key, or the module.
     """
     if unknown := [key for key in config if key not in CONFIG]:
         raise UserError(f"The config in a PNG must not set '{unknown[0]}'; it may set {', '.join(CONFIG)}.")
-    for one in REGISTRIES:
-        one.import_from_location()
-    _check_types(config, '')
+    modules = find_modules(recorded)
+    _check_types(config, '', known_types().union(*(types for _, types in modules.values())))
+    named = set(types_in(config))
+    for name, (path, types) in modules.items():
+        if not types & named:  # nor would it be imported for nothing
+            raise UserError(f"'{path}' registers no type that the config in the PNG names, so it was not made with "
+                            f"'{name}'.")
+    return modules
 
 
-def _check_types(node: Any, path: str) -> None:
+def _check_types(node: Any, path: str, known: set[str]) -> None:
     for key, value in _items(node):
         place = f'{path}.{key}' if path else str(key)
         if str(key).startswith('_') or key in ('custom_imports', 'cache_dir'):
@@ -187,11 +198,11 @@ def _check_types(node: Any, path: str) -> None:
         if key == 'type':
             # A registry would import a module for any unknown name. A scheduler is one of diffusers'.
             plain = isinstance(value, str) and value.isidentifier()
-            registered = plain and any(value in one.module_dict for one in REGISTRIES)
-            if not registered and not (plain and path.endswith('.scheduler') and value.endswith('Scheduler')):
+            scheduler = plain and path.endswith('.scheduler') and value.endswith('Scheduler')
+            if not (plain and value in known or scheduler):
                 raise UserError(f'{place}={value!r} is not a type of diffengine_sdxl, and a PNG must not name others; '
                                 'make the image again from its config.')
-        _check_types(value, place)
+        _check_types(value, place, known)
 
 
 def check_form(settings: Mapping[str, Any]) -> None:
@@ -215,6 +226,9 @@ def check_form(settings: Mapping[str, Any]) -> None:
             parts += [(f'{section}.sampler.{k}', _at(sampler, k), kind, False)
                       for k, kind in (('scheduler', dict), ('guidances', list))]
             parts += [(f'{section}.sampler.guidances.{k}', v, dict, True) for k, v in _items(_at(sampler, 'guidances'))]
+    parts.append(('modules', settings.get('modules'), list, False))
+    for i, entry in _items(settings.get('modules')):
+        parts += [(f'modules.{i}.{k}', _at(entry, k), str, True) for k in ('name', 'sha256')]
     for name in ('inputs', 'sources'):
         parts.append((name, settings.get(name), list, True))
         for i, entry in _items(settings.get(name)):
@@ -249,7 +263,7 @@ def _check_limits(node: Any, path: str, depth: int) -> None:
         _check_limits(value, place, depth + 1)
         if isinstance(value, str) and len(value) > MAX_CHARACTERS:
             raise UserError(f"'{place}' has {len(value)} characters; a PNG may hold at most {MAX_CHARACTERS}.")
-        if key in ('guidances', 'adapters') and isinstance(value, list | dict) and len(value) > MAX_PARTS:
+        if key in ('guidances', 'adapters', 'modules') and isinstance(value, list | dict) and len(value) > MAX_PARTS:
             raise UserError(f"'{place}' has {len(value)} entries; a PNG may hold at most {MAX_PARTS}.")
         count = len(value) if isinstance(value, list) else value
         if key in COUNTS and isinstance(count, int | float) and not count <= MAX_COUNT:

@@ -10,6 +10,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 
 from diffengine_sdxl.engine.export import export
+from diffengine_sdxl.engine.run_summary import every
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import whole_number
 from diffengine_sdxl.loading import checkpoint
@@ -55,3 +56,9 @@ class CheckpointHook(Hook):
                     old.unlink()
                     shutil.rmtree(old.with_suffix(''), ignore_errors=True)
         barrier()
+
+    def describe(self, runner: ExperimentRunner) -> dict[str, str]:
+        """Return a row of the table that opens a training."""
+        files = 'step<N>.pth' + (' and step<N>/' if self.export else '')
+        kept = '' if self.max_keep_ckpts is None else f'; the newest {self.max_keep_ckpts} are kept'
+        return {'checkpoints': f'{files} {every(self.interval, at_end=True)}{kept}'}

@@ -66,6 +66,11 @@ class EMAHook(Hook):
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(weight)
 
+    def describe(self, runner: ExperimentRunner) -> dict[str, str]:
+        """Return a row of the table that opens a training."""
+        warmup = ' after a warmup' if self.warmup else ''
+        return {'ema': f'decay {self.decay:g}{warmup}; exported, sampled and validated'}
+
     def before_save_checkpoint(self, runner: ExperimentRunner, checkpoint: dict) -> None:
         """Add the averages to the checkpoint."""
         checkpoint['ema'] = {'step': self.step, 'weights': self.weights}

@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 
 from diffengine_sdxl.datasets import Draw, collate
 from diffengine_sdxl.datasets.transforms.geometry import height_width
+from diffengine_sdxl.engine.run_summary import every
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.images import first_image, labelled_grid, to_pil
@@ -68,6 +69,15 @@ class SampleHook(Hook):
                 raise UserError(f"SampleHook: adapter '{name}' has {len(images)} images for {len(self.prompts)} "
                                 'prompts; give one for each, or one for all.')
             self.conditions[name] = images
+
+    def describe(self, runner: ExperimentRunner) -> dict[str, str]:
+        """Return a row of the table that opens a training, if there will be images."""
+        if not self.interval or not (self.prompts or self.num_from_dataset):
+            return {}
+        at_start = ' and before the first' if self.at_start and runner.iter == 0 else ''
+        rows = f'{len(self.prompts)} prompts' if self.prompts else f'{self.num_from_dataset} rows of the data'
+        return {'samples': f'samples/step<N>.png {every(self.interval)}{at_start}: {rows} x {self.num_images} seeds, '
+                           f'{self.size[0]} x {self.size[1]} pixels'}
 
     def before_train(self, runner: ExperimentRunner) -> None:
         """Read the images, so that a wrong path stops the run before its first step."""

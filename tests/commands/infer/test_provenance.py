@@ -106,12 +106,12 @@ def test_files_by_path_and_digest(folder: Path, monkeypatch: pytest.MonkeyPatch)
     """As hashlib has them; paths become absolute."""
     monkeypatch.chdir(folder)
     request = request_of(folder, image='a.png', latents='z.safetensors')
-    assert p.inputs(request) == [
-        {'key': 'image', 'path': str(folder / 'a.png'), 'sha256': sha(folder / 'a.png')},
+    assert sorted(p.inputs(request), key=str) == [
         {'key': 'conditions.depth.0', 'path': str(folder / 'b.png'), 'sha256': sha(folder / 'b.png')},
         {'key': 'conditions.depth.1', 'path': str(folder / 'c.png'), 'sha256': sha(folder / 'c.png')},
         {'key': 'conditions.face.image', 'path': str(folder / 'a.png'), 'sha256': sha(folder / 'a.png')},
         {'key': 'conditions.face.mask', 'path': 'https://x.org/m.png', 'sha256': None},
+        {'key': 'image', 'path': str(folder / 'a.png'), 'sha256': sha(folder / 'a.png')},
         {'key': 'latents', 'path': str(folder / 'z.safetensors'), 'sha256': sha(folder / 'z.safetensors')}]
     lines = [f'{name}\0{sha(folder / "base" / name)}\n' for name in ('model_index.json', 'unet/w.safetensors', 'z.txt')]
     base = hashlib.sha256(''.join(lines).encode()).hexdigest()
@@ -175,7 +175,7 @@ def test_inputs_in_memory(folder: Path) -> None:
     """They have digests of their content; the image cannot be made again, and the error names each."""
     picture, array = Image.new('RGB', (2, 3), (1, 2, 3)), torch.arange(8.0).reshape(4, 1, 2)
     found = p.inputs(Request.of({'image': picture, 'latents': array, 'conditions': {'a': b'x'}}))
-    assert [(e['key'], e['path']) for e in found] == [('image', None), ('conditions.a', None), ('latents', None)]
+    assert {e['key']: e['path'] for e in found} == dict.fromkeys(('image', 'conditions.a', 'latents'))
     digests = {e['sha256'] for e in found}
     for other in (Image.new('RGB', (3, 2), (1, 2, 3)), Image.new('RGB', (2, 3), (1, 2, 4)), array.bfloat16(),
                   array.reshape(4, 2, 1), array.bool(), np.arange(8.0)):

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -79,12 +80,14 @@ def test_a_bug_keeps_its_traceback(here: Here) -> None:
             raise KeyError('ours')
     seen = failing(here, fault)
     rows(*(dict(seed=seed) for seed in range(6)))
-    with pytest.raises(KeyError, match='ours') as caught:
-        here.infer(here.config(), '--prompts', 'rows.jsonl', '--out', 'P')
-    assert 'fault' in [entry.name for entry in caught.traceback]
+    here.patch.setattr(sys, 'argv', ['infer.py', str(here.config()), '--prompts', 'rows.jsonl', '--out', 'P'])
+    here.capsys.readouterr()
+    assert here.main() == 1
     assert seen == [[0], [1], [2], [3]] and {p.name for p in Path('P').iterdir()} == {
         '00000-seed0-a-frog.png', '00002-seed2-a-frog.png', *MADE}
     err = here.capsys.readouterr().err
+    assert 'Traceback' in err and ', in fault' in err
+    assert err.endswith("error: internal error in infer: KeyError: 'ours'\n")
     assert "line 2: KeyError: 'ours' (internal error; please report it)" in err and 'line 4: KeyError' in err
     assert 'The remaining images were skipped.' in err
 

@@ -20,7 +20,7 @@ from diffengine_sdxl.commands.infer import command as tool
 from diffengine_sdxl.commands.infer import provenance, untrusted
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.inference.inferencer import SDXLInferencer
-from diffengine_sdxl.request import Request
+from diffengine_sdxl.request import SETTINGS, Request
 
 SIDE = 8
 
@@ -39,7 +39,7 @@ def write(path: Path, settings: Any) -> Path:
 
 def again(path: Path) -> tool.Plan:
     """Return the command's plan for a PNG, as far as to where the models load."""
-    keys = ('prompt', 'prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *tool.SETTING_OPTIONS)
+    keys = ('prompt', 'prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *SETTINGS)
     plan = tool._plan_from_png(Namespace(config=str(path), **dict.fromkeys(keys)))
     for one in plan.jobs:
         provenance.record(one.request, plan.config, plan.weights)

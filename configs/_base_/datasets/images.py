@@ -1,0 +1,23 @@
+"""What the data sets share: the size, the loader, and the transforms at both ends; a data set adds its own."""
+# Pixels; transforms, time ids and sample images follow it.
+resolution = 1024
+# The first and last transforms; a data set writes [*_base_.to_size, ..., *_base_.to_inputs].
+to_size = [
+    dict(type='Resize', size='$resolution', interpolation='bilinear'),
+    dict(type='Crop', size='$resolution', mode='center'),
+]
+to_inputs = [dict(type='ComputeTimeIds'), dict(type='PackInputs')]
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=2,
+    dataset=dict(
+        type='HFDataset',
+        # 1,221 drawings with columns `image` and `text`, the data set of diffusers' own text-to-image guide: enough to
+        # see the machinery work, too few for an adapter of use. Name your own here (docs/data.md).
+        source='lambdalabs/naruto-blip-captions',
+        split='train',
+        image_column='image',
+        conditioning_image_column=None,
+        caption_column='text',
+        max_samples=None),
+    sampler=dict(type='KeyedSampler', shuffle=True))

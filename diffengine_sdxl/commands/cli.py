@@ -1,0 +1,217 @@
+"""The command line of `diffengine-sdxl`, of `python -m diffengine_sdxl`, and of the tools that mim calls.
+
+Parsing imports neither torch nor mmengine, and nothing that it does not need, so -h and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from diffengine_sdxl import __version__, config_files, errors
+from diffengine_sdxl.errors import UserError, did_you_mean
+
+PROGRAM = 'diffengine-sdxl'
+
+
+class Parser(argparse.ArgumentParser):
+    """Take '_' in options as '-', and answer options of other tools with this project's."""
+
+    def __init__(self, command: str, description: str, **settings: Any) -> None:
+        super().__init__(description=description, allow_abbrev=False, **settings)
+        self.command = command
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Return the parsed options; print one sentence and exit with 2 if they are wrong."""
+        args, extra = self.parse_known_args([_with_hyphens(text) for text in arguments])
+        if extra:
+            name, equals, value = extra[0].partition('=')
+            if not name.startswith('-'):
+                self.error(f"'{name}' is one argument too many.")
+            if not equals and len(extra) > 1 and not extra[1].startswith('-'):
+                value = extra[1]
+            self.error(f"unknown option '{name}'.{self._hint(name, value or None)}")
+        return args
+
+    def _hint(self, name: str, value: str | None) -> str:
+        from diffengine_sdxl.field_names import sampling_hint, training_hint
+        if self.command == 'infer':
+            hint = sampling_hint(name, value, where='command')
+        else:
+            hint = training_hint(name, value)
+        known = [option for option in self._option_string_actions if option.startswith('--')]
+        return hint or did_you_mean(name, known)
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` without the usage, which may fill the screen, and exit with 2."""
+        print(f"error: {message} '{self.prog} -h' lists the options.", file=sys.stderr)
+        sys.exit(2)
+
+
+class Command(NamedTuple):
+    """A command: what it does, its options, and whether its first argument is a config."""
+
+    description: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    takes_config: bool = True
+
+
+def _with_hyphens(argument: str) -> str:
+    name, equals, value = argument.partition('=')
+    return name.replace('_', '-') + equals + value if name.startswith('--') else argument
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('config', help=f"path of a config, or name of an installed one ('{PROGRAM} list')")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument('--cfg-options', nargs='+', action='extend', metavar='KEY=VALUE',
+                        help=f'override keys of the config (docs/configs.md), e.g. {example}')
+
+
+def _add_launcher(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none',
+                        help='what starts the processes')
+    parser.add_argument('--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument('--work-dir', help='folder for checkpoints, logs and images (default: work_dirs/<config>)')
+    parser.add_argument('--resume', nargs='?', const='auto',
+                        help='continue from the last checkpoint in the work dir, or from the given one')
+    _add_overrides(parser, 'model.adapters.adapter.scale=0.5')
+    _add_launcher(parser)
+
+
+def _test(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    weights = ("a step<N>.pth; a work dir (its latest); an exported step<N>/ or adapter's folder; 'weights' for those "
+               "that the config names; or 'none' for the base without adapters")
+    parser.add_argument('checkpoint', nargs='?', help=weights)
+    parser.add_argument('--checkpoint', dest='checkpoint_option', metavar='CHECKPOINT', help='the same')
+    parser.add_argument('--work-dir', help='folder for metrics.json, images and logs (default: work_dirs/<config>)')
+    _add_overrides(parser, 'test_cfg.seeds=4')
+    _add_launcher(parser)
+
+
+def _infer(parser: argparse.ArgumentParser) -> None:
+    from diffengine_sdxl.commands.options import add_infer_options
+    add_infer_options(parser)
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument('out', type=Path, help='folder to write, or for kohya a file *.safetensors; must not exist')
+    parser.add_argument('--checkpoint', help='a step<N>.pth; a work dir (its latest); an exported step<N>/ or '
+                                             "adapter's folder (default: the adapter's `weights` in the config)")
+    parser.add_argument('--adapter', help='its name in the config; required if there are several')
+    parser.add_argument('--format', choices=('diffusers', 'peft', 'kohya', 'original'),
+                        help="default: that of the adapter's own ecosystem")
+    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'),
+                        help='dtype of the written weights (default: unchanged)')
+    _add_overrides(parser, 'model.pretrained=BASE')
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument('folder', type=Path, help='folder to write; an existing cache is replaced')
+    parser.add_argument('--num-samples', type=int, help='number of samples; beyond the number of rows they repeat')
+    _add_overrides(parser, 'resolution=512')
+
+
+def _write_shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('folder', type=Path, help='folder to write; what this command wrote there before is replaced')
+    parser.add_argument('--format', choices=('imagefolder', 'parquet'), default='imagefolder',
+                        help='files and metadata.jsonl, or one data.parquet, which is faster for many rows')
+    parser.add_argument('--length', type=int, default=50000, help='number of rows (default: 50000)')
+    parser.add_argument('--split', default='train', help='which sequence of scenes: train, test, or any other name')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the scenes')
+    parser.add_argument('--size', type=int, default=64, help='side of the images, in pixels (default: 64)')
+    parser.add_argument('--conditioning', choices=('outline', 'edge', 'mask', 'depth', 'none'), default='outline',
+                        help='what the conditioning images show (default: outline)')
+    parser.add_argument('--styles', nargs='+', default=argparse.SUPPRESS, metavar='STYLE',
+                        help='of flat, outlined, striped, glossy, dotted, ringed (default: the first four)')
+    parser.add_argument('--combinations', choices=('seen', 'held_out', 'all'), default='seen',
+                        help='pairs of fill and shape: seen by the shipped base in training, held out, or all')
+    parser.add_argument('--reference', action='store_true', help='also another image in the same colours')
+
+
+def _list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('words', nargs='*', help='show only configs whose name or description has each of these words')
+
+
+COMMANDS = {
+    'train': Command('Train what a config describes.', _train),
+    'test': Command('Evaluate trained weights on the test data of a config.', _test),
+    'infer': Command('Make images with a config, or make a PNG again that was made here.', _infer),
+    'export': Command('Export one adapter for other tools, load it again, and compare.', _export),
+    'cache': Command('Encode the training images of a config once; then train with type CachedLatents.', _cache),
+    'list': Command('List the installed configs.', _list, takes_config=False),
+    'write-shapes': Command('Write the shapes data set in the form of fusing/fill50k, for HFDataset.', _write_shapes,
+                            takes_config=False)}
+
+
+def main(command: str | None = None, arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code: 0, 1 for an error, 2 for wrong options, 130 for Ctrl-C.
+
+    Args:
+        command: a key of COMMANDS; None takes it from the command line.
+        arguments: of the command line; None: those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    program = None
+    if command is None:
+        command, *arguments = arguments or ['--help']
+        if command in ('-h', '--help', '--version'):
+            print(__version__ if command == '--version' else overview())
+            return 0
+        if command not in COMMANDS:
+            print(f"error: unknown command '{command}'.{did_you_mean(command, list(COMMANDS))} '{PROGRAM} -h' lists "
+                  'them.', file=sys.stderr)
+            return 2
+        program = f'{PROGRAM} {command}'
+    return _run(command, parse(command, arguments, program))
+
+
+def parse(command: str, arguments: Sequence[str], program: str | None = None) -> argparse.Namespace:
+    """Return the options of a command line.
+
+    Raises:
+        SystemExit: they are wrong, or ask for help.
+    """
+    parser = Parser(command, COMMANDS[command].description, prog=program)
+    COMMANDS[command].add_options(parser)
+    args = parser.parse(arguments)
+    if command == 'test':
+        args.checkpoint = args.checkpoint or args.checkpoint_option
+        if args.checkpoint is None:
+            parser.error('name the weights: --checkpoint W, where W is a work dir, a step<N>.pth, an export, or none.')
+    if command == 'write-shapes':
+        args.conditioning = None if args.conditioning == 'none' else args.conditioning
+    return args
+
+
+def _run(command: str, args: argparse.Namespace) -> int:
+    if COMMANDS[command].takes_config and not args.config.lower().endswith('.png'):
+        try:
+            config_files.find(args.config)  # before torch is imported
+        except UserError as error:
+            print(f'error: {error}', file=sys.stderr)
+            return 1
+    if hasattr(args, 'local_rank'):
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return errors.run_command('list_configs' if command == 'list' else command.replace('-', '_'), args)
+
+
+def overview() -> str:
+    """Return the help of `diffengine-sdxl` itself."""
+    width = max(map(len, COMMANDS))
+    lines = [f'  {name:<{width}}  {command.description}' for name, command in COMMANDS.items()]
+    return '\n'.join([f'usage: {PROGRAM} COMMAND [options]', '', 'An experiment engine for SDXL adapters.', '', *lines,
+                      '', f"'{PROGRAM} COMMAND -h' lists the options of a command."])

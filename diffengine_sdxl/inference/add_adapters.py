@@ -1,0 +1,57 @@
+"""Add adapters to a config by name and file: the infer command's `--adapter`, and `SDXLInferencer(adapters=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from diffengine_sdxl.config.check import accepted
+from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.registry import ADAPTERS
+
+#: Keys of an adapter that locate its file within `weights`.
+LOCATORS = ('subfolder', 'weight_name', 'revision', 'variant')
+
+
+def add_adapter(cfg: Config, name: str, settings: Mapping[str, Any]) -> None:
+    """Add a frozen adapter to `cfg`, or give one of its adapters another file.
+
+    Args:
+        settings: of the adapter; `weights` is a file, folder, hub id or link. Without `type` it is that of the config's
+            adapter `name`, else the one found in the file. A new adapter that reads an image reads condition `name`.
+
+    Raises:
+        UserError: the adapter's class lacks a setting, or the kind of the file cannot be told.
+    """
+    adapters = dict_at(cfg.model, 'adapters')
+    old = dict_at(adapters, name)
+    given = dict(settings)
+    if 'type' not in given and 'type' not in old:
+        from diffengine_sdxl.adapters.formats.detect import adapter_settings
+        found = adapter_settings(given['weights'], **{key: given[key] for key in LOCATORS if key in given})
+        given = {**found, **given}
+    kind = given.setdefault('type', old.get('type'))
+    known = list(accepted(ADAPTERS.get(kind)) or ())
+    if unknown := [key for key in given if key not in known and key != 'type']:
+        raise UserError(f"Adapter '{name}': a {kind} has no '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
+    if kind == old.get('type'):
+        # What locates the old file does not apply to the new one.
+        given = {**{key: value for key, value in old.items() if key not in LOCATORS}, 'trainable': False, **given}
+    else:
+        reads = {'condition_key': name} if 'condition_key' in known else {}
+        given = {**reads, 'trainable': False, **given}
+    cfg.model.adapters = ConfigDict({**adapters, name: given})
+
+
+def dict_at(node: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return the dict at `key`, empty if there is none.
+
+    Raises:
+        UserError: something else is there.
+    """
+    value = node.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f'{key}={value!r} must be a dict.')
+    return value

@@ -38,6 +38,8 @@ class AdapterHost(Components, Protocol):
     """What an adapter may use of the model that it is attached to."""
 
     attention: str
+    #: What the base is loaded from; None: random weights.
+    pretrained: str | None
     #: Frozen image encoders, which IP-Adapters share.
     shared_encoders: nn.ModuleDict
 

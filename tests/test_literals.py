@@ -98,6 +98,6 @@ def test_what_python_writes_is_read_back() -> None:
         value = nested(source)
         for text, expected in ((repr(value), value), (written(value), value), (f'[a b, {written(value)}]',
                                                                                ['a b', value]),
-                               (f'dict(x={repr(value)}, y=a b)', {'x': value, 'y': 'a b'})):
+                               (f'dict(x={value!r}, y=a b)', {'x': value, 'y': 'a b'})):
             got = parse_literal(text, 'x')
             assert got == expected and repr(got) == repr(expected), text

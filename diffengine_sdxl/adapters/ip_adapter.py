@@ -290,7 +290,7 @@ class IPAdapter(Adapter):
         if self.weights is None:
             return AUTHORS, VIT_H
         folder, _ = files.locate(self.weights, **self.source)
-        found = encoder_beside(folder, getattr(model, 'pretrained', None), embed_dim, self.plus)
+        found = encoder_beside(folder, model.pretrained, embed_dim, self.plus)
         if found is None:
             theirs = AUTHORS_ENCODERS.get((self.architecture, embed_dim or 0))
             raise UserError(f"Adapter '{self.name}': set image_encoder= to the folder or hub id of the image encoder "

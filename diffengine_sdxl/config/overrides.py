@@ -36,13 +36,14 @@ def parse_overrides(items: Sequence[str], option: str = '--cfg-options') -> dict
             raise UserError(f"{option} '{item}' must have the form KEY=VALUE.")
         value = parse_literal(text, f"{option} '{item}'")
         if key.endswith('+'):
-            value = [*options.get(key, ()), *(value if isinstance(value, list) else [value])]
+            value = [*options.pop(key, ()), *(value if isinstance(value, list) else [value])]
         options[key] = value
     return options
 
 
-def checked_overrides(config: Config, options: Mapping[str, Any], known: set[str], read: set[str]) -> dict[str, Any]:
-    """Return overrides as `Config.merge_from_dict` takes them: list entries by number, appended lists in full.
+def apply_overrides(config: Config, options: Mapping[str, Any], known: set[str], read: set[str]) -> None:
+    """Change `config`, one override after the other. A dict is merged, unless it has `_delete_=True`; None takes an
+    entry out of a list.
 
     Args:
         options: as `parse_overrides` returns them; an entry of a list may be named by its type:
@@ -53,24 +54,37 @@ def checked_overrides(config: Config, options: Mapping[str, Any], known: set[str
     Raises:
         UserError: a path leads nowhere; whether a class knows a new last key is checked later.
     """
-    checked: dict[str, Any] = {}
     for key, value in options.items():
-        path = check_override(config, key.removesuffix('+'), options, known, read)
+        top, *path = check_override(config, key.removesuffix('+'), options, known, read).split('.')
         if key.endswith('+'):
-            before = checked.get(path, _at(config, path))
+            before = _at(config, [top, *path])
             if not isinstance(before, list | tuple):
-                raise UserError(f"--cfg-options '{key}=...' appends to a list, and {path} is {before!r}.")
-            value = [*before, *value]
-        checked[path] = value
-    return checked
+                raise UserError(f"--cfg-options '{key}=...' appends to a list, and {'.'.join([top, *path])} is "
+                                f'{before!r}.')
+            value = [*before, *(value if isinstance(value, list) else [value])]
+        config[top] = _changed(config._cfg_dict.get(top), path, value)
 
 
-def _at(config: Config, path: str) -> Any:
+def _at(config: Config, path: Sequence[str]) -> Any:
     """Return what is at a checked path, [] if nothing is there yet."""
     node: Any = config._cfg_dict
-    for part in path.split('.'):
+    for part in path:
         node = node[int(part)] if isinstance(node, list | tuple) else (node or {}).get(part)
     return [] if node is None else node
+
+
+def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
+    """Return a copy of `node` with `value` at a checked path. (mmengine merges into no None, no tuple, and sets no
+    entry of a list.)"""
+    if not path:
+        merged = {'value': node if isinstance(node, Mapping) else {}}
+        return Config._merge_a_into_b({'value': value}, merged)['value']
+    first, *rest = path
+    if isinstance(node, list | tuple):
+        i = int(first)
+        entries = [_changed(node[i], rest, value)] if rest or value is not None else []
+        return type(node)([*node[:i], *entries, *node[i + 1:]])
+    return ConfigDict({**(node or {}), first: _changed((node or {}).get(first), rest, value)})
 
 
 def check_override(config: Config, key: str, options: Mapping[str, Any], known: set[str], read: set[str]) -> str:
@@ -95,9 +109,7 @@ def check_override(config: Config, key: str, options: Mapping[str, Any], known: 
             _check_new(here, part, key, options, node)
             break
         else:
-            if node[part] is None and depth < len(parts) - 1:
-                node[part] = ConfigDict()  # mmengine cannot merge into None
-            node = node[part]
+            node = {} if node[part] is None else node[part]
     return '.'.join(parts)
 
 
@@ -108,14 +120,14 @@ def _entry(entries: Sequence[Any], name: str, key: str, here: str) -> int:
         UserError: there is none, or several are of that type.
     """
     types = [entry.get('type') if isinstance(entry, Mapping) else None for entry in entries]
-    if name.isdigit() and int(name) < len(entries):
+    if name.isdecimal() and int(name) < len(entries):
         return int(name)
     if types.count(name) == 1:
         return types.index(name)
     held = f'{here} is a list of {len(entries)}' + (f' ({listed(map(str, types))})' if any(types) else '')
-    fault = (f"{types.count(name)} of them are '{name}'; name one by its number, from 0" if name in types
-             else f"'{name}' is neither an index of it nor a type in it")
-    raise UserError(f"--cfg-options '{key}': {held}; {fault}.{did_you_mean(name, [t for t in types if t])}")
+    fault = (f"{types.count(name)} of them are '{name}'; name one by its number, from 0." if name in types
+             else f"'{name}' is neither an index of it nor a type in it.{did_you_mean(name, {t for t in types if t})}")
+    raise UserError(f"--cfg-options '{key}': {held}; {fault}")
 
 
 def _check_new(here: str, name: str, key: str, options: Mapping[str, Any], present: Mapping[str, Any]) -> None:
@@ -133,3 +145,9 @@ def _where(config: Config, piece: str) -> str:
              **{f'model.{n}': v for n, v in model.items()}}
     places = [path for path, value in parts.items() if value == config[piece]]
     return f' ({", ".join(places)})' if places else ''
+
+
+def checked_overrides(config: Config, options: Mapping[str, Any], known: set[str], read: set[str]) -> dict[str, Any]:
+    """Until load.py calls `apply_overrides`."""
+    apply_overrides(config, options, known, read)
+    return {}

@@ -288,8 +288,8 @@ TRAINING: Topics = {
         'log_prefix log_config debug_loss debug_dataset': Place('', 'Not built in; logs are in the work dir.'),
         'push_to_hub': Place(
             'default_hooks.hub.type=PushToHubHook', 'Login and repository are checked before the first step. Uploads '
-            'the last `step<N>/`, manifest included, when training has ended; if that fails, a warning names the command: '
-            '`hf upload OWNER/REPO DIR/step<N>`.'),
+            'the last `step<N>/`, manifest included, when training has ended; if that fails, a warning names the '
+            'command: `hf upload OWNER/REPO DIR/step<N>`.'),
         'hub_model_id huggingface_repo_id': Place(
             'default_hooks.hub.type=PushToHubHook default_hooks.hub.repo_id=<OWNER/REPO>',
             'A new repository is private; `default_hooks.hub.private=False` makes it public.'),

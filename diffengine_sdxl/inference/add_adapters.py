@@ -23,22 +23,31 @@ def add_adapter(cfg: Config, name: str, settings: Mapping[str, Any]) -> None:
             adapter `name`, else the one found in the file. A new adapter that reads an image reads condition `name`.
 
     Raises:
-        UserError: the adapter's class lacks a setting, or the kind of the file cannot be told.
+        UserError: the adapter's class lacks a setting, nothing tells its `weights` or its type, or the kind of the file
+            is unknown.
     """
     adapters = dict_at(cfg.model, 'adapters')
     old = dict_at(adapters, name)
     given = dict(settings)
     if 'type' not in given and 'type' not in old:
+        if given.get('weights') is None:
+            raise UserError(f"Adapter '{name}' is not in the config, so it needs `weights`: a file, folder, hub id or "
+                            f'link.{did_you_mean(name, list(adapters))}')
         from diffengine_sdxl.adapters.formats.detect import adapter_settings
-        found = adapter_settings(given['weights'], **{key: given[key] for key in LOCATORS if key in given})
-        given = {**found, **given}
-    kind = given.setdefault('type', old.get('type'))
+        found = adapter_settings(given['weights'], cfg.model.get('pretrained'),
+                                 **{key: given[key] for key in LOCATORS if key in given})
+        # Of a whole export, `found` has the adapter's folder in it.
+        given = {**found, **given, **{key: found[key] for key in found.keys() & {'subfolder'}}}
+        if found['type'] == 'TextualInversion':
+            given.setdefault('token', name)
+    kind = str(given.setdefault('type', old.get('type')))
     known = list(accepted(ADAPTERS.get(kind)) or ())
     if unknown := [key for key in given if key not in known and key != 'type']:
         raise UserError(f"Adapter '{name}': a {kind} has no '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
     if kind == old.get('type'):
-        # What locates the old file does not apply to the new one.
-        given = {**{key: value for key, value in old.items() if key not in LOCATORS}, 'trainable': False, **given}
+        # What locates the old file does not apply to another one.
+        kept = {key: value for key, value in old.items() if key not in LOCATORS or 'weights' not in given}
+        given = {**kept, 'trainable': False, **given}
     else:
         reads = {'condition_key': name} if 'condition_key' in known else {}
         given = {**reads, 'trainable': False, **given}

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import original_format
 import pytest
 import torch
 from kinds import CASES, ENCODER
@@ -22,7 +21,7 @@ from diffengine_sdxl.adapters.formats.detect import adapter_settings
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import ADAPTERS
-from diffengine_sdxl.testing import tiny_unet, tiny_vae, write_tiny_image_encoder
+from diffengine_sdxl.testing import single_file, tiny_unet, tiny_vae, write_tiny_image_encoder
 
 Writer = Callable[[Path, Any, SDXL], Path]
 PLUS = {'type': 'IPAdapter', 'architecture': 'plus'}
@@ -290,10 +289,10 @@ def test_what_is_no_adapter_is_named(tmp_path: Path, case: str) -> None:
 
 def test_models_are_named(tiny_base: Path, encoder: Path, tmp_path: Path) -> None:
     """A base, UNet, VAE or image encoder, as folder and as file of either layout: with the key of the config for it."""
-    whole = original_format.write(tmp_path / 'whole.safetensors', original_format.original_tensors(tiny_base))
+    whole = single_file.write(tmp_path / 'whole.safetensors', single_file.original_tensors(tiny_base))
     for name, net in (('unet', tiny_unet()), ('vae', tiny_vae())):
         net.save_pretrained(tmp_path / name)
-        own = getattr(original_format, f'{name}_tensors')(net)
+        own = getattr(single_file, f'{name}_tensors')(net)
         save_file({key: value.contiguous() for key, value in own.items()}, tmp_path / f'original_{name}.safetensors')
     for source, key in ((whole, 'model.pretrained'), (tmp_path / 'unet', 'model.unet'), (tmp_path / 'vae', 'model.vae'),
                         (tmp_path / 'unet/diffusion_pytorch_model.safetensors', 'model.unet'),

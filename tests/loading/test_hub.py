@@ -333,7 +333,7 @@ def in_command(work: Path) -> None:
     fails(work, "'me/nothing' is not a local file or folder ... no such repository. Check the name", *set_,
           'model.pretrained=me/nothing')
     fails(work, "'../x' is not a valid revision of 'me/tiny'", *set_, 'model.revision=../x')
-    fails(work, "'me/tiny' has no revision 'v3' ... Did you mean 'v2'", *set_, 'model.revision=v3')
+    fails(work, "'me/tiny' has no revision 'v3'. It has main, v2, v1.0", *set_, 'model.revision=v3')
     fails(work, "'me/tiny' has no revision 'a-b-c'. It has main, v2, v1.0", *set_, 'model.revision=a-b-c')
     fails(work, "no weights of variant 'fp61' ... Omit `variant`", *set_, 'model.variant=fp61')
     fails(work, "'me/styles' has no file 'xx.safetensors'. Did you mean ... 'x.safetensors'", '--adapter',

@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 
 from diffengine_sdxl import config, registry
 from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.commands import cli
 from diffengine_sdxl.config import custom_modules
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
@@ -31,12 +31,12 @@ PAGE = (ROOT / 'docs' / 'adding_an_adapter.md').read_text()
 FILES = dict(re.findall(r'^```python (\w+\.py)\n(.*?)^```', PAGE, re.M | re.S))
 #: Options that make a command of the page small.
 SMALL = {
-    'train.py': ['--cfg-options', 'train_cfg.max_iters=2', 'train_dataloader.batch_size=2',
+    'train': ['--cfg-options', 'train_cfg.max_iters=2', 'train_dataloader.batch_size=2',
                  'default_hooks.checkpoint.interval=2', 'default_hooks.samples=None', 'default_hooks.progress=None',
                  'default_hooks.curves=None'],
-    'test.py': ['--cfg-options', 'test_dataloader.dataset.length=2', 'test_cfg.seeds=1',
+    'test': ['--cfg-options', 'test_dataloader.dataset.length=2', 'test_cfg.seeds=1',
                 'model.sampler.num_inference_steps=2'],
-    'infer.py': ['--cfg-options', 'model.sampler.num_inference_steps=2']}
+    'infer': ['--cfg-options', 'model.sampler.num_inference_steps=2']}
 PALETTE = dict(type='PalettePrompt')
 
 
@@ -71,16 +71,11 @@ def run(words: list[str], patch: pytest.MonkeyPatch) -> None:
     if words[0] == 'cd':
         patch.chdir(words[1])
         return
-    tool, words = (words[3], words[4:]) if words[1] == 'run' else (words[1], words[3:])
-    words = [str(found) for word in words if word != '--checkpoint'
-             for found in (sorted(Path().glob(word)) if '*' in word else [word])]
-    png = words[0].endswith('.png')
+    tool, *words = words[1:]
+    words = [str(found) for word in words for found in (sorted(Path().glob(word)) if '*' in word else [word])]
     small = [option.replace('=2', '=4') if '--resume' in words and 'max_iters' in option else option
-             for option in SMALL[f'{tool}.py']]
-    patch.setattr(sys, 'argv', [f'{tool}.py', *words, *([] if png else small)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / 'tools' / f'{tool}.py'), run_name='__main__')
-    assert not ended.value.code, words
+             for option in ([] if words[0].endswith('.png') else SMALL[tool])]
+    assert cli.main(tool, [*words, *small]) == 0, words
 
 
 def pixels(folder: str) -> bytes:

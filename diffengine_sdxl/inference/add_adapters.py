@@ -29,6 +29,8 @@ def add_adapter(cfg: Config, name: str, settings: Mapping[str, Any]) -> None:
     adapters = dict_at(cfg.model, 'adapters')
     old = dict_at(adapters, name)
     given = dict(settings)
+    if given.get('weights') is not None:
+        given['weights'] = str(given['weights'])  # a Path, or a number that names a file
     if 'type' not in given and 'type' not in old:
         if given.get('weights') is None:
             raise UserError(f"Adapter '{name}' is not in the config, so it needs `weights`: a file, folder, hub id or "

@@ -120,10 +120,11 @@ def test_another_file_for_an_adapter_of_the_config(saved: Saved, tiny_base: Path
 @pytest.mark.parametrize(('given', 'sentence'), [
     (dict(scale=0.5), "Adapter 'style' is not in the config, so it needs `weights`: a file, folder, hub id or link. Did "
                       "you mean 'styles'?"),
-    (dict(type='LoRA', scale=0.5), 'does not name the `weights` of style'), ('./none', "./none"),
+    (dict(type='LoRA', scale=0.5), 'does not name the `weights` of style'), ('./none', './none'),
+    (None, 'so it needs `weights`'),
     (dict(weights='LORA', scael=0.5), "Adapter 'style': a LoRA has no 'scael'. Did you mean 'scale'?"),
     (dict(weights='LORA', type='Lora'), "type='Lora' is not a known"), ('BASE', 'so a base: model.pretrained='),
-    (dict(weights='LORA', type='T2IAdapter'), 'style'), ('TEXT', "cannot be read"),
+    (dict(weights='LORA', type='T2IAdapter'), 'could not be loaded'), ('TEXT', "cannot be read"),
     (dict(weights='LORA', trainable=True, rank=3), 'rank')])
 def test_refused(given: Any, sentence: str, saved: Saved, tiny_base: Path, tmp_path: Path) -> None:
     """Before the models are built, where that can be."""

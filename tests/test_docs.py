@@ -255,7 +255,8 @@ def run_shell_line(words: list[str], folder: Path) -> None:
     while words and re.fullmatch(r'\w+=\S+', words[0]):
         words = words[1:]
     if words[0] in ('torchrun', 'srun', 'mpirun'):
-        words = ['diffengine-sdxl', *words[words.index(next(w for w in words if re.fullmatch('diffengine.sdxl', w))) + 1:]]
+        at = next(i for i, word in enumerate(words) if re.fullmatch('diffengine.sdxl', word))
+        words = ['diffengine-sdxl', *words[at + 1:]]
     if words[0] == 'make':
         assert re.search(rf'^{words[1]}:', (ROOT / 'Makefile').read_text(), re.M), words
     elif words[:3] == ['mim', 'train', 'diffengine_sdxl']:

@@ -62,7 +62,9 @@ def test_the_refiners_request() -> None:
 
 def test_every_setting_is_declared() -> None:
     """A check and a help text each; the refiner may have its own texts, sizes, scores, steps and guidance."""
-    assert [f.name for f in fields(Request) if not callable(f.metadata.get('check')) or not f.metadata['help']] == []
+    assert [*SETTINGS] == [f.name for f in fields(Request)] and all(SETTINGS[f.name] is f.metadata['setting']
+                                                                    for f in fields(Request))
+    assert [name for name, one in SETTINGS.items() if not callable(one.kind.check) or not one.help] == []
     assert set(SETTINGS) - set(REFINER) == {
         'image', 'mask_image', 'padding_mask_crop', 'conditions', 'scales', 'active_ranges', 'height', 'width',
         'num_images_per_prompt', 'seed', 'latents', 'latents_row', 'prompt_syntax', 'refiner', 'name'}

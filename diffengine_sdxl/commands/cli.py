@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` without the usage, which may fill the screen, and exit with 2."""
-        print(f"error: {message} '{self.prog} -h' lists the options.", file=sys.stderr)
+        stop = '' if message.endswith(('.', '?')) else '.'
+        print(f"error: {message}{stop} '{self.prog} -h' lists the options.", file=sys.stderr)
         sys.exit(2)
 
 

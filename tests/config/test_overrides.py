@@ -76,8 +76,8 @@ def test_appending_and_changing_an_entry_go_together() -> None:
 def test_values_in_python_stay_as_they_are() -> None:
     """So that the same overrides can be used again; and the config does not change with them."""
     hooks = [dict(EMA)]
-    options = {'model.objective.loss': {'_delete_': True, 'type': 'L1Loss'}, 'custom_hooks': hooks, 'custom_hooks+': EMA,
-               f'{GUIDANCES}.CFG': {'scale': 3}}
+    options = {'model.objective.loss': {'_delete_': True, 'type': 'L1Loss'}, f'{GUIDANCES}.CFG': {'scale': 3},
+               'custom_hooks': hooks, 'custom_hooks+': EMA}
     first = config.load(FILL50K, options)
     assert to_plain(config.load(FILL50K, options)) == to_plain(first)
     assert hooks == [EMA] and first.model.objective.loss == {'type': 'L1Loss'}

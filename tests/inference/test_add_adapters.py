@@ -63,16 +63,18 @@ def plain(tiny_base: Path) -> Tensor:
 
 @pytest.mark.parametrize('kind', CASES)
 def test_each_kind_is_found(kind: str, saved: Saved, tiny_base: Path, plain: Tensor) -> None:
-    """By its files; it reads the condition of its own name, and does not train."""
+    """By its files; it reads the condition of its own name, and does not train. All LoRAs are of one type."""
     folder, reads = saved(kind), CASES[kind].condition_key is not None
     own = dict(condition_key='mine') if reads else {}
     given = dict(weights=folder, token=WORD) if kind == 'textual_inversion' else folder
     call = dict(conditions=dict(mine=picture())) if reads else {}
     ours = in_python(tiny_base, mine=given)
     got = made(ours, **call)
-    assert torch.equal(got, made(in_config(tiny_base, mine=named(kind, folder, **own)), **call))
-    assert (got - plain).abs().max() > 1e-4
-    assert ours.cfg.model.adapters.mine.trainable is False
+    if CASES[kind].config['type'] == 'LoRA':
+        assert ours.cfg.model.adapters.mine == dict(type='LoRA', weights=str(folder), trainable=False)
+    if CASES[kind].config['type'] != 'LoRA' or kind == 'lora':
+        assert torch.equal(got, made(in_config(tiny_base, mine=named(kind, folder, **own)), **call))
+    assert (got - plain).abs().max() > 1e-4 and ours.cfg.model.adapters.mine.trainable is False
 
 
 def test_two_of_a_kind(saved: Saved, tiny_base: Path) -> None:
@@ -93,7 +95,7 @@ def test_two_of_a_kind(saved: Saved, tiny_base: Path) -> None:
 
 
 def test_another_file_for_an_adapter_of_the_config(saved: Saved, tiny_base: Path, tmp_path: Path) -> None:
-    """Its other settings stay, but not what located the old file; or another scale for the same file; or another kind."""
+    """Its other settings stay, not what located the old file; or another scale of the same file; or another kind."""
     def ours(mine: Any, **old: Any) -> SDXLInferencer:
         cfg = config(tiny_base, dict(mine=dict(type='T2IAdapter', condition_key='map', weights='gone', scale=0.4,
                                                **old)), steps=2)
@@ -118,8 +120,8 @@ def test_another_file_for_an_adapter_of_the_config(saved: Saved, tiny_base: Path
 
 
 @pytest.mark.parametrize(('given', 'sentence'), [
-    (dict(scale=0.5), "Adapter 'style' is not in the config, so it needs `weights`: a file, folder, hub id or link. Did "
-                      "you mean 'styles'?"),
+    (dict(scale=0.5), "Adapter 'style' is not in the config, so it needs `weights`: a file, folder, hub id or link. "
+                      "Did you mean 'styles'?"),
     (dict(type='LoRA', scale=0.5), 'does not name the `weights` of style'), ('./none', './none'),
     (None, 'so it needs `weights`'),
     (dict(weights='LORA', scael=0.5), "Adapter 'style': a LoRA has no 'scael'. Did you mean 'scale'?"),
@@ -147,15 +149,14 @@ def test_adapters_of_the_line(here: Here) -> None:
     odd = Path('a, b=c')
     shutil.copytree(here.files / 'depth', odd)
     expected = by_hand(whole, dict(conditions=dict(depth=first, edges=second), scales=dict(style=0.4)))
-    here.infer(bare, '--adapter', f'style={here.files / "style"},scale=0.4', '--adapter', f'depth={here.files / "depth"}',
-               '--adapter', f"edges='{odd}',active_range=(0,0.5)", '--condition', f'depth={first}', '--condition',
-               f'edges={second}', '--out', 'A')
+    here.infer(bare, '--adapter', f'style={here.files / "style"},scale=0.4',
+               '--adapter', f'depth={here.files / "depth"}', '--adapter', f"edges='{odd}',active_range=(0,0.5)",
+               '--condition', f'depth={first}', '--condition', f'edges={second}', '--out', 'A')
     assert list(pictures('A').values()) == expected
     image, = Path('A').glob('0*.png')
     here.infer(image, '--out', 'again')  # the PNG names what was found
     assert list(pictures('again').values()) == expected
-    # One file for the only adapter that reads images; its name may hold what looks like an adapter's.
-    shutil.copy(first, 'style.mask=b=c.png')
+    # One file for the only adapter that reads images; '=' in its name is no adapter's.
     shutil.copy(first, 'x=y.png')
     one = by_hand(here.config('one.py', adapters=adapters(here.files, 'depth')), dict(conditions=dict(depth=first)))
     for i, shown in enumerate(('x=y.png', './x=y.png', Path('x=y.png').absolute(), 'depth=x=y.png')):
@@ -164,7 +165,7 @@ def test_adapters_of_the_line(here: Here) -> None:
 
 
 def test_conditions_of_the_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What they are without a name: a URL, or a file that exists; and for the only reader of images, if there is one."""
+    """Without a name they are for the only reader of images: a URL, or a file that exists, whatever its name."""
     monkeypatch.chdir(tmp_path)
     for name in ('a=b.png', 'depth=x.png', 'plain.png'):
         Path(name).touch()

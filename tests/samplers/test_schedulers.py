@@ -122,9 +122,9 @@ def test_the_trial_finds_noise_that_is_not_the_images_own() -> None:
 
 
 def test_a_scheduler_class_of_ones_own_is_refused() -> None:
-    for name, hint in (('MySolver', 'Did you mean'), ('X', 'Choose one of DDIMScheduler, .*UniPCMultistepScheduler')):
-        with pytest.raises(ValueError, match=rf"type='{name}' is not a supported .*; your own classes .* {hint}"):
-            Sampler(dict(type=name))
+    with pytest.raises(ValueError, match="type='MySolver' is not a supported .*; your own classes cannot be used. "
+                                         'Choose one of DDIMScheduler, .*UniPCMultistepScheduler'):
+        Sampler(dict(type='MySolver'))
 
 
 @pytest.mark.parametrize(('scheduler', 'sentence'), [

@@ -21,7 +21,7 @@ def installed_configs() -> list[Path]:
 
 
 def find(name: str | Path) -> Path:
-    """Return the config file at path `name`, or the installed one of that base name (with or without '.py').
+    """Return the config file at path `name`, or the installed one of that name (with or without '.py').
 
     Raises:
         UserError: there is none; names the nearest.
@@ -31,9 +31,13 @@ def find(name: str | Path) -> Path:
         return path
     known = {p.stem: p for p in installed_configs()}
     wanted = path.name.removesuffix('.py')
-    if wanted in known and path.name == str(name):
+    # By name; or as it is written in the checkout, 'configs/lora/x.py'.
+    if wanted in known and str(path.with_name(wanted)) in (wanted, f'{known[wanted].parent.name}/{wanted}',
+                                                           f'configs/{known[wanted].parent.name}/{wanted}'):
         return known[wanted]
     hint = did_you_mean(wanted, list(known)) or ' `diffengine-sdxl list` shows the installed ones.'
+    if path.is_dir():
+        hint = f' A folder may be a base: take a config, and override model.pretrained={name}.'
     raise UserError(f"There is no config file '{name}' and no installed config of that name.{hint}")
 
 

@@ -10,8 +10,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ WRITE_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
 
 class UserError(ValueError):
     """A mistake that the user can fix. The message names the value, the place and the fix."""
+
+
+@contextmanager
+def error_prefix(prefix: str, unless: str) -> Iterator[None]:
+    """Inside, begin the message of a UserError with `prefix`, unless it holds the text `unless`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if unless in str(error) else f'{prefix}{error}') from error
 
 
 def first_line(error: BaseException) -> str:
@@ -109,7 +118,7 @@ def user_message(error: BaseException, if_out_of_memory: str = '') -> str | None
     # An ImportError without a name was raised by hand, by a library that lacks an optional package.
     if isinstance(error, ImportError) and (error.name is None or isinstance(error, ModuleNotFoundError)
                                            and not error.name.startswith('diffengine_sdxl')):
-        return f'a package is missing: {error}'
+        return f'a package is missing: {error}' + (f' (pip install {error.name})' if error.name else '')
     return None
 
 

@@ -104,6 +104,8 @@ class Request:
     def of(cls, *settings: Mapping[str, Any], whole: bool = True) -> Request:
         """Build a request; later settings win, None counts as not set, and dicts are merged.
 
+        `height` and `width` that come with an `image` go when a later layer brings another one.
+
         Args:
             whole: False for defaults, to which an image may be added: settings that need one may come without it.
 
@@ -119,6 +121,9 @@ class Request:
                     continue
                 if key in STEPS:  # three ways to give the steps
                     merged = {k: v for k, v in merged.items() if k not in STEPS or layer.get(k) is not None}
+                if key == 'image' and 'image' in merged:  # the size was that of the other image
+                    merged = {k: v for k, v in merged.items()
+                              if k not in ('height', 'width') or layer.get(k) is not None}
                 if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
                     value = {**merged[key], **value}
                 merged[key] = value

@@ -271,6 +271,8 @@ def run_shell_line(words: list[str], folder: Path) -> None:
         evaluate(words[2:], folder)
     elif words[:2] in (['python', 'tools/infer.py'], ['diffengine-sdxl', 'infer']):
         make_pictures(words[2:], folder)
+    elif words[0] == 'diffengine-sdxl' and words[1] in cli.COMMANDS and words[1] != 'list':
+        run_tool(['python', f'tools/{words[1].replace("-", "_")}.py', *words[2:]], folder)
     elif words[0] == 'diffengine-sdxl':
         assert cli.main(None, words[1:]) == 0
     elif words[0] == 'python' and words[1].startswith('tools/'):

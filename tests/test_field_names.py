@@ -209,7 +209,7 @@ def test_the_hint_for_python_is_python() -> None:
     ('report_to', 'wandb', '`--cfg-options visualizer.vis_backends.1.type=WandbVisBackend`.'),
     ('validation_prompt', ['a, b', 'c'], '`--cfg-options \'default_hooks.samples.prompts=["a, b","c"]\'`.'),
     ('gradient_checkpointing', None, '`--cfg-options model.gradient_checkpointing=True`.'),
-    ('network_dim', '8', "`--cfg-options model.adapters.NAME.rank=8`. NAME is the adapter's name in the config."),
+    ('network_dim', '8', "`--cfg-options model.adapters.NAME.rank=8`. NAME is the adapter's name."),
 ))
 def test_training_hints(name: str, value: Any, hint: str) -> None:
     assert training_hint(name, value).startswith(f' In this project it is {hint}')

@@ -28,16 +28,20 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Return the parsed options; print one sentence and exit with 2 if they are wrong."""
         args, extra = self.parse_known_args([_with_hyphens(text) for text in arguments])
-        if extra:
-            name, equals, value = extra[0].partition('=')
-            if not name.startswith('-'):
-                self.error(f"'{name}' is one argument too many.")
-            if not equals and len(extra) > 1 and not extra[1].startswith('-'):
-                value = extra[1]
-            self.error(f"unknown option '{name}'.{self._hint(name, value or None)}")
-        return args
+        if not extra:
+            return args
+        unknown = [i for i, text in enumerate(extra) if text.startswith('-')]
+        if not unknown:
+            self.error(f"'{extra[0]}' is one argument too many.")
+        sentences = []
+        for i, end in zip(unknown, [*unknown[1:], len(extra)], strict=True):
+            name, equals, value = extra[i].partition('=')
+            values = [value] if equals else extra[i + 1:end]
+            hint = self._hint(name, values if len(values) > 1 else values[0] if values else None)
+            sentences.append(f"unknown option '{name}'.{hint}")
+        self.error('\nerror: '.join(sentences))
 
-    def _hint(self, name: str, value: str | None) -> str:
+    def _hint(self, name: str, value: str | list[str] | None) -> str:
         from diffengine_sdxl.field_names import sampling_hint, training_hint
         if self.command == 'infer':
             hint = sampling_hint(name, value, where='command')
@@ -158,6 +162,11 @@ COMMANDS = {
                             takes_config=False)}
 
 
+#: Other words for commands.
+ALIASES = {'generate': 'infer', 'sample': 'infer', 'inference': 'infer', 'run': 'infer', 'evaluate': 'test',
+           'eval': 'test', 'finetune': 'train', 'fit': 'train', 'convert': 'export', 'configs': 'list', 'ls': 'list'}
+
+
 def main(command: str | None = None, arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, 1 for an error, 2 for wrong options, 130 for Ctrl-C.
 
@@ -173,8 +182,10 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
             print(__version__ if command == '--version' else overview())
             return 0
         if command not in COMMANDS:
-            print(f"error: unknown command '{command}'.{did_you_mean(command, list(COMMANDS))} '{PROGRAM} -h' lists "
-                  'them.', file=sys.stderr)
+            near = did_you_mean(command, list(COMMANDS))
+            if command in ALIASES:
+                near = f" Did you mean '{ALIASES[command]}'?"
+            print(f"error: unknown command '{command}'.{near} '{PROGRAM} -h' lists them.", file=sys.stderr)
             return 2
         program = f'{PROGRAM} {command}'
     return _run(command, parse(command, arguments, program))

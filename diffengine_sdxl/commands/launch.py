@@ -43,7 +43,10 @@ def start_processes(launcher: str, dist_cfg: Mapping[str, Any] | None = None) ->
     """
     import torch
     import torch.distributed as dist
-    if launcher == 'none' or dist.is_initialized():
+    if dist.is_initialized():
+        return
+    if launcher == 'none':
+        _refuse_several()
         return
     rank, world_size, local_rank, local_world_size = _ranks(launcher)
     if torch.cuda.is_available():
@@ -74,6 +77,20 @@ def start_processes(launcher: str, dist_cfg: Mapping[str, Any] | None = None) ->
         raise UserError(f"--launcher {launcher}: process {rank} of {world_size} cannot join the group at "
                         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} with backend '{backend}': "
                         f'{first_line(error)}') from error
+
+
+def _refuse_several() -> None:
+    """Refuse several processes that do not know of each other: each would do all of the work, in the same folder.
+
+    Raises:
+        UserError: a launcher's variables tell of several.
+    """
+    for launcher, variable in (('pytorch', 'WORLD_SIZE'), ('mpi', 'OMPI_COMM_WORLD_SIZE'),
+                               ('slurm', 'SLURM_STEP_NUM_TASKS')):
+        number = os.environ.get(variable, '')
+        if number.isdecimal() and int(number) > 1:
+            raise UserError(f'{number} processes were started ({variable}), but each would work alone: add --launcher '
+                            f'{launcher}.')
 
 
 def _ranks(launcher: str) -> tuple[int, int, int, int]:

@@ -54,7 +54,8 @@ def _add_setting(group: Any, name: str, one: Setting) -> None:
     else:
         metavar = {'file': 'FILE', 'text': 'TEXT', 'number': 'N', 'list': 'A,B'}[one.kind.form]
         action = 'append' if one.kind.form == 'file' else 'store'
-        group.add_argument(*flags, dest=name, action=action, metavar=metavar, help=text)
+        group.add_argument(*flags, dest=name, action=action, metavar=metavar, help=text,
+                           nargs='+' if one.kind.form == 'list' else None)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
         elif one.kind.form == 'dict':
             given[name] = dict(_pair(flag, item, name) for item in typed)
         else:
-            given[name] = read_text(one.kind.form, flag, typed)
+            given[name] = read_text(one.kind.form, flag, ','.join(typed) if isinstance(typed, list) else typed)
     return given
 
 

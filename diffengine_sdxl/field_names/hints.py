@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffengine_sdxl.field_names.place import Place, by_name
-from diffengine_sdxl.field_names.sampling import SAMPLING
+from diffengine_sdxl.field_names.sampling import METHODS, SAMPLING
 from diffengine_sdxl.field_names.training import TRAINING
 
 _TRAINING, _SAMPLING = by_name(TRAINING), by_name(SAMPLING)
@@ -54,12 +54,18 @@ def sampling_hint(name: str, value: object = None, where: str = 'python') -> str
     return _hint(f'SDXLInferencer(CONFIG, {text})' if place.ours.startswith('adapters.') else text, place)
 
 
+def method_hint(name: str) -> str:
+    """Return what stands for a method or attribute of diffusers' pipelines here; '' if unknown."""
+    found = next((ours for names, ours in METHODS.items() if name in names.split()), None)
+    return f' In this project it is `{found}`.' if found else ''
+
+
 def _folded(name: str) -> str:
     return name.lstrip('-').replace('-', '_').lower()
 
 
 def _hint(text: str, place: Place) -> str:
-    whose = " NAME is the adapter's name in the config." if re.search(r'\bNAME\b', text) else ''
+    whose = " NAME is the adapter's name." if re.search(r'\bNAME\b', text) else ''
     first = re.match(r'.+?\.(?= |$)', place.note)
     return f' In this project it is `{text}`.{whose}{f" {first[0]}" if first else ""}'
 

@@ -143,3 +143,21 @@ SAMPLING: Topics = {
             '', 'Not built in.'),
     },
 }
+
+#: Methods and attributes of diffusers' pipelines -> what stands for them beside a call of SDXLInferencer.
+METHODS = {
+    'to cuda cpu': "SDXLInferencer(CONFIG, device='cuda')",
+    'from_pretrained from_single_file': "SDXLInferencer(CONFIG, cfg_options=['model.pretrained=BASE'])",
+    'load_lora_weights load_ip_adapter load_textual_inversion load_controlnet':
+        "SDXLInferencer(CONFIG, adapters={'NAME': 'FILE'})",
+    'set_adapters set_ip_adapter_scale fuse_lora': "inferencer(PROMPT, scales={'NAME': 0.8})",
+    'unload_lora_weights unload_ip_adapter disable_lora delete_adapters': "inferencer(PROMPT, scales={'NAME': 0})",
+    'enable_model_cpu_offload enable_sequential_cpu_offload':
+        "SDXLInferencer(CONFIG, cfg_options=['infer_cfg.offload=True'])",
+    'enable_vae_tiling': "SDXLInferencer(CONFIG, cfg_options=['infer_cfg.vae_tiling=True'])",
+    'enable_vae_slicing': "SDXLInferencer(CONFIG, cfg_options=['infer_cfg.vae_slicing=True'])",
+    'enable_xformers_memory_efficient_attention': "SDXLInferencer(CONFIG, cfg_options=['model.attention=xformers'])",
+    'scheduler': "SDXLInferencer(CONFIG, cfg_options=['model.sampler.scheduler.type=DDIMScheduler'])",
+    'unet': 'inferencer.model.unet', 'vae': 'inferencer.model.vae', 'text_encoder': 'inferencer.model.text_encoder',
+    'text_encoder_2': 'inferencer.model.text_encoder_2', 'tokenizer': 'inferencer.model.tokenizer',
+    'save_pretrained components enable_freeu watermark': 'inferencer.model.to_diffusers()'}

@@ -295,8 +295,9 @@ TRAINING: Topics = {
             'A new repository is private; `default_hooks.hub.private=False` makes it public.'),
         'hub_token huggingface_token': Place(
             '', '`hf auth login`, or the environment variable `HF_TOKEN`: a token in a config would end up in files.'),
-        'num_processes num_gpus gpus multi_gpu num_machines': Place(
-            '', 'Start it with `torchrun --nproc_per_node=2 tools/train.py CONFIG --launcher pytorch`.'),
+        'num_processes num_gpus gpus multi_gpu num_machines config_file main_process_port': Place(
+            '', 'In place of `accelerate launch`: `torchrun --nproc_per_node=2 -m diffengine_sdxl train CONFIG '
+            '--launcher pytorch`.'),
         'ddp_timeout': Place('env_cfg.dist_cfg.timeout=7200', 'In seconds; kohya counts minutes.'),
         'ddp_gradient_as_bucket_view ddp_static_graph deepspeed': Place('', 'Not built in; processes run under DDP.'),
     },

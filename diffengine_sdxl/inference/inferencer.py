@@ -16,12 +16,13 @@ from torch import Tensor
 from diffengine_sdxl import config as configs
 from diffengine_sdxl.config.check import check
 from diffengine_sdxl.errors import UserError, first_line, one_of, whole_number
+from diffengine_sdxl.field_names import method_hint
 from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.inference import stages
 from diffengine_sdxl.inference.add_adapters import add_adapter
 from diffengine_sdxl.inference.call_arguments import seeds_of, split_prompts
 from diffengine_sdxl.inference.stages import Stage
-from diffengine_sdxl.loading.trained import apply_weights, load_trained
+from diffengine_sdxl.loading.trained import apply_weights, load_trained, use_exported
 from diffengine_sdxl.models.image_inputs import MaskCrop, cached_urls, crop_of
 from diffengine_sdxl.models.request_batch import request_batch, size_of
 from diffengine_sdxl.models.sdxl import SDXL
@@ -91,7 +92,7 @@ class SDXLInferencer:
         if not (cfg.get('model') or {}).get('sampler'):
             raise UserError('The config has no `model.sampler`, which makes the images; add one, as '
                             'configs/_base_/samplers/euler.py.')
-        path = apply_weights(cfg, weights)
+        path = apply_weights(cfg, use_exported(cfg, weights))
         self.cfg = cfg
         self.defaults, options = split_infer_cfg(cfg)
         self.device = _device(device)
@@ -114,6 +115,10 @@ class SDXLInferencer:
         else:
             for model in self.models:
                 model.to(self.device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer what diffusers' pipelines have and this class does not."""
+        raise AttributeError(f"SDXLInferencer has no '{name}'.{method_hint(name)}")
 
     def _build_refiner(self, seed: int) -> SDXL:
         refiner: SDXL = MODELS.build({'seed': seed, **self.cfg.refiner, 'base_model': self.model}).eval()

@@ -57,6 +57,36 @@ def apply_weights(config: Config, name: str | None) -> Path | None:
     return path
 
 
+def use_exported(config: Config, name: str | None) -> str | None:
+    """Let frozen adapters of `config` be those that a training exported, in place of the `weights` that it names.
+
+    Args:
+        config: changed in place.
+        name: see `apply_weights`.
+
+    Returns:
+        `name`, or None if nothing else is to be loaded from there.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if name in (None, NONE, WEIGHTS):
+        return name
+    path = resolve_checkpoint(str(name))
+    export = path.with_suffix('') if path.is_file() else path
+    # The folder of one adapter lies in that of a step.
+    export, names = (export, None) if (export / 'manifest.json').is_file() else (export.parent, [export.name])
+    manifest = read_manifest(export) if export.is_dir() else None
+    contents = [one for one in (manifest or {}).get('contents', ()) if names is None or one in names]
+    adapters = config.model.get('adapters') or {}
+    if not contents or any((adapters.get(one) or {}).get('trainable', True) for one in contents):
+        return name
+    for one in contents:
+        adapters[one].update({**dict.fromkeys(adapters[one].keys() & {'subfolder', 'weight_name', 'revision'}),
+                              'weights': str(export / one)})
+    return None
+
+
 def use_trained_base(model_config: Any, export: Path) -> None:
     """Replace base and VAE in a model's config by the base that was trained."""
     model_config.update(pretrained=str(export / PIPELINE), unet=None, vae=None, revision=None, variant=None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.errors import UserError, did_you_mean, listed
 from diffengine_sdxl.models.image_inputs import (
     as_image_input,
     crop_of,
@@ -169,7 +169,8 @@ def _conditions(model: Model, requests: Sequence[Request], size: tuple[int, int]
     readers: dict[str, str] = {}
     for name in requests[0].conditions:
         if name not in model.adapters:
-            raise UserError(f"Unknown adapter '{name}' in `conditions`.{did_you_mean(name, list(model.adapters))}")
+            raise UserError(f"Unknown adapter '{name}' in `conditions`; there are {listed(model.adapters) or 'none'}."
+                            f'{did_you_mean(name, list(model.adapters))}')
         adapter = model.adapters[name]
         key = adapter.condition_key
         if key is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.attention import probed, set_backend
-from diffengine_sdxl.errors import UserError, one_of, whole_number
+from diffengine_sdxl.errors import UserError, error_prefix, one_of, whole_number
 from diffengine_sdxl.loading import base as loading
 from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
 from diffengine_sdxl.models.diffusers_pipeline import to_diffusers
@@ -156,7 +156,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         # By name, so that a config's order changes nothing; those that change the base's modules last, so that the
         # others see the original modules.
         for name, adapter in sorted(adapters.items(), key=lambda item: (item[1].modifies_base, item[0])):
-            with rng.fork(self.seed, 'adapter', name):
+            with rng.fork(self.seed, 'adapter', name), error_prefix(f"Adapter '{name}': ", unless=f"'{name}'"):
                 adapter.attach(self)
             # What trains stays in fp32 beside a half-precision base, but an fp64 model is fp64 throughout.
             self.adapters[name] = adapter.double() if self.unet_weight.dtype == torch.float64 else adapter

@@ -74,7 +74,9 @@ def test_each_kind_is_found(kind: str, saved: Saved, tiny_base: Path, plain: Ten
         assert ours.cfg.model.adapters.mine == dict(type='LoRA', weights=str(folder), trainable=False)
     if CASES[kind].config['type'] != 'LoRA' or kind == 'lora':
         assert torch.equal(got, made(in_config(tiny_base, mine=named(kind, folder, **own)), **call))
-    assert (got - plain).abs().max() > 1e-4 and ours.cfg.model.adapters.mine.trainable is False
+    assert (got - plain).abs().max() > 1e-4
+    config = ours.cfg.model.adapters.mine
+    assert (config.trainable, config.get('condition_key')) == (False, 'mine' if reads else None)
 
 
 def test_two_of_a_kind(saved: Saved, tiny_base: Path) -> None:
@@ -108,8 +110,11 @@ def test_another_file_for_an_adapter_of_the_config(saved: Saved, tiny_base: Path
     at = dict(subfolder='elsewhere', revision='r')
     expected = made(in_config(tiny_base, mine=named('t2i_adapter', folder, scale=0.4)),
                     conditions=dict(mine=picture()))
-    for inferencer in (ours(folder, **at), ours(dict(weights=tmp_path, subfolder='sub'), **at)):
-        assert inferencer.cfg.model.adapters.mine.condition_key == 'map'
+    for inferencer, place in ((ours(folder, **at), {}), (ours(dict(weights=tmp_path, subfolder='sub'), **at),
+                                                         dict(subfolder='sub'))):
+        assert inferencer.cfg.model.adapters.mine == dict(
+            type='T2IAdapter', condition_key='map', scale=0.4, trainable=False, **place,
+            weights=str(tmp_path if place else folder))
         assert torch.equal(made(inferencer, conditions=dict(mine=picture())), expected)
     kept = SDXLInferencer(config(tiny_base, dict(mine=dict(named('t2i_adapter', tmp_path), subfolder='sub')), steps=2),
                           device='cpu', adapters=dict(mine=dict(scale=0.4)))

@@ -216,6 +216,9 @@ def test_weights(tiny_base: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / 'W'
     found = [ours(str(folder / name)) for name in ('', 'step2.pth', 'step2', 'step2/adapter')]
     found.append(ours(None, **{'model.adapters.adapter.weights': str(folder / 'step2' / 'adapter')}))
+    # A frozen adapter, whose own file is replaced before it is read.
+    frozen = {'model.adapters.adapter.weights': 'missing', 'model.adapters.adapter.trainable': False}
+    found += [ours(str(folder / name), **frozen) for name in ('', 'step2.pth', 'step2', 'step2/adapter')]
     assert all(torch.equal(one, found[0]) for one in found[1:])
     base = ours('none')
     assert torch.equal(base, asked(stock(tiny_base), 5, 2, prompt=PROMPT, **SIZE))

@@ -27,7 +27,7 @@ from diffengine_sdxl.datasets.image_files import is_url
 from diffengine_sdxl.errors import UserError, first_line, listed, user_message
 from diffengine_sdxl.inference.add_adapters import add_adapter, dict_at
 from diffengine_sdxl.inference.inferencer import SDXLInferencer, split_infer_cfg
-from diffengine_sdxl.loading.trained import NONE, apply_weights
+from diffengine_sdxl.loading.trained import NONE, apply_weights, use_exported
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.request import OPTIONS, SETTINGS, Request
 
@@ -162,7 +162,8 @@ def _plan_from_config(args: Any, errors: list[str]) -> Plan:
         cfg.infer_cfg = {**dict_at(cfg, 'infer_cfg'), **options}
     layers = (given_settings(args), others, {'conditions': _conditions(args.condition or (), cfg)})
     check(cfg)
-    if args.weights == NONE:
+    weights = use_exported(cfg, args.weights)
+    if weights == NONE:
         apply_weights(cfg, NONE)
     defaults, _ = split_infer_cfg(cfg)
     jobs: list[ImageJob] = []
@@ -171,7 +172,7 @@ def _plan_from_config(args: Any, errors: list[str]) -> Plan:
         if where is not None:
             jobs += [ImageJob(number + k, where, request.with_seed(k)) for k in range(request.num_images_per_prompt)]
         number += request.num_images_per_prompt
-    return Plan(cfg, jobs, args.weights)
+    return Plan(cfg, jobs, weights)
 
 
 def _requests(args: Any, layers: Sequence[Mapping[str, Any]], errors: list[str]) -> list[tuple[str | None, Request]]:

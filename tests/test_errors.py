@@ -64,7 +64,7 @@ def test_ctrl_c(code: str, message: str, tmp_path: Path, monkeypatch: pytest.Mon
     (OSError(errno.ENOSPC, 'No space left on device', 'x.pth'), "[Errno 28] No space left on device: 'x.pth'"),
     (PermissionError(errno.EACCES, 'Permission denied', 'x'), "[Errno 13] Permission denied: 'x'"),
     (ModuleNotFoundError("No module named 'bitsandbytes'", name='bitsandbytes'),
-     "a package is missing: No module named 'bitsandbytes'"),
+     "a package is missing: No module named 'bitsandbytes' (pip install bitsandbytes)"),
     (ImportError('needs the library cv2'), 'a package is missing: needs the library cv2'),
     # Bugs of this package.
     (ModuleNotFoundError('No module', name='diffengine_sdxl.nothing'), None),

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print `message` without the usage, which may fill the screen, and exit with 2."""
         stop = '' if message.endswith(('.', '?')) else '.'
-        print(f"error: {message}{stop} '{self.prog} -h' lists the options.", file=sys.stderr)
+        errors.report(f"{message}{stop} '{self.prog} -h' lists the options.")
         sys.exit(2)
 
 
@@ -214,7 +214,7 @@ def _run(command: str, args: argparse.Namespace) -> int:
         try:
             config_files.find(args.config)  # before torch is imported
         except UserError as error:
-            print(f'error: {error}', file=sys.stderr)
+            errors.report(str(error))
             return 1
     if hasattr(args, 'local_rank'):
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))

@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from diffengine_sdxl.config.check import check
 from diffengine_sdxl.config.custom_modules import import_custom_modules
-from diffengine_sdxl.config.overrides import check_override, checked_overrides, parse_overrides
+from diffengine_sdxl.config.overrides import apply_overrides, check_override, parse_overrides
 from diffengine_sdxl.config.references import references, resolve
 from diffengine_sdxl.config_files import PACKAGE, configs_folder, find
 from diffengine_sdxl.errors import UserError, did_you_mean
@@ -60,11 +60,7 @@ def read(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
                 check_override(config, key, {}, known_before, pieces)
         names_read |= pieces
     options = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    options = checked_overrides(config, options, known_before, names_read)
-    try:
-        config.merge_from_dict(options)
-    except (TypeError, KeyError, IndexError) as error:
-        raise UserError(f'The overrides {", ".join(options)} contradict each other or the config: {error}') from error
+    apply_overrides(config, options, known_before, names_read)
     if config.get('custom_imports'):
         folders = [*(file.resolve().parent for file in files), *map(Path, config.get('custom_imports_folders', ()))]
         own = [folder for folder in folders if not folder.is_relative_to(configs_folder().resolve())]

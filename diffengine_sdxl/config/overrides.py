@@ -145,9 +145,3 @@ def _where(config: Config, piece: str) -> str:
              **{f'model.{n}': v for n, v in model.items()}}
     places = [path for path, value in parts.items() if value == config[piece]]
     return f' ({", ".join(places)})' if places else ''
-
-
-def checked_overrides(config: Config, options: Mapping[str, Any], known: set[str], read: set[str]) -> dict[str, Any]:
-    """Until load.py calls `apply_overrides`."""
-    apply_overrides(config, options, known, read)
-    return {}

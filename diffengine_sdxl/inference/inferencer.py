@@ -86,7 +86,7 @@ class SDXLInferencer:
         cfg = copy.deepcopy(config) if isinstance(config, Config) and checked else configs.resolve(
             config if isinstance(config, Config) else configs.read(config, cfg_options))
         for name, adapter in (adapters or {}).items():
-            add_adapter(cfg, name, adapter if isinstance(adapter, Mapping) else {'weights': str(adapter)})
+            add_adapter(cfg, name, adapter if isinstance(adapter, Mapping) else {'weights': adapter})
         if not checked:
             check(cfg)
         if not (cfg.get('model') or {}).get('sampler'):
@@ -145,7 +145,7 @@ class SDXLInferencer:
                 [N, H, W, 3] in [0, 1]; or 'latent', [N, 4, h, w].
             batch_size: images per batch; above 1 the last bits may differ.
             on_step: called with (steps done, total steps) of each stage.
-            generator: a fresh torch.Generator in place of `seed`, or a list of them, one per image.
+            generator: a fresh torch.Generator in place of `seed`; for several images a list, one per image.
 
         Returns:
             num_images_per_prompt images for each prompt, in order.
@@ -156,11 +156,9 @@ class SDXLInferencer:
         one_of('output_type', output_type, OUTPUT_TYPES)
         call = {key: value for key, value in {'prompt': prompt, **settings}.items() if value is not None}
         seeds = seeds_of(generator, call)
-        if isinstance(seeds, int):
-            call['seed'] = seeds
         requests = [self.request(one) for one in split_prompts(call)]
         singles = [request.with_seed(k) for request in requests for k in range(request.num_images_per_prompt)]
-        if isinstance(seeds, list):
+        if seeds is not None:
             if len(seeds) != len(singles):
                 raise UserError(f'There are {len(seeds)} generator(s) for {len(singles)} images; give one per image.')
             singles = [replace(request, seed=seed) for request, seed in zip(singles, seeds, strict=True)]

@@ -21,12 +21,13 @@ from diffengine_sdxl.commands.infer.run import (
     RunResult,
     print_summary,
 )
-from diffengine_sdxl.commands.options import given_settings
+from diffengine_sdxl.commands.options import given_settings, set_settings
 from diffengine_sdxl.config.check import accepted, check
 from diffengine_sdxl.datasets.image_files import is_url
 from diffengine_sdxl.errors import UserError, first_line, listed, user_message
 from diffengine_sdxl.inference.add_adapters import add_adapter, dict_at
 from diffengine_sdxl.inference.inferencer import SDXLInferencer, split_infer_cfg
+from diffengine_sdxl.literals import parse_literal
 from diffengine_sdxl.loading.trained import NONE, apply_weights, use_exported
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.request import OPTIONS, SETTINGS, Request
@@ -157,7 +158,7 @@ def _plan_from_config(args: Any, errors: list[str]) -> Plan:
         raise UserError(f'--weights {NONE} is the base without adapters; it contradicts --adapter {args.adapter[0]}.')
     for item in args.adapter or ():
         _add_adapter(cfg, item)
-    others = _nested(configs.parse_overrides(args.set or (), '--set'))
+    others = set_settings(args.set or ())
     if options := {key: others.pop(key) for key in OPTIONS if key in others}:
         cfg.infer_cfg = {**dict_at(cfg, 'infer_cfg'), **options}
     layers = (given_settings(args), others, {'conditions': _conditions(args.condition or (), cfg)})
@@ -218,24 +219,6 @@ def _plan_from_png(args: Any) -> Plan:
     return Plan(cfg, [ImageJob(0, '', request.with_seed(0))], recorded.get('weights'), recorded)
 
 
-def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {'scales.style': 0.5} as {'scales': {'style': 0.5}}.
-
-    Raises:
-        UserError: a key is both a value and a dict.
-    """
-    settings: dict[str, Any] = {}
-    for key, value in options.items():
-        *path, last = key.split('.')
-        node = settings
-        for part in path:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise UserError(f"--set '{key}': '{part}' is {node!r} already.")
-        node[last] = value
-    return settings
-
-
 def _conditions(items: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return ['depth=d.png', 'ip=a.png', 'ip=b.png'] as {'depth': 'd.png', 'ip': ['a.png', 'b.png']}.
 
@@ -277,9 +260,7 @@ def _add_adapter(cfg: Config, item: str) -> None:
     Raises:
         UserError: it is not of that form; or see `add_adapter`.
     """
-    head, *rest = item.split(',')
-    name, equals, source = head.partition('=')
-    if not equals or not name or not source or not all('=' in part for part in rest):
+    name, equals, text = item.partition('=')
+    if not equals or not name or text[:1] in ('', ','):
         raise UserError(f"--adapter takes NAME=SOURCE[,scale=0.8][,type=LoRA][,subfolder=...], not '{item}'.")
-    values = configs.parse_overrides(rest, '--adapter')
-    add_adapter(cfg, name, {'weights': source, **values})
+    add_adapter(cfg, name, parse_literal(f'dict(weights={text})', f"--adapter '{item}'"))

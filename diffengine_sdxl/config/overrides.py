@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,7 +79,8 @@ def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
     entry of a list.)"""
     if not path:
         merged = {'value': node if isinstance(node, Mapping) else {}}
-        return Config._merge_a_into_b({'value': value}, merged)['value']
+        # A copy, as mmengine takes `_delete_` out of the dicts that it merges.
+        return Config._merge_a_into_b({'value': copy.deepcopy(value)}, merged)['value']
     first, *rest = path
     if isinstance(node, list | tuple):
         i = int(first)

@@ -77,9 +77,10 @@ def test_values_in_python_stay_as_they_are() -> None:
     """So that the same overrides can be used again; and the config does not change with them."""
     hooks = [dict(EMA)]
     options = {'model.objective.loss': {'_delete_': True, 'type': 'L1Loss'}, f'{GUIDANCES}.CFG': {'scale': 3},
+               'optim_wrapper.optimizer': {'_delete_': True, 'type': 'SGD', 'lr': 1.0},
                'custom_hooks': hooks, 'custom_hooks+': EMA}
     first = config.load(FILL50K, options)
-    assert to_plain(config.load(FILL50K, options)) == to_plain(first)
+    assert to_plain(config.load(FILL50K, options)) == to_plain(first)  # SGD would not take AdamW's betas
     assert hooks == [EMA] and first.model.objective.loss == {'type': 'L1Loss'}
     hooks[0]['decay'] = 0.5
     assert first.custom_hooks == [EMA, EMA]

@@ -67,7 +67,7 @@ def test_options(option: dict[str, Any], words: list[str], fails: Callable[..., 
 
 
 def test_a_config_that_is_not_there(fails: Callable[..., str]) -> None:
-    assert "Did you mean 'tiny_t2i_adapter.py'" in fails({}, name='tiny_t2iadapter.py')
+    assert "Did you mean 'tiny_t2i_adapter'" in fails({}, name='tiny_t2iadapter.py')
 
 
 @pytest.mark.parametrize(('which', 'num_workers'), [('images', 2), ('conditioning_images', 0)])

@@ -134,7 +134,7 @@ def bad(here: Here) -> dict[str, tuple[list[Any], str]]:
         'wrong base': (['other.py', '--adapter', f'style={style}'], 'style'),
         'no adapter': (['c.py', '--condition', f'depht={image}'], "Unknown adapter 'depht' in `conditions`"),
         'misspelt': (['depth.py', '--condition', f'dept={image}'],
-                     "Unknown adapter 'dept' in `conditions`. Did you mean "
+                     "Unknown adapter 'dept' in `conditions`; there are depth, look. Did you mean "
                                                                    "'depth'"),
         'scale': (['c.py', '--set', 'scales.x=1'], "scales: there is no adapter 'x'; there are none"),
         'active_range': (['c.py', '--set', 'active_ranges.x=(0,1)'], "active_ranges: there is no adapter 'x'"),

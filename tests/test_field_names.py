@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from options.test_table import OPTIONS
 
@@ -17,6 +18,7 @@ from diffengine_sdxl.commands import cli, options
 from diffengine_sdxl.field_names import SAMPLING, TRAINING, sampling_hint, training_hint
 from diffengine_sdxl.field_names.hints import OVERRIDES
 from diffengine_sdxl.field_names.place import Topics, by_name
+from diffengine_sdxl.field_names.sampling import METHODS
 from diffengine_sdxl.inference.inferencer import SDXLInferencer
 from diffengine_sdxl.request import SETTINGS, Request
 from diffengine_sdxl.samplers.schedulers import SCHEDULERS
@@ -248,3 +250,21 @@ def test_imports_nothing_heavy() -> None:
     code = 'import sys, diffengine_sdxl.field_names; print([m for m in ("torch", "numpy") if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == '[]\n'
+
+
+def test_methods_of_a_pipeline_are_answered() -> None:
+    """By an AttributeError; what is named there exists, and methods that are answered are no attributes of ours."""
+    inferencer = SDXLInferencer.__new__(SDXLInferencer)
+    with pytest.raises(AttributeError, match="has no 'load_lora_weights'. In this project it is `SDXLInferencer"):
+        inferencer.load_lora_weights('x')
+    with pytest.raises(AttributeError, match=r"has no 'nosuch'\.$"):
+        inferencer.nosuch  # noqa: B018
+    names = [name for names in METHODS for name in names.split()]
+    assert len(names) == len(set(names)) and not [name for name in names if name in vars(SDXLInferencer)]
+    for ours in METHODS.values():
+        ast.parse(ours)
+    pipeline = dir(diffusers.StableDiffusionXLPipeline)
+    # Those of an instance, of other pipelines, and of earlier versions.
+    instance = {'scheduler', 'unet', 'vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'watermark', 'cuda', 'cpu',
+                'load_controlnet', 'enable_vae_tiling', 'enable_vae_slicing'}
+    assert not [name for name in names if name not in pipeline and name not in instance]

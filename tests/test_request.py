@@ -35,6 +35,16 @@ def test_later_settings_win() -> None:
     assert json.loads(json.dumps(vars(from_numpy)))['seed'] == 3
 
 
+def test_another_image_brings_its_size() -> None:
+    """`height` and `width` beside an image are that image's, unless they are given again."""
+    first = dict(prompt='a', image='i.png', height=64, width=96, seed=3)
+    assert Request.of(first, dict(image='j.png')) == Request.of(dict(prompt='a', image='j.png', seed=3))
+    assert Request.of(first, dict(height=32, image='j.png')) == Request.of(dict(prompt='a', image='j.png', seed=3,
+                                                                                height=32))
+    assert Request.of(dict(height=64), dict(image='j.png')).height == 64
+    assert Request.of(first, dict(seed=4)).height == 64
+
+
 def test_each_image_of_a_request() -> None:
     request = Request.of(dict(prompt='a', seed=7, num_images_per_prompt=3))
     assert [request.with_seed(k).seed for k in range(3)] == [7, 8, 9]

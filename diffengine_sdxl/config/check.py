@@ -100,7 +100,9 @@ def _walk(node: Any, path: str) -> None:
         return
     if registry is not None and 'type' not in node and (
             registry is r.METRICS or not _matches(path, *TYPELESS)):
-        raise UserError(f'{path} has no `type`; the known ones are {listed(registry.names(), 12)}.')
+        names = registry.names()
+        raise UserError(f'{path} has no `type`; ' + (f'add {path}.type={names[0]}.' if len(names) == 1 else
+                                                     f'the known ones are {listed(names, 12)}.'))
     if registry is not None and isinstance(node.get('type'), str):
         _check_keys(node, path, registry)
     elif path in SECTIONS:

@@ -32,13 +32,12 @@ def write(folder: Path, num_images: int) -> None:
 def commands(folder: Path) -> list[str]:
     """Return commands that make images with what `write` wrote, and one that trains on it."""
     image, outline = (folder / 'data' / kind / '00000.png' for kind in ('images', 'conditioning_images'))
-    encoder = f'image_encoder={folder / "image_encoder"},image_encoder_subfolder=None'
     options: dict[str, list[str]] = {
         'base': [], 'image_to_image': ['--image', f'{image}', '--strength', '0.6'],
         'lora': ['--adapter', f'style={folder / "lora"},scale=0.8'],
-        'ip_adapter': ['--adapter', f'ip={folder / "ip_adapter"},{encoder}', '--condition', f'ip={image}'],
-        't2i_adapter': ['--adapter', f'edges={folder / "t2i_adapter"}', '--condition', f'edges={outline}'],
-        'controlnet': ['--adapter', f'edges={folder / "controlnet"}', '--condition', f'edges={outline}']}
+        'ip_adapter': ['--adapter', f'ip={folder / "ip_adapter"}', '--condition', f'{image}'],
+        't2i_adapter': ['--adapter', f'edges={folder / "t2i_adapter"}', '--condition', f'{outline}'],
+        'controlnet': ['--adapter', f'edges={folder / "controlnet"}', '--condition', f'{outline}']}
     infer, base = ['diffengine-sdxl', 'infer'], ['mixed_precision=no', f'model.pretrained={folder / "base"}']
     lines = [[*infer, 'sdxl_text_to_image', '--prompt', 'a red circle', *own, '--out', f'{folder / "images" / name}',
               '--cfg-options', *base] for name, own in options.items()]

@@ -136,6 +136,18 @@ def test_an_invalid_dist_cfg(dist_cfg: dict[str, Any], words: str, clean: pytest
         launch.start_processes('pytorch', dist_cfg)
 
 
+@pytest.mark.parametrize(('variable', 'launcher'), [
+    ('WORLD_SIZE', 'pytorch'), ('OMPI_COMM_WORLD_SIZE', 'mpi'), ('SLURM_STEP_NUM_TASKS', 'slurm')])
+def test_several_processes_without_a_launcher_are_refused(variable: str, launcher: str,
+                                                          clean: pytest.MonkeyPatch) -> None:
+    """Each would train alone, in the same folder."""
+    clean.setenv(variable, '1')
+    launch.start_processes('none')
+    clean.setenv(variable, '2')
+    with pytest.raises(UserError, match=f'2 processes were started .{variable}.*add --launcher {launcher}'):
+        launch.start_processes('none')
+
+
 def test_the_command_line_becomes_a_config(tmp_path: Path, tiny: dict[str, Any]) -> None:
     def parsed(**changes: Any) -> Any:
         options = dict(config='tiny_t2i_adapter.py', work_dir=None, resume=None, launcher='none', cfg_options=None)

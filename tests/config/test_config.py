@@ -49,6 +49,9 @@ def test_found_by_path_and_by_base_name(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     installed = config.find(f'{FILL50K}.py')
     assert installed == config.find(FILL50K) == config.find(installed) == config.find(str(installed))
+    # As it is written in a checkout, from anywhere.
+    for folder in ('t2i_adapter', 'configs/t2i_adapter'):
+        assert config.find(f'{folder}/{FILL50K}.py') == installed
     # A file in the current folder precedes an installed one.
     local = write(tmp_path, 'resolution = 32', f'{CONFIG}.py')
     assert config.find(f'{CONFIG}.py').resolve() == local and config.find(CONFIG) != local

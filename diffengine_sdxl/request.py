@@ -104,7 +104,7 @@ class Request:
     def of(cls, *settings: Mapping[str, Any], whole: bool = True) -> Request:
         """Build a request; later settings win, None counts as not set, and dicts are merged.
 
-        `height` and `width` that come with an `image` go when a later layer brings another one.
+        `height` and `width` that came in the layer of an `image` go when a later layer brings another one.
 
         Args:
             whole: False for defaults, to which an image may be added: settings that need one may come without it.
@@ -113,7 +113,14 @@ class Request:
             UserError: a key is unknown, or a value has the wrong type, is out of range, or contradicts another.
         """
         merged: dict[str, Any] = {}
+        of_image: set[str] = set()  # what came in the image's layer, and in no later one
         for layer in settings:
+            size = {key for key in ('height', 'width') if layer.get(key) is not None}
+            if layer.get('image') is None:
+                of_image -= size
+            else:
+                merged = {key: value for key, value in merged.items() if key not in of_image}
+                of_image = size
             for key, value in layer.items():
                 if key not in SETTINGS:
                     raise UserError(f"Unknown setting '{key}'.{_unknown_hint(str(key), value)}")
@@ -121,9 +128,6 @@ class Request:
                     continue
                 if key in STEPS:  # three ways to give the steps
                     merged = {k: v for k, v in merged.items() if k not in STEPS or layer.get(k) is not None}
-                if key == 'image' and 'image' in merged:  # the size was that of the other image
-                    merged = {k: v for k, v in merged.items()
-                              if k not in ('height', 'width') or layer.get(k) is not None}
                 if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
                     value = {**merged[key], **value}
                 merged[key] = value

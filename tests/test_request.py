@@ -43,6 +43,9 @@ def test_another_image_brings_its_size() -> None:
                                                                                 height=32))
     assert Request.of(dict(height=64), dict(image='j.png')).height == 64
     assert Request.of(first, dict(seed=4)).height == 64
+    # Asked apart from the image, as by a flag beside a file of prompts.
+    asked = Request.of(first, dict(height=48), dict(image='j.png'))
+    assert (asked.height, asked.width) == (48, None)
 
 
 def test_each_image_of_a_request() -> None:

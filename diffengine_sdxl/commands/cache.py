@@ -32,7 +32,7 @@ def run(args: Any, _: Any) -> None:
     """Encode training images.
 
     Args:
-        args: config, folder, num_samples, cfg_options; as tools/cache.py parses them.
+        args: config, folder, num_samples, cfg_options; as `cli` parses them.
 
     Raises:
         UserError: see `write_cache`.

@@ -46,7 +46,7 @@ def run(args: Any, _: Any) -> None:
     """Export one adapter.
 
     Args:
-        args: config, out, checkpoint, adapter, format, dtype, cfg_options; as tools/export.py parses them.
+        args: config, out, checkpoint, adapter, format, dtype, cfg_options; as `cli` parses them.
 
     Raises:
         UserError: see `convert`.

@@ -23,7 +23,7 @@ def run(args: Any, cleanup: Any) -> None:
     """Evaluate the weights that `args.checkpoint` names on the config's test data.
 
     Args:
-        args: config, checkpoint, work_dir, launcher, cfg_options; as tools/test.py parses them.
+        args: config, checkpoint, work_dir, launcher, cfg_options; as `cli` parses them.
 
     Raises:
         UserError: see `to_test_config`.

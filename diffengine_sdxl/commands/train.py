@@ -16,7 +16,7 @@ def run(args: Any, cleanup: Any) -> None:
     """Train what the config describes.
 
     Args:
-        args: config, work_dir, launcher, cfg_options, resume; as tools/train.py parses them.
+        args: config, work_dir, launcher, cfg_options, resume; as `cli` parses them.
 
     Raises:
         UserError: the config has no `train_cfg`; or see config.load.load and engine.runner.

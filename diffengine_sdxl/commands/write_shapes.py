@@ -32,7 +32,7 @@ def run(args: Any, _: Any) -> None:
     """Write the shapes world.
 
     Args:
-        args: folder, format, and the arguments of `datasets.Shapes`; as tools/write_shapes.py parses them.
+        args: folder, format, and the arguments of `datasets.Shapes`; as `cli` parses them.
 
     Raises:
         UserError: see `write_shapes` and `datasets.Shapes`.

@@ -5,7 +5,7 @@
     streaming.py      HFStream: such rows as an endless stream
     folder.py         CaptionFolder: images with a .txt caption beside each
     shapes.py         Shapes: rows drawn by code
-    cached.py         CachedLatents: rows that tools/cache.py encoded
+    cached.py         CachedLatents: rows that `diffengine-sdxl cache` encoded
     prior.py          PriorPreservation: two data sets side by side
     base.py           what all data sets share: skip unreadable rows, set the key, run the transforms
     image_files.py    read and decode an image: file, bytes, URL

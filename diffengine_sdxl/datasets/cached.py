@@ -1,4 +1,4 @@
-"""CachedLatents: samples whose images tools/cache.py encoded once."""
+"""CachedLatents: samples whose images `diffengine-sdxl cache` encoded once."""
 
 import bisect
 import json
@@ -42,8 +42,8 @@ class CachedLatents(MapDataset):
         super().__init__(transforms, max_samples=max_samples)
         self.source, self.folder = str(source), Path(os.path.expanduser(source))
         if not (self.folder / ROWS).is_file() or not (self.folder / ORIGIN).is_file():
-            raise UserError(f"'{source}' is not a cache: it lacks {ROWS} or {ORIGIN}. Write one with `python "
-                            f'tools/cache.py CONFIG {source}`.')
+            raise UserError(f"'{source}' is not a cache: it lacks {ROWS} or {ORIGIN}. Write one with "
+                            f'`diffengine-sdxl cache CONFIG {source}`.')
         rows = _read_rows(self.folder / ROWS)
         self.shards: list[Path] = sorted(self.folder.glob('*.safetensors'))
         #: Number of the first row after each shard.

@@ -118,7 +118,7 @@ FIRST, MIDDLE, LAST = (f'{n:09d}.safetensors' for n in (0, 3, 4))
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (remove(ROWS), rf"cache' is not a cache: it lacks {ROWS} or {ORIGIN}. Write one with `python tools/cache.py"),
+    (remove(ROWS), rf"cache' is not a cache: it lacks {ROWS} or {ORIGIN}. Write one with `diffengine-sdxl cache"),
     (remove(ORIGIN), 'is not a cache'), (shutil.rmtree, 'is not a cache'),
     (remove(FIRST), r"cache' is incomplete: 6 rows of text, 3 of latents. Write it again"),
     (remove(MIDDLE), 'incomplete: 6 rows of text, 5 of latents'), (remove(LAST), '6 rows of text, 4 of latents'),

@@ -1,4 +1,4 @@
-"""`tools/infer.py`: make images of prompts and settings, each of which can be made again."""
+"""`diffengine-sdxl infer`: make images of prompts and settings, each of which can be made again."""
 
 from .command import run
 from .run import OUT_OF_MEMORY

@@ -57,7 +57,7 @@ def run(args: Any, _: Any) -> int:
     """Make images; return the exit code, 1 also if one of several failed.
 
     Args:
-        args: as tools/infer.py parses them.
+        args: as `cli` parses them.
 
     Raises:
         UserError: see `infer`.

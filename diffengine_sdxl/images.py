@@ -1,19 +1,20 @@
-"""Labelled grids of images, loss curves, text of PNGs, and pixels for image encoders."""
+"""Images to RGB, labelled grids of images, loss curves, text of PNGs, and pixels for image encoders."""
 
 from __future__ import annotations
 
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.errors import UserError
 
 PAPER, INK, SOFT, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120), (200, 200, 200)
@@ -24,6 +25,86 @@ def to_pil(image: np.ndarray) -> Image.Image:
     if len(image) == 1:
         image = image.repeat(3, axis=0)
     return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image upright (EXIF) and in RGB: transparency becomes white, deep values are scaled to 8 bits.
+
+    16-bit values are divided by 257; 32-bit integers are taken for 8 bits if none is above 255, else for 16; floats
+    are multiplied by 255.
+
+    Raises:
+        UserError: floats are not in [0, 1], or 32-bit integers not in [0, 65535].
+    """
+    sixteen = image.mode.startswith('I;') or image.format == 'PNG'  # older versions of PIL open such PNGs in mode I
+    image = ImageOps.exif_transpose(image)
+    convert: Callable[[Image.Image], Image.Image] = _plain
+    if image.mode == 'F':
+        low, high = _value_range(image)
+        if not (low >= 0 and high <= 1):  # NaN too
+            values = 'NaN or Inf' if low != low else f'numbers from {low:g} to {high:g}'
+            raise UserError(f'holds {values} in floating point; they must be in [0, 1], black to white. Scale it, or '
+                            'save it with 8 or 16 bits.')
+        convert = _scaled(255.0)
+    elif image.mode.startswith('I'):
+        # PIL's conversion would clip a 16-bit depth map at 255 instead of scaling it.
+        low, high = (0, 65535) if sixteen else _value_range(image)
+        if not 0 <= low <= high <= 65535:
+            raise UserError(f'holds 32-bit integers from {low:g} to {high:g}; they must be in [0, 65535]. Scale it, or '
+                            'save it with 8 or 16 bits.')
+        convert = _scaled(1.0 if high <= 255 else 1 / 257)
+    elif 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
+        convert = _on_white
+    elif image.mode == 'RGB':
+        return image
+    result = Image.new('RGB', image.size)
+    for box in _strips(image):  # in parts: a large image would need several times its memory
+        result.paste(convert(image.crop(box)), box)
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Yield boxes of about a million pixels that cover an image."""
+    rows = max(1, 2**20 // max(1, image.width))
+    return ((0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows))
+
+
+def _value_range(image: Image.Image) -> tuple[float, float]:
+    """Return the lowest and the highest value of an image of one channel; NaN if one is not finite."""
+    low, high = np.inf, -np.inf
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))
+        if not np.isfinite(values).all():
+            return np.nan, np.nan
+        low, high = min(low, values.min()), max(high, values.max())
+    return float(low), float(high)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    return image.convert('RGB')
+
+
+def _scaled(factor: float) -> Callable[[Image.Image], Image.Image]:
+    def convert(image: Image.Image) -> Image.Image:
+        values = np.asarray(image).astype(np.float64) * factor
+        return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8)).convert('RGB')
+    return convert
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, (255, 255, 255, 255)), image).convert('RGB')
+
+
+def check_pixels(height: int, width: int, what: str) -> None:
+    """Check that an image to be made in memory is within `limits.image_pixels`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if height * width > limits.CURRENT.image_pixels:
+        raise UserError(f'{what} would be {height} x {width} pixels (height x width), and limits.image_pixels is '
+                        f'{limits.CURRENT.image_pixels}. Crop or remove the image, or raise that.')
 
 
 def clip_pixels(image: Image.Image, size: int, resample: str = 'bicubic', short_edge: int | None = None,
@@ -47,6 +128,7 @@ def clip_pixels(image: Image.Image, size: int, resample: str = 'bicubic', short_
         scaled = (short, int(short * height / width))
     else:
         scaled = (int(short * width / height), short)
+    check_pixels(scaled[1], scaled[0], f'An image prompt of {height} x {width}, scaled for the image encoder,')
     image = image.resize(scaled, Image.Resampling[resample.upper()])
     left, top = ((side - size) // 2 for side in scaled)
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / np.float32(255)

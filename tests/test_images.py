@@ -1,12 +1,15 @@
-"""Labelled grids by their pixels: each image complete in its place, labels never over it; loss curves."""
+"""Images of every mode to RGB; labelled grids by their pixels: each image complete in its place; loss curves."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from diffengine_sdxl.images import labelled_grid, save_curves, to_pil
+from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.images import clip_pixels, labelled_grid, save_curves, to_pil, to_rgb
 
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 0, 250)]
 LONG = 'a photograph of a very long prompt that goes on and on, '
@@ -131,3 +134,66 @@ def test_curves(tmp_path: Path, num: int) -> None:
         pixels = np.asarray(one.convert('RGB')).astype(int)
         assert ((pixels[..., 2] - pixels[..., 0]) > 50).sum() > 100  # the curve, blue
         assert bool((((pixels[..., 0] - pixels[..., 2]) > 150)).sum() > 50) == (num >= 20)  # its mean, orange
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> Image.Image:
+    """Write an image to a file's bytes and read it with PIL."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return Image.open(buffer)
+
+
+def values(image: Image.Image) -> Any:
+    """The first row's pixels, or gray values."""
+    pixels = np.asarray(to_rgb(image))[0]
+    return pixels[:, 0].tolist() if (pixels == pixels[:, :1]).all() else pixels.tolist()
+
+
+def test_modes_and_orientation() -> None:
+    red = Image.new('RGBA', (2, 1), (255, 0, 0, 255))
+    red.putpixel((1, 0), (0, 0, 0, 0))
+    assert values(red) == [[255, 0, 0], [255, 255, 255]]
+    palette = Image.new('P', (2, 1))
+    palette.putpalette([9, 8, 7] * 256)
+    assert values(encoded(palette, 'PNG')) == [[9, 8, 7]] * 2
+    assert values(encoded(palette, 'PNG', transparency=0)) == [255, 255]
+    assert values(Image.new('L', (1, 1), 7)) == [7] and values(encoded(Image.new('1', (1, 1), 1), 'PNG')) == [255]
+    assert values(encoded(Image.new('CMYK', (1, 1), (0, 0, 0, 255)), 'TIFF')) == [0]
+    wide = Image.new('RGB', (3, 2))
+    wide.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[274] = 6  # turn by 90 degrees to the right
+    upright = to_rgb(encoded(wide, 'PNG', exif=exif))
+    assert upright.size == (2, 3) and upright.getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize('kind', ['GIF', 'TIFF', 'PNG'])
+def test_the_first_frame(kind: str) -> None:
+    assert values(encoded(flat(0), kind, save_all=True, append_images=[flat(1)]))[0] == [250, 0, 0]
+
+
+@pytest.mark.parametrize(('dtype', 'given', 'expected'), [
+    (np.float32, [0, 0.25, 0.5, 1], [0, 64, 128, 255]), (np.int32, [0, 100, 255], [0, 100, 255]),
+    (np.int32, [0, 25700, 65535], [0, 100, 255]), (np.uint16, [0, 200, 25700, 65535], [0, 1, 100, 255])])
+def test_deep_values_are_scaled(dtype: Any, given: list[float], expected: list[int]) -> None:
+    """Also in parts: an image of more than a million pixels has no seams."""
+    array = np.array([given], dtype)
+    assert values(encoded(Image.fromarray(array), 'TIFF')) == expected
+    large = np.asarray(to_rgb(Image.fromarray(np.tile(array, (400, 1000)))))
+    assert (large[..., 0] == np.tile(expected, (400, 1000))).all()
+
+
+@pytest.mark.parametrize(('dtype', 'given', 'message'), [
+    (np.float32, [0, 255], r'numbers from 0 to 255 in floating point; they must be in \[0, 1\]'),
+    (np.float32, [-1, 1], 'numbers from -1 to 1'), (np.float32, [0, np.nan], 'NaN or Inf'),
+    (np.float32, [0, np.inf], 'NaN or Inf'), (np.int32, [0, 70000], r'integers from 0 to 70000; .*\[0, 65535\]'),
+    (np.int32, [-1, 1], 'integers from -1 to 1')])
+def test_deep_values_out_of_range(dtype: Any, given: list[float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        to_rgb(Image.fromarray(np.array([given], dtype)))
+
+
+def test_image_prompts_of_any_aspect() -> None:
+    assert clip_pixels(Image.new('RGB', (1, 800)), 32).shape == (3, 32, 32)
+    with pytest.raises(UserError, match='An image prompt of 1000000 x 1, scaled .* limits.image_pixels is 67108864'):
+        clip_pixels(Image.new('RGB', (1, 1000000)), 32)

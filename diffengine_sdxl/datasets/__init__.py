@@ -1,6 +1,8 @@
 """Data sets: from a row of a source to a batch.
 
     sources.py        where the rows come from: open a hub id, folder, parquet, JSON, CSV or Arrow file
+    local.py          which files of a local folder are rows, and of which split
+    image_rows.py     rows of a folder or a zip archive of images: metadata files
     huggingface.py    HFDataset: such rows by number, downloaded first
     streaming.py      HFStream: such rows as an endless stream
     folder.py         CaptionFolder: images with a .txt caption beside each
@@ -9,6 +11,8 @@
     prior.py          PriorPreservation: two data sets side by side
     base.py           what all data sets share: skip unreadable rows, set the key, run the transforms
     image_files.py    read and decode an image: file, bytes, URL
+    archives.py       members of archives, within limits
+    files.py          list a folder, read a file within limits
     data_sampler.py   the order of the rows
     collate.py        samples to a batch
     transforms/       what happens to a sample: captions dropped, images resized, conditions computed

@@ -1,8 +1,9 @@
 """What all data sets share: load a row, skip it if its image is unreadable, set its key, run the transforms."""
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Self
 
 from mmengine.logging import print_log
 from torch.utils.data import Dataset
@@ -11,7 +12,7 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.datasets.data_sampler import Draw
 from diffengine_sdxl.datasets.image_files import BadImageError
 from diffengine_sdxl.errors import UserError, one_of, whole_number
-from diffengine_sdxl.registry import TRANSFORMS
+from diffengine_sdxl.registry import SCOPE, TRANSFORMS
 
 Sample = dict[str, Any]
 """The dict made of a row. Before the transforms: img, conditioning_image, ... RGB images; text str; key str (the row's
@@ -30,7 +31,7 @@ class SampleBuilder:
         transforms: configs of `TRANSFORMS`, or callables, applied in order.
         on_bad_image: 'raise' stops at an unreadable image; 'skip' takes the next readable row, warns once per row, and
             counts the skipped rows in 'num_skipped'.
-        max_samples: use only the first rows of the source; None for all.
+        max_samples: use only the first rows of the source, at least 1; None for all.
     """
 
     def __init__(self, transforms: Transforms = (), on_bad_image: OnBadImage = 'raise',
@@ -40,6 +41,12 @@ class SampleBuilder:
         self.on_bad_image = on_bad_image
         self.max_samples = None if max_samples is None else whole_number('max_samples', max_samples, 1)
         self._warned: set[str] = set()
+
+    def without_drops(self) -> Self:
+        """Return this data set without the transforms that drop captions or image prompts at random."""
+        other = copy.copy(self)
+        other.transforms = [t for t in self.transforms if not getattr(t, 'drops_conditioning', False)]
+        return other
 
     def handle_bad_image(self, key: str, error: BadImageError) -> None:
         """Raise `error`, or warn once per row, as `on_bad_image` says."""
@@ -85,6 +92,20 @@ class MapDataset(SampleBuilder, Dataset[Sample]):
             BadImageError: an image is unreadable.
         """
         raise NotImplementedError
+
+    def caption_texts(self) -> Iterable[str]:
+        """Return the rows' captions as they are in the source, without reading images; none if that is not possible."""
+        return ()
+
+    def captions(self) -> Iterator[str]:
+        """Yield the rows' captions as transforms leave them, none dropped; nothing if a user's own may change them."""
+        if all(type(transform).__module__.startswith(f'{SCOPE}.') for transform in self.transforms):
+            changes = [transform for transform in self.transforms if getattr(transform, 'changes_caption', False)]
+            for index, text in enumerate(self.caption_texts()):
+                sample: Sample = {'text': text, 'key': self.key(index), 'epoch': 0, 'seed': 0}
+                for transform in changes:
+                    sample = transform(sample)
+                yield sample['text']
 
     def __getitem__(self, item: Draw | int) -> Sample:
         """Return the sample of a draw; a plain number is that row in epoch 0 with seed 0.

@@ -82,6 +82,10 @@ class CachedLatents(MapDataset):
     def key(self, index: int) -> str:
         return str(self.rows[index]['key'])
 
+    def caption_texts(self) -> Iterator[str]:
+        """Yield the captions."""
+        return (str(row['text']) for row in self.rows)
+
     def load(self, index: int, draw: Draw) -> Sample:
         shard = bisect.bisect_right(self.ends, index)
         path = self.shards[shard]

@@ -1,32 +1,39 @@
 """CaptionFolder: a folder of images with a `.txt` caption beside each."""
 
 import os
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+
+from mmengine.logging import print_log
 
 from diffengine_sdxl.datasets.base import MapDataset, OnBadImage, Sample, Transforms
 from diffengine_sdxl.datasets.data_sampler import Draw
+from diffengine_sdxl.datasets.files import Listing, image_suffixes, list_folder, read_text
 from diffengine_sdxl.datasets.image_files import ImageReader
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.registry import DATASETS
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+CAPTIONS = ('.txt', '.caption')
 
 
 @DATASETS.register_module()
 class CaptionFolder(MapDataset):
-    """Images of a folder and its subfolders; the caption of `a/b.png` is in `a/b.txt`.
+    """Images of a folder and its subfolders; the caption of `a/b.png` is in `a/b.txt`, or else in `a/b.caption`.
 
-    A row's key is the image's path in the folder, so it does not change when files are added.
+    A row's key is the image's path in the folder, so it does not change when files are added. Hidden files and links to
+    folders are passed over, which a line in the log counts.
 
     Args:
         source: the folder.
         condition_folder: a folder with an image of the same path for each (the suffix may differ), read as
             'conditioning_image'; it may be inside `source`. None: no condition.
-        default_caption: of images without a `.txt`; None refuses them.
+        default_caption: of images without a caption file; None refuses them.
         transforms, on_bad_image, max_samples: see `SampleBuilder`; the rows are sorted by path.
 
     Raises:
-        UserError: the folder does not exist or has no images, or a caption or a condition is missing.
+        UserError: the folder does not exist or has no images, or a caption or a condition is missing, or a caption is
+            no UTF-8.
     """
 
     def __init__(self, source: str | Path, condition_folder: str | Path | None = None,
@@ -35,29 +42,50 @@ class CaptionFolder(MapDataset):
         super().__init__(transforms, on_bad_image, max_samples)
         self.source = str(source)
         self.folder = _existing_folder(source, 'source')
-        self.default_caption = default_caption
         conditions = None if condition_folder is None else _existing_folder(condition_folder, 'condition_folder')
-        self.paths = [path for path in _image_paths(self.folder)
-                      if conditions is None or conditions == self.folder or not path.is_relative_to(conditions)]
-        self.paths = self.paths[:self.max_samples]
+        listing = list_folder(self.folder)
+        if conditions is not None and conditions != self.folder:
+            listing.files = [path for path in listing.files if not path.is_relative_to(conditions)]
+        images = listing.images()
+        self.paths = images[:self.max_samples]
         if not self.paths:
-            raise UserError(f"The folder '{source}' holds no images ({', '.join(SUFFIXES)}).")
+            raise UserError(f"The folder '{source}' holds no images ({', '.join(image_suffixes())}).")
         self.condition_paths = None if conditions is None else self._match_conditions(conditions)
-        if default_caption is None:
-            for path in self.paths:
-                if not path.with_suffix('.txt').is_file():
-                    raise UserError(f"The image '{path}' has no caption: write {path.with_suffix('.txt')}, or set "
-                                     'default_caption.')
+        captions = {_stem(listing, path): path for suffix in reversed(CAPTIONS) for path in listing.files
+                    if path.suffix.lower() == suffix}
+        found = [captions.get(_stem(listing, path)) for path in self.paths]
+        if default_caption is None and None in found:
+            path = self.paths[found.index(None)]
+            raise UserError(f"The image '{path}' has no caption: write {path.with_suffix('.txt')}, or set "
+                            'default_caption.')
+        texts = [default_caption if path is None else read_text(path, 'The caption').strip() for path in found]
+        self.texts = [text or '' for text in texts]
+        if empty := [listing.relative(path) for path, text in zip(found, texts, strict=True) if path and not text]:
+            print_log(f"'{self.folder}': {len(empty)} captions are empty ({listed(empty, 3)})", logger='current')
+        of_images = {captions.get(_stem(listing, path)) for path in images}
+        listing.pass_over_rest({*images, *(path for path in of_images if path)})
+        listing.log(len(images), 'images')
         self.read_image = ImageReader('/')
 
-    def _match_conditions(self, folder: Path) -> list[Path]:
-        """Return the image in `folder` with the same path for each row."""
-        stems = {path.relative_to(folder).with_suffix(''): path for path in _image_paths(folder)}
-        matches = [stems.get(path.relative_to(self.folder).with_suffix('')) for path in self.paths]
-        if None in matches:
-            raise UserError(f"{matches.count(None)} images have no condition of the same name in '{folder}'; the first "
-                            f"is '{self.paths[matches.index(None)]}'.")
-        return [path for path in matches if path is not None]
+    def _match_conditions(self, folder: Path) -> Sequence[Path]:
+        """Return the image in `folder` with the same path for each row; one with the same suffix comes first."""
+        listing, own = list_folder(folder), Listing(self.folder)
+        names = {listing.relative(path): path for path in listing.images()}
+        stems: dict[str, list[Path]] = {}
+        for path in names.values():
+            stems.setdefault(_stem(listing, path), []).append(path)
+        matches = [[names[own.relative(path)]] if own.relative(path) in names else stems.get(_stem(own, path), [])
+                   for path in self.paths]
+        if [] in matches:
+            raise UserError(f"{matches.count([])} images have no condition of the same name in '{folder}'; the first "
+                            f"is '{self.paths[matches.index([])]}'.")
+        if several := next((paths for paths in matches if len(paths) > 1), None):
+            raise UserError(f"The conditions '{several[0]}' and '{several[1]}' are of one image. Remove one.")
+        found = [paths[0] for paths in matches]
+        listing.pass_over_rest(found)
+        if folder != self.folder:
+            listing.log(len(found), 'conditions')
+        return found
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,19 +93,22 @@ class CaptionFolder(MapDataset):
     def key(self, index: int) -> str:
         return self.paths[index].relative_to(self.folder).as_posix()
 
+    def caption_texts(self) -> list[str]:
+        """Return the captions."""
+        return self.texts
+
     def load(self, index: int, draw: Draw) -> Sample:
         path = self.paths[index]
         sample: Sample = {'img': self.read_image(path, f"The image '{path}'")}
         if self.condition_paths is not None:
             condition = self.condition_paths[index]
             sample['conditioning_image'] = self.read_image(condition, f"The conditioning image '{condition}'")
-        caption = path.with_suffix('.txt')
-        if self.default_caption is not None and not caption.is_file():
-            return {**sample, 'text': self.default_caption}
-        try:
-            return {**sample, 'text': caption.read_text(encoding='utf-8').strip()}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The caption '{caption}' cannot be read as UTF-8 text: {error}") from error
+        return {**sample, 'text': self.texts[index]}
+
+
+def _stem(listing: Listing, path: Path) -> str:
+    """Return the path in the folder without its suffix; names from macOS are decomposed, others are not."""
+    return unicodedata.normalize('NFC', listing.relative(path.with_suffix('')))
 
 
 def _existing_folder(path: str | Path, option: str) -> Path:
@@ -85,9 +116,3 @@ def _existing_folder(path: str | Path, option: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{option}='{path}' is not a folder.")
     return folder
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    # Sorted as text: the order must not depend on the file system.
-    paths = [p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file()]
-    return sorted(paths, key=lambda p: p.relative_to(folder).as_posix())

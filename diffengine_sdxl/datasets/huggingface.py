@@ -1,7 +1,7 @@
 """HFDataset: numbered rows of a hub id, saved folder, imagefolder, parquet, jsonl or csv file."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,10 @@ class HFRows(SampleBuilder):
         if reserved:
             raise UserError(f'extra_columns cannot write {sorted(reserved)}: every sample has them already.')
         self.data = self._select(data)
-        self.read_image = ImageReader(image_root or _folder_of(self.source), _caches(cache))
+        folder = _folder_of(self.source)
+        # Rows of a local folder may not name what `datasets` stored of other data sets.
+        self.read_image = ImageReader(image_root or folder, _caches(self.source, cache) if folder is None else [],
+                                      None if folder else self.source)
 
     def _select(self, data: Any) -> Any:
         """Keep the columns and rows that are used."""
@@ -130,6 +133,13 @@ class HFDataset(HFRows, MapDataset):
     def key(self, index: int) -> str:
         return str(index)
 
+    def caption_texts(self) -> Iterator[str]:
+        """Yield the captions; of a row with several, all of them in one text."""
+        if self.caption_column is not None:
+            with reading(self.source):
+                for value in self.data[self.caption_column]:
+                    yield value if isinstance(value, str) else ' '.join(map(str, value if value is not None else ()))
+
     def load(self, index: int, draw: Draw) -> Sample:
         with reading(self.source):
             row = self.data[index]
@@ -149,7 +159,10 @@ def _folder_of(source: str) -> Path | None:
     return path if path.is_dir() else path.parent if path.is_file() else None
 
 
-def _caches(cache_dir: str | None) -> list[str]:
+def _caches(source: str, cache_dir: str | None) -> list[Path]:
+    """Return where `datasets` puts the images of a source of the hub, or of files that the config names."""
     import datasets
     from huggingface_hub import constants
-    return [str(datasets.config.HF_DATASETS_CACHE), constants.HF_HUB_CACHE, *([cache_dir] if cache_dir else [])]
+    return [Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / 'downloads',
+            Path(datasets.config.DOWNLOADED_DATASETS_PATH),
+            Path(constants.HF_HUB_CACHE) / f'datasets--{source.replace("/", "--")}']

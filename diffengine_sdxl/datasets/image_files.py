@@ -5,22 +5,24 @@
 """
 
 import io
-import lzma
 import os
 import struct
 import sys
-import tarfile
-import zipfile
+import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from diffengine_sdxl import limits
+from diffengine_sdxl.datasets import archives
+from diffengine_sdxl.datasets.files import check_regular, read_regular
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.images import to_rgb
 from diffengine_sdxl.loading.hub import hub_errors
 
 TIMEOUT = (5.0, 30.0)
@@ -28,24 +30,15 @@ TIMEOUT = (5.0, 30.0)
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
                  AssertionError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 """What PIL's decoders raise for damaged files."""
+#: Formats whose decoders run other programs or read other files.
+UNSAFE_FORMATS = ('EPS', 'WMF', 'FITS', 'HDF5', 'GRIB', 'BUFR')
+#: The first bytes of formats that have no decoder here -> their names.
+NO_DECODER = {b'\x76\x2f\x31\x01': 'OpenEXR', b'#?RADIANCE': 'Radiance HDR', b'#?RGBE': 'Radiance HDR',
+              b'\xff\x0a': 'JPEG XL', b'\0\0\0\x0cJXL ': 'JPEG XL'}
 
 
 class BadImageError(UserError):
     """An image is missing, unreadable or cut off; `base.SampleBuilder.handle_bad_image` decides what happens."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image upright (EXIF) and in RGB: transparency becomes white, 16-bit values are scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I'):
-        # PIL's conversion would clip a 16-bit depth map at 255 instead of scaling it.
-        array = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(array / 257 + 0.5, 0, 255).astype(np.uint8))
-    if 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
-        image = image.convert('RGBA')
-        white = Image.new('RGBA', image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def decode(data: bytes, what: str) -> Image.Image:
@@ -58,19 +51,36 @@ def decode(data: bytes, what: str) -> Image.Image:
         BadImageError: the bytes are not an image, or are cut off.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # if another library sets it, cut files decode to half-gray images
-    with _decoding(what), Image.open(io.BytesIO(data)) as image:
+    if Image.MAX_IMAGE_PIXELS is not None:  # PIL's own limit, if ours was raised above it
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limits.CURRENT.image_pixels)
+    with _decoding(what, data), Image.open(io.BytesIO(data)) as image:
+        if image.format in UNSAFE_FORMATS:
+            raise UserError(f'is of the format {image.format}, which is not read. Convert it to PNG.')
+        if image.width * image.height > limits.CURRENT.image_pixels:
+            raise UserError(f'has {image.width} x {image.height} pixels, more than {limits.CURRENT.image_pixels}. '
+                            'Scale it down, or raise limits.image_pixels.')
         image.load()
         return to_rgb(image)
 
 
 @contextmanager
-def _decoding(what: str) -> Iterator[None]:
+def _decoding(what: str, data: bytes = b'') -> Iterator[None]:
     try:
         yield
+    except UserError as error:
+        raise BadImageError(f'{what} {error}') from error
     except DECODE_ERRORS as error:
         # PIL's own text for this one ends with the address of a BytesIO.
-        reason = 'unknown format' if isinstance(error, UnidentifiedImageError) else error
+        reason = _unknown_format(data) if isinstance(error, UnidentifiedImageError) else error
         raise BadImageError(f'{what} is not a readable image, or is cut off: {reason}') from error
+
+
+def _unknown_format(data: bytes) -> str:
+    """Name the format of a file that PIL does not know."""
+    name = next((name for magic, name in NO_DECODER.items() if data.startswith(magic)), None)
+    if data[4:8] == b'ftyp':
+        name = {b'avif': 'AVIF', b'avis': 'AVIF'}.get(data[8:12], 'HEIF')
+    return f'{name} is not read; convert it to PNG, or depth maps to 16-bit PNG' if name else 'unknown format'
 
 
 def is_url(value: str) -> bool:
@@ -79,48 +89,72 @@ def is_url(value: str) -> bool:
 
 
 def fetch(url: str, what: str) -> bytes:
-    """Download an http(s) URL, in up to three attempts.
+    """Download an http(s) URL, in up to three attempts, within `limits.download_bytes` and `download_seconds`.
 
     Raises:
-        BadImageError: no response, or an HTTP error.
+        BadImageError: no response, an HTTP error, or a limit is reached.
     """
+    seconds, answers = limits.CURRENT.download_seconds, list[bytes | BadImageError]()
+    # In a thread, since a server that sends a byte now and then keeps within every timeout of a socket.
+    thread = threading.Thread(target=_download, args=(url, what, time.monotonic() + seconds, answers), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    answer = answers[0] if answers else BadImageError(f'{what} could not be downloaded from {url}: it was not complete '
+                                                      f'after {seconds:g} s (limits.download_seconds).')
+    if isinstance(answer, BadImageError):
+        raise answer
+    return answer
+
+
+def _download(url: str, what: str, deadline: float, answers: list[bytes | BadImageError]) -> None:
+    """Append the content of `url`, or an error, to `answers`."""
     import requests
     from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import HTTPError
     from urllib3.util import Retry
-    retries = Retry(total=2, backoff_factor=0.5, status_forcelist=[429, 500, 502, 503, 504])
+    retries, most = Retry(total=2, backoff_factor=0.5, status_forcelist=[429, 500, 502, 503, 504]), limits.CURRENT
     try:
         # A session per download: workers that are forked later would share an open connection.
         with requests.Session() as session:
             for scheme in ('http://', 'https://'):
                 session.mount(scheme, HTTPAdapter(max_retries=retries))
-            response = session.get(url, timeout=TIMEOUT)
-            response.raise_for_status()
-            return response.content
-    except requests.RequestException as error:
-        raise BadImageError(f'{what} could not be downloaded from {url}: {error}') from error
+            with session.get(url, timeout=TIMEOUT, stream=True) as response:
+                response.raise_for_status()
+                content = bytearray()
+                for block in response.iter_content(2**16):
+                    content += block
+                    if len(content) > most.download_bytes:
+                        raise OSError(f'it is larger than {most.download_bytes} bytes (limits.download_bytes)')
+                    if time.monotonic() > deadline:
+                        return
+                answers.append(bytes(content))
+    except (requests.RequestException, HTTPError, OSError, ValueError) as error:
+        answers.append(BadImageError(f'{what} could not be downloaded from {url}: {error}'))
 
 
 def remote_errors() -> tuple[type[Exception], ...]:
     """Return what fsspec raises for files on the hub, behind URLs and in archives."""
     aiohttp = sys.modules.get('aiohttp')  # fsspec's HTTP client, if it is installed
-    return (*hub_errors(), LookupError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-            *([aiohttp.ClientError] if aiohttp else []))
+    return (*hub_errors(), *archives.ERRORS, *([aiohttp.ClientError] if aiohttp else []))
 
 
 class ImageReader:
     """Read what a row's cell may hold as an image.
 
     Paths may come from an untrusted file, so they must stay inside the folder `root`, as text: `..` and absolute paths
-    outside are refused, links inside are followed. Relative paths begin at `root`.
+    outside are refused, links inside are followed. Relative paths begin at `root`, those of archives too
+    ('zip://a.png::pictures.zip').
 
     Args:
         root: the only folder that paths may name; None refuses all paths, '/' allows every absolute path.
         caches: more folders that may be read, but only for images that `datasets` itself put there.
+        hub_id: the one data set of the hub that 'hf://' paths may name, 'user/name'.
     """
 
-    def __init__(self, root: str | Path | None, caches: Sequence[str | Path] = ()) -> None:
+    def __init__(self, root: str | Path | None, caches: Sequence[str | Path] = (), hub_id: str | None = None) -> None:
         self.root = None if root is None else _absolute(root)
         self.caches = [_absolute(cache) for cache in caches]
+        self.hub_id = hub_id
 
     def __call__(self, value: Any, what: str) -> Image.Image:
         """Return the RGB image of a PIL image, bytes, {'bytes', 'path'}, a path or a URL.
@@ -152,23 +186,41 @@ class ImageReader:
         if is_url(path):
             return fetch(path, what)
         # fsspec's paths, as `datasets` streams them: 'hf://...', or 'zip://a.png::' before an archive's path.
-        *prefixes, target = path.split('::')
-        for prefix in prefixes:
-            # Other file systems ignore the target, and would lead out of the folder.
-            if prefix.partition('://')[0] not in ('zip', 'tar', 'gzip', 'bz2', 'xz'):
-                raise UserError(f"{what} names '{path}': only archives may stand before '::'.")
-        if target.startswith('hf://') or (prefixes and is_url(target)):
-            return self._read_remote(path, what)
-        if '://' in target:
-            raise UserError(f"{what} names '{path}': only http and https URLs are downloaded.")
-        file = self._inside(target, what, caches)
-        if prefixes:
-            return self._read_remote(path, what)
+        *prefixes, target = [path] if self._is_file(path) else path.split('::')
+        file = None if '://' in target else self._inside(target, what, caches)
         try:
-            return file.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a null byte or a lone surrogate in the path
-            raise BadImageError(f"{what} names '{path}', and {file} cannot be read: "
+            if file is not None and not prefixes:
+                return read_regular(file)
+            with self._open(file or target, path, what) as content:
+                return archives.read_member(prefixes, content) if prefixes else _whole(content)
+        except UserError as error:
+            raise error if isinstance(error, BadImageError) else UserError(f"{what} names '{path}': {error}") from error
+        except remote_errors() as error:  # ValueError: a null byte or a lone surrogate in the path
+            raise BadImageError(f"{what} names '{path}', and {file or target} cannot be read: "
                                 f'{getattr(error, "strerror", None) or error}') from error
+
+    def _is_file(self, path: str) -> bool:
+        """Return whether a path with '::' is that of a file in the root, whose name has these letters."""
+        try:
+            return '::' in path and self.root is not None and (self.root / path).is_file()
+        except ValueError:
+            return False
+
+    def _open(self, target: str | Path, path: str, what: str) -> IO[bytes]:
+        """Open what a path names behind its prefixes."""
+        if isinstance(target, Path):
+            check_regular(target)
+            return target.open('rb')
+        if is_url(target):
+            return io.BytesIO(fetch(target, what))
+        if not target.startswith('hf://'):
+            raise UserError('only http and https URLs are downloaded.')
+        named, own = target.removeprefix('hf://datasets/').partition('@')[0].lower(), str(self.hub_id).lower()
+        if named != own and named.partition('/')[2] != own:  # old ids have no user
+            raise UserError("of the hub only the data set that is the config's source is read. Set source to "
+                            f"'{named}' if you trust it.")
+        import fsspec
+        return fsspec.open(target, 'rb').open()  # type: ignore[no-any-return]
 
     def _inside(self, path: str, what: str, caches: list[Path]) -> Path:
         """Return the absolute path; refuse one outside of the root and `caches`."""
@@ -182,13 +234,13 @@ class ImageReader:
                              'Set image_root to a folder that holds all images, if you trust the data.')
         return absolute
 
-    def _read_remote(self, path: str, what: str) -> bytes:
-        import fsspec
-        try:
-            with fsspec.open(path, 'rb') as file:
-                return file.read()  # type: ignore[no-any-return]
-        except remote_errors() as error:
-            raise BadImageError(f'{what} could not be read from {path}: {error}') from error
+
+def _whole(file: IO[bytes]) -> bytes:
+    """Return all of a remote file."""
+    data = file.read(int(limits.CURRENT.image_bytes) + 1)
+    if len(data) > limits.CURRENT.image_bytes:
+        raise ValueError(f'it is larger than {limits.CURRENT.image_bytes} bytes (limits.image_bytes)')
+    return data
 
 
 def _absolute(path: str | Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ class PriorPreservation(Dataset[list[Sample]]):
 
     Ruiz et al. 2023, DreamBooth, arXiv:2208.12242. A batch of b rows has 2 b samples; the loss is the mean over them of
     2 l for an instance and 2 weight l for a prior, which is the sum of both means. (A plain mean over both halves would
-    be half of that.) The shorter data set is repeated.
+    be half of that.) The shorter data set is repeated, each row equally often
+    over the run.
 
     Args:
         instance, prior: configs of map-style data sets.
@@ -30,7 +33,7 @@ class PriorPreservation(Dataset[list[Sample]]):
         UserError: one of them is a stream, or the weight is negative.
     """
 
-    def __init__(self, instance: Any, prior: Any, weight: float = 1.0) -> None:
+    def __init__(self, instance: Mapping[str, Any], prior: Mapping[str, Any], weight: float = 1.0) -> None:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float('inf'):
             raise UserError(f'PriorPreservation: weight={weight!r} must be a number of at least 0.')
         self.instance, self.prior = (DATASETS.build(dict(d)) if isinstance(d, dict) else d for d in (instance, prior))
@@ -70,8 +73,18 @@ class PriorPreservation(Dataset[list[Sample]]):
             if hasattr(dataset, 'check_model'):
                 dataset.check_model(model)
 
+    def captions(self) -> Iterator[str]:
+        """Yield the instances' captions, as `MapDataset.captions`: a prior's lack a new word on purpose."""
+        return iter(self.instance.captions() if hasattr(self.instance, 'captions') else ())
+
+    def without_drops(self) -> PriorPreservation:
+        """See `SampleBuilder.without_drops`."""
+        other = copy.copy(self)
+        other.instance, other.prior = (d.without_drops() if hasattr(d, 'without_drops') else d
+                                       for d in (self.instance, self.prior))
+        return other
+
     def _sample(self, dataset: Any, draw: Draw) -> Sample:
-        """Return the draw's row; repeats of a shorter data set count as its epochs."""
-        num = len(dataset)
-        passes = -(-len(self) // num)
-        return dataset[Draw(draw.index % num, draw.epoch * passes + draw.index // num, draw.seed)]
+        """Return the draw's row; a shorter data set goes on in the next epoch where it stopped in this one."""
+        position, num = draw.epoch * len(self) + draw.index, len(dataset)
+        return dataset[Draw(position % num, position // num, draw.seed)]

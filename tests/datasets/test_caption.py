@@ -1,15 +1,17 @@
 """Captions dropped, alone or with images, shuffled and prefixed."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from diffengine_sdxl.datasets import Draw, Shapes, collate
 from diffengine_sdxl.datasets.transforms import JointDrop
+from diffengine_sdxl.engine.hooks.samples import SampleHook
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.data_preprocessor import pack
-from diffengine_sdxl.registry import TRANSFORMS
+from diffengine_sdxl.registry import DATASETS, TRANSFORMS
 
 
 def dropped(num: int, epoch: int = 0, **settings: Any) -> list[dict[str, Any]]:
@@ -91,3 +93,21 @@ def test_caption_shuffle_and_prefix() -> None:
     assert len(set(out)) == 6
     assert out == [build('CaptionShuffle', keep=1)(sample(key=str(k)))['text'] for k in range(60)]
     assert build('CaptionPrefix', prefix='sks, ')(sample())['text'] == 'sks, a, b, c, d'
+
+
+@pytest.mark.parametrize('paired', [False, True])
+@pytest.mark.parametrize('drop', [dict(type='CaptionDrop', prob=1.0), dict(type='CaptionDrop', prob=1.0, to=None),
+                                  dict(type='JointDrop', adapters='ip', both=1.0, image=0.0, text=0.0)])
+def test_sample_grids_show_the_captions(drop: dict[str, Any], paired: bool) -> None:
+    """SampleHook leaves the drops out, and the data set of the training keeps them."""
+    half = dict(type='Shapes', length=2, transforms=[dict(type='CaptionPrefix', prefix='a drawing, '), drop,
+                                                     dict(type='ComputeTimeIds'), dict(type='PackInputs')])
+    config = dict(type='PriorPreservation', instance=half, prior=half) if paired else half
+    dataset: Any = DATASETS.build(config)
+    runner: Any = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset), seed=0, bare_model=SimpleNamespace(
+        data_preprocessor=lambda samples: {'inputs': pack(samples)}))
+    batches = SampleHook(num_from_dataset=2, size=64)._from_dataset(runner)
+    captions = [f'a drawing, {Shapes(length=2)[i]["text"]}' for i in range(2)]
+    assert [batch.text for batch in batches] == [[caption] for caption in captions]
+    row = dataset[0][0] if paired else dataset[0]
+    assert row['text'] == '' if drop.get('to', '') == '' else row['drop']['text']

@@ -2,23 +2,17 @@
 
 import functools
 import http.server
-import io
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
-import zipfile
 
 import datasets as hf
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
 
-from diffengine_sdxl.datasets import BadImageError, CaptionFolder, Draw, FiniteSampler, HFDataset, KeyedSampler, collate
-from diffengine_sdxl.datasets.image_files import ImageReader, decode, to_rgb
+from diffengine_sdxl.datasets import CaptionFolder, Draw, FiniteSampler, HFDataset, KeyedSampler, collate
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.testing import draw_circle, write_circles
@@ -244,10 +238,9 @@ def test_hub_without_network_says_so_quickly(cache, monkeypatch):
     with pytest.raises(UserError, match="neither a local folder nor .* Hub cannot be reached: Name or service"):
         HFDataset('fusing/fill50k', cache_dir=cache)
     assert time.time() - start < 5 and not huggingface_hub.constants.HF_HUB_OFFLINE
-    code = "from diffengine_sdxl.datasets import HFDataset; HFDataset('fusing/fill50k')"
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False,
-                          env={'HF_HUB_OFFLINE': '1', 'HF_HOME': cache, 'PATH': '', 'PYTHONPATH': ':'.join(sys.path)})
-    assert result.returncode == 1 and 'offline mode is set' in result.stderr.splitlines()[-1]
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(UserError, match='offline mode is set'):
+        HFDataset('fusing/fill50k', cache_dir=cache)
 
 
 def broken(folder, tmp_path, *names):
@@ -282,40 +275,6 @@ def test_truncated_image_is_named_or_skipped(folder, cache, tmp_path, monkeypatc
         HFDataset(copy, cache_dir=cache)[1]
 
 
-@pytest.mark.parametrize('kind, options', [('JPEG', {}), ('JPEG', dict(progressive=True)), ('PNG', {}), ('WEBP', {})])
-def test_any_cut_is_detected_or_harmless(kind, options, monkeypatch):
-    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)  # another library may have set it
-    buffer = io.BytesIO()
-    array = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(array).save(buffer, kind, **options)
-    data = buffer.getvalue()
-    whole, longest_cut = np.asarray(decode(data, 'it')), 0
-    for cut in range(0, len(data), 7):
-        try:
-            np.testing.assert_array_equal(np.asarray(decode(data[:cut], 'it')), whole)
-        except BadImageError as error:
-            assert str(error).startswith('it is not a readable image, or is cut off')
-            longest_cut = cut
-    assert longest_cut > len(data) - 40
-
-
-def test_modes_and_orientation(tmp_path):
-    red = Image.new('RGBA', (2, 1), (255, 0, 0, 255))
-    red.putpixel((1, 0), (0, 0, 0, 0))
-    assert np.asarray(to_rgb(red)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
-    assert to_rgb(Image.new('L', (1, 1), 7)).getpixel((0, 0)) == (7, 7, 7)
-    deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
-    assert np.asarray(to_rgb(deep))[0, :, 0].tolist() == [0, 100, 255]
-    wide = Image.new('RGB', (3, 2))
-    wide.putpixel((0, 0), (255, 255, 255))
-    exif = Image.Exif()
-    exif[274] = 6  # turn by 90 degrees to the right
-    buffer = io.BytesIO()
-    wide.save(buffer, 'PNG', exif=exif)
-    upright = decode(buffer.getvalue(), 'it')
-    assert upright.size == (2, 3) and upright.getpixel((1, 0)) == (255, 255, 255)
-
-
 def test_paths_stay_inside_the_root(folder, cache, tmp_path):
     secret = tmp_path / 'secret.png'
     draw_circle(0, 32)[0].save(secret)
@@ -337,7 +296,7 @@ def test_paths_stay_inside_the_root(folder, cache, tmp_path):
     copy = shutil.copytree(folder, tmp_path / 'copy')
     entries = [dict(r, conditioning_image_file_name='../secret.png') for r in rows(copy)]
     write_jsonl(copy / 'metadata.jsonl', entries)
-    with pytest.raises(UserError, match=r'cannot be read: .*\.\./secret.png'):
+    with pytest.raises(UserError, match=r"metadata.jsonl', line 1 names '../secret.png', outside of"):
         HFDataset(copy, cache_dir=cache)
 
 
@@ -373,13 +332,3 @@ def test_packaged_builder_with_data_files(folder, cache):
     data = HFDataset('json', data_files=str(folder / 'metadata.jsonl'), image_column='file_name', image_root=folder,
                      conditioning_image_column='conditioning_image_file_name', cache_dir=cache)
     np.testing.assert_array_equal(data[4]['img'], draw_circle(4, 32)[0])
-
-
-@pytest.mark.parametrize('path', ['a\0.png', 'a\ud800.png', 'zip://a.png::data.zip', 'zip://b.png::real.zip'])
-def test_paths_that_cannot_be_read(path, tmp_path):
-    (tmp_path / 'data.zip').write_bytes(b'PK no')
-    with zipfile.ZipFile(tmp_path / 'real.zip', 'w') as archive:
-        archive.writestr('a.png', b'')
-    path = path.replace('::', f'::{tmp_path}/')
-    with pytest.raises(BadImageError, match='^it .*(cannot|could not) be read'):
-        ImageReader(tmp_path)(path, 'it')

@@ -154,3 +154,9 @@ def test_time_ids_by_hand():
     assert build('ComputeTimeIds', crops_coords_top_left=0)(dict(out))['time_ids'].tolist() == [50, 100, 0, 0, 32, 32]
     refiner = build('ComputeTimeIds', aesthetic_score=6)(dict(out))['time_ids']
     assert refiner.tolist() == [50, 100, 4, 24, 6] and str(refiner.dtype) == 'torch.float32'
+
+
+def test_a_strip_is_refused():
+    with pytest.raises(UserError, match=r"Sample 'k': An image of 800 x 1, scaled to cover 1024 x 1024, would be "
+                                        r'819200 x 1024 pixels .* limits.image_pixels is 67108864'):
+        build('Resize', size=1024)(dict(img=Image.new('RGB', (1, 800)), key='k', seed=0, epoch=0))

@@ -60,6 +60,17 @@ def test_rows_of_both() -> None:
         Draw(int(keys[0][0][-1]), 0, 1)]['img'])
 
 
+def test_an_uneven_prior_is_read_evenly() -> None:
+    """Over 3 epochs of 5 rows each of 3 class images is read 5 times, each time as another epoch."""
+    data = PriorPreservation(shapes(5), shapes(3, 'class'))
+    sampler = iter(KeyedSampler(data, seed=1))
+    draws = [next(sampler) for _ in range(15)]
+    read = sorted((row[1]['key'], row[1]['epoch']) for row in (data[draw] for draw in draws))
+    assert read == [(f'prior/class/{i}', epoch) for i in range(3) for epoch in range(5)]
+    resumed = iter(KeyedSampler(data, seed=1, start=7))
+    assert [next(resumed) for _ in range(8)] == draws[7:]
+
+
 def test_weights_of_samples_are_multiplied() -> None:
     instance = Shapes(length=1)
     instance.transforms = [lambda sample: {**sample, 'weight': 0.5}]

@@ -29,6 +29,9 @@ class CaptionDrop:
             prompt instead.
     """
 
+    #: `SampleBuilder.without_drops` leaves this transform out.
+    drops_conditioning = True
+
     def __init__(self, prob: float, to: str | None = '') -> None:
         self.prob, self.to = probability(prob), to
 
@@ -53,6 +56,9 @@ class JointDrop:
     Raises:
         UserError: a probability is invalid, or they sum to more than 1.
     """
+
+    #: `SampleBuilder.without_drops` leaves this transform out.
+    drops_conditioning = True
 
     def __init__(self, adapters: Sequence[str] | str, image: float = 0.05, text: float = 0.05, both: float = 0.05,
                  to: str | None = '') -> None:
@@ -85,6 +91,9 @@ class CaptionShuffle:
         keep: how many tags at the beginning stay in place.
     """
 
+    #: `MapDataset.captions` applies this transform.
+    changes_caption = True
+
     def __init__(self, separator: str = ',', keep: int = 0) -> None:
         if not separator:
             raise UserError(f'separator={separator!r} must not be empty.')
@@ -106,6 +115,9 @@ class CaptionPrefix:
     Args:
         prefix: with its space or comma.
     """
+
+    #: `MapDataset.captions` applies this transform.
+    changes_caption = True
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.errors import UserError, one_of
+from diffengine_sdxl.errors import UserError, error_prefix, one_of
+from diffengine_sdxl.images import check_pixels
 from diffengine_sdxl.registry import TRANSFORMS
 
 Size = int | Sequence[int]
@@ -36,10 +37,16 @@ def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     """Return the smallest (height, width) of the same aspect ratio that covers `size`; the longer edge is rounded down.
 
     For a square `size` this is the rule of torchvision's `Resize(int)`, and so of the diffusers scripts.
+
+    Raises:
+        UserError: a strip would become larger than `limits.image_pixels`.
     """
     if size[0] * width >= size[1] * height:
-        return size[0], size[0] * width // height
-    return size[1] * height // width, size[1]
+        scaled = size[0], size[0] * width // height
+    else:
+        scaled = size[1] * height // width, size[1]
+    check_pixels(*scaled, f'An image of {height} x {width}, scaled to cover {size[0]} x {size[1]},')
+    return scaled
 
 
 def images_in(sample: dict[str, Any]) -> dict[str, Image.Image]:
@@ -100,7 +107,8 @@ class Resize:
         image = main_image(sample)
         if 'canvas_size' in sample:
             raise UserError("Resize must stand before Crop: SDXL's time ids locate the crop in the resized image.")
-        height, width = covering(image.height, image.width, self.size)
+        with error_prefix(f"Sample '{sample.get('key')}': ", unless='Sample '):
+            height, width = covering(image.height, image.width, self.size)
         for key, other in images_in(sample).items():
             if not _same_aspect(other, image):
                 raise UserError(f"'{key}' of sample '{sample.get('key')}' is {other.height} x {other.width} and its "

@@ -136,7 +136,9 @@ class SampleHook(Hook):
         return [request_batch(model, [request], self.size) for request in requests]
 
     def _from_dataset(self, runner: ExperimentRunner) -> list[Batch]:
-        dataset = runner.train_dataloader.dataset
+        dataset: Any = runner.train_dataloader.dataset
+        # Dropping captions and conditions at random is for training.
+        dataset = dataset.without_drops() if hasattr(dataset, 'without_drops') else dataset
         if isinstance(dataset, torch.utils.data.IterableDataset):
             # The stream's first samples, also in a resumed run: from its start, without the shuffle buffer.
             stream: Any = copy.copy(dataset)
@@ -148,6 +150,6 @@ class SampleHook(Hook):
             samples = [sample[0] if isinstance(sample, list) else sample for sample in samples]
         batches = [runner.bare_model.data_preprocessor(collate([sample]))['inputs'] for sample in samples]
         for batch in batches:
-            # Dropping conditions at random is for training.
+            # A user's own transform may drop conditions, too.
             batch.size, batch.drop = self.size, {}
         return batches

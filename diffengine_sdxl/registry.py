@@ -3,14 +3,17 @@
 Those with a parent extend mmengine's: a name is looked up here first, then in mmengine.
 """
 
+import reprlib
 from typing import Any
 
 import mmengine.registry as root
 from mmengine.registry import Registry
 
-from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.errors import UserError, did_you_mean, first_line
 
 SCOPE = 'diffengine_sdxl'
+#: What constructors of other packages raise for values that they don't take.
+VALUE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError)
 
 
 class NamedRegistry(Registry):
@@ -30,6 +33,25 @@ class NamedRegistry(Registry):
                 f'package are in {folders or SCOPE}; your own class needs a module in the '
                 'config\'s `custom_imports` (docs/adding_an_adapter.md).')
         return entry
+
+    def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build what a config names, as mmengine does.
+
+        Raises:
+            UserError: a class of another package does not take the values; those of ours say so themselves.
+        """
+        try:
+            return super().build(cfg, *args, **kwargs)
+        except UserError:
+            raise
+        except VALUE_ERRORS as error:
+            cls = cfg.get('type') if isinstance(cfg, dict) else None
+            cls = self.get(cls) if isinstance(cls, str) else cls
+            if cls is None or str(getattr(cls, '__module__', SCOPE)).partition('.')[0] == SCOPE:
+                raise
+            values = ', '.join(f'{key}={reprlib.repr(value)}' for key, value in cfg.items() if key != 'type')
+            raise UserError(f"{getattr(cls, '__name__', cls)} cannot be built with {values or 'no arguments'}: "
+                            f'{first_line(error)}.') from error
 
     def names(self) -> list[str]:
         """Return all names that `get` knows, those of this package first."""

@@ -57,7 +57,7 @@ def requests(*words: str) -> list[Request]:
     errors: list[str] = []
     plan = command._plan_from_config(parse('infer', ['c.py', *words]), errors)
     assert not errors, errors
-    return [job.request for job in plan.jobs]
+    return [job.request for job in plan.jobs()]
 
 
 def test_every_setting_has_an_example() -> None:

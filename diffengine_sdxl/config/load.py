@@ -17,6 +17,7 @@ from diffengine_sdxl.config.references import references, resolve
 from diffengine_sdxl.config_files import PACKAGE, configs_folder, find
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.field_names import training_hint
+from diffengine_sdxl.limits import set_limits
 
 #: Top-level keys that the runner and the inferencer read.
 RUNNER_KEYS = (
@@ -24,17 +25,19 @@ RUNNER_KEYS = (
     'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
     'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_processor', 'log_level',
     'visualizer', 'default_scope', 'randomness', 'experiment_name', 'custom_imports', 'find_unused_parameters',
-    'infer_cfg', 'refiner', 'custom_imports_folders')
+    'infer_cfg', 'refiner', 'custom_imports_folders', 'limits')
 
 
 def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
-    """Read a config as `read` does, and check every key and type.
+    """Read a config as `read` does, check every key, type and value, and put its `limits` in force.
 
     Raises:
-        UserError: see `read`; or a key or a type is unknown; names the nearest.
+        UserError: see `read` and `check`.
     """
     config = read(name, overrides)
-    check(resolve(config))
+    resolved = resolve(config)
+    check(resolved)
+    set_limits(resolved.get('limits') or {})
     return config
 
 
@@ -84,11 +87,19 @@ def _from_file(path: Path) -> tuple[Config, list[Path]]:
         UserError: it is not valid.
     """
     files = [path]
+    heirs: dict[Path, Path] = {}
 
     def base_path(base: str, file: str) -> tuple[str, None]:
         # Beside what mmengine knows, `_base_` may name an installed config, as 'diffengine_sdxl::t2i_adapter/x.py'.
         package, colons, rest = base.partition('::')
         files.append(configs_folder() / rest if colons and package == PACKAGE.name else Path(file).parent / base)
+        heir: Path | None = Path(file).resolve()
+        inherited = files[-1].resolve()
+        heirs[inherited] = Path(file).resolve()
+        while heir is not None and heir != inherited:
+            heir = heirs.get(heir)
+        if heir is not None:
+            raise UserError(f"'{file}' names '{base}' in _base_, which inherits from it.")
         return str(files[-1]), None
 
     original = Config._get_cfg_path
@@ -96,6 +107,8 @@ def _from_file(path: Path) -> tuple[Config, list[Path]]:
     try:
         # Not lazily: mmengine takes a config that imports anything before `_base_` for one of its other dialect.
         return Config.fromfile(str(path), import_custom_modules=False, lazy_import=False), files
+    except UserError as error:
+        raise UserError(f"The config '{path}' cannot be read: {error}") from error
     except Exception as error:  # a config is Python and may fail in any way
         hint = (' `read_base` is not supported: name the inherited files in _base_.'
                 if 'read_base' in path.read_text(encoding='utf-8', errors='replace') else '')

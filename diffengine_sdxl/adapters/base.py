@@ -36,6 +36,7 @@ class Adapter(nn.Module):
         trainable: whether its parameters train.
         scale: its strength; 0 gives the base's output.
         active_range: the part of sampling, from noise (0) to image (1), in which it acts.
+        ignore_keys: patterns of keys of the weights' file that are left out on purpose ('*.bias'); each must match one.
     """
 
     #: Sides of the output images must be divisible by this, in pixels.
@@ -52,10 +53,12 @@ class Adapter(nn.Module):
     diffusers_call = ''
 
     def __init__(self, condition_key: str | None = None, weights: str | None = None, trainable: bool = True,
-                 scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0)) -> None:
+                 scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0),
+                 ignore_keys: Sequence[str] = ()) -> None:
         super().__init__()
         self.name = ''
         self.condition_key, self.weights, self.trainable = condition_key, weights, trainable
+        self.ignore_keys = ignore_keys
         self.scale = scale
         self.active_range = active_range  # type: ignore[assignment]
 

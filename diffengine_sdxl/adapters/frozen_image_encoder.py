@@ -20,11 +20,14 @@ from diffengine_sdxl.adapters.formats.files import Folder, locate
 from diffengine_sdxl.adapters.image_encoder import MEAN, STD
 from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.loading import hub
+from diffengine_sdxl.loading.component_checks import check_files
 from diffengine_sdxl.loading.files import WEIGHTS, read_json
 from diffengine_sdxl.loading.single_file import is_single_file
 from diffengine_sdxl.loading.strict import as_user_error, load_pretrained, shipped
 from diffengine_sdxl.protocols import AdapterHost
 
+#: Pixels of a side of the images that an encoder may read.
+MAX_SIDE = 4096
 #: Source of an image encoder, and its subfolder there.
 EncoderSource = tuple[str, str | None]
 #: Folders that may hold the image encoder of a base or repository, first choice first; and, seen from the folder of an
@@ -81,7 +84,8 @@ class ImagePreprocessing:
         mean, std = config.get('image_mean') or MEAN, config.get('image_std') or STD
         if not config.get('do_normalize', True):
             mean, std = (0.0,) * 3, (1.0,) * 3
-        if (resample not in list(Image.Resampling) or any(not isinstance(v, int) or v < 1 for v in (scaled, cropped))
+        if (resample not in list(Image.Resampling) or any(not isinstance(v, int) or not 1 <= v <= MAX_SIDE
+                                                                for v in (scaled, cropped))
                 or any(not isinstance(v, list | tuple) or len(v) != 3
                        or not all(isinstance(x, int | float) for x in v) for v in (mean, std))):
             raise UserError(f"The preprocessor_config.json of the image encoder '{source}' is invalid: it has "
@@ -241,6 +245,7 @@ def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> Froz
     where = {'subfolder': subfolder} if subfolder else {}
     shown = f'{source}/{subfolder}' if subfolder else source
     path, settings = _fetch(source, subfolder, revision, variant)
+    check_files(Path(path) / (subfolder or ''))
     config = as_user_error(shown, AutoConfig.from_pretrained, path, **where)
     with rng.fork('image encoder'):
         cls = CLIPVisionModelWithProjection if config.model_type == 'clip_vision_model' else AutoModel

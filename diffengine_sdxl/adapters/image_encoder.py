@@ -39,7 +39,7 @@ class ImageEncoder(Adapter):
                  image_size: int = 224, patch_size: int = 14, hidden_size: int = 768, num_hidden_layers: int = 12,
                  num_attention_heads: int = 12, revision: str | None = None) -> None:
         super().__init__(None, weights, trainable)
-        self.source = {'subfolder': subfolder, 'revision': revision}
+        self.source: dict[str, Any] = {'subfolder': subfolder, 'revision': revision}
         self.shape = {'image_size': image_size, 'patch_size': patch_size, 'hidden_size': hidden_size,
                       'num_hidden_layers': num_hidden_layers, 'num_attention_heads': num_attention_heads,
                       'intermediate_size': 4 * hidden_size}

@@ -53,7 +53,7 @@ class IPAdapter(Adapter):
     a zero embedding, for plus the hidden states of zero pixels; so is the unconditional branch, as in diffusers.
 
     Args:
-        condition_key, weights, trainable, scale, active_range: see Adapter.
+        condition_key, weights, trainable, scale, active_range, ignore_keys: see Adapter.
         mask: the condition that masks where in the image it acts, [B, H, W] or [B, 1, H, W] in [0, 1], of the output's
             size; [B, n, H, W] for n images. A gray image packed as RGB counts as one. None: '<condition_key>_mask' if
             the samples hold it, else everywhere.
@@ -90,8 +90,9 @@ class IPAdapter(Adapter):
                  image_encoder: str | None = None, image_encoder_subfolder: str | None = None,
                  architecture: str = 'base', num_tokens: int | None = None, multi_image: str = 'concat',
                  blocks: str | Mapping[str, Any] | None = None, hidden: int | None = None, depth: int = 4,
-                 heads: int | None = None, dim_head: int = 64, ff_mult: float = 4) -> None:
-        super().__init__(condition_key, weights, trainable, scale, active_range)
+                 heads: int | None = None, dim_head: int = 64, ff_mult: float = 4,
+                 ignore_keys: Sequence[str] = ()) -> None:
+        super().__init__(condition_key, weights, trainable, scale, active_range, ignore_keys)
         one_of('architecture', architecture, NUM_TOKENS)
         one_of('multi_image', multi_image, ('concat', 'average'))
         self.mask, self.architecture, self.multi_image, self.blocks = mask, architecture, multi_image, blocks
@@ -126,7 +127,7 @@ class IPAdapter(Adapter):
         settings: dict[str, Any] = {}
         token_dim = model.unet.config.cross_attention_dim
         if self.weights is not None:
-            path, tensors, settings = self._read(self.weights, token_dim, **self.source)
+            path, tensors, settings = self._read(self.weights, token_dim, self.ignore_keys, **self.source)
         # In a tuple, or torch would register it here too, and again in every adapter that reads through it.
         source = self._find_encoder(model, settings.get('embed_dim'))
         self._encoder, self.encoder_source = (share_encoder(model, *source, user=self.name),), source
@@ -263,10 +264,11 @@ class IPAdapter(Adapter):
         path, tensors, _ = self._read(source, self.to_k[0].in_features)
         self._fill(path, tensors)
 
-    def _read(self, source: str | Path, token_dim: int, **where: Any) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    def _read(self, source: str | Path, token_dim: int, ignore_keys: Sequence[str] = (), **where: Any
+              ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         """Return a file, its tensors and its settings, which must be possible for this adapter on this base."""
         path = files.find(source, layout.NAMES, **where)
-        tensors = layout.flat(files.read(path))
+        tensors = layout.flat(files.read(path, ignore_keys=ignore_keys))
         settings = layout.settings(tensors, token_dim, self.shape['dim_head'])
         if settings.get('architecture', self.architecture) != self.architecture:
             raise UserError(f"'{path}' is an IP-Adapter with architecture='{settings['architecture']}'; the config has "

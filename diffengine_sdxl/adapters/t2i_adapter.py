@@ -33,7 +33,7 @@ class T2IAdapter(ControlAdapter):
     Features for SDXL: [B, 320, H/16, W/16], [B, 640, H/16, W/16], [B, 1280, H/32, W/32] twice.
 
     Args:
-        condition_key, trainable, scale, active_range: see Adapter.
+        condition_key, trainable, scale, active_range, ignore_keys: see Adapter.
         weights: see Adapter; also a single file with TencentARC's or diffusers' keys.
         subfolder, revision, variant: of `weights`, a folder or hub id.
         in_channels: channels of the control image.
@@ -53,8 +53,8 @@ class T2IAdapter(ControlAdapter):
                  scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0), subfolder: str | None = None,
                  revision: str | None = None, variant: str | None = None, in_channels: int = 3,
                  channels: Sequence[int] | None = None, num_res_blocks: int = 2,
-                 downscale_factor: int | None = None) -> None:
-        super().__init__(condition_key, weights, trainable, scale, active_range)
+                 downscale_factor: int | None = None, ignore_keys: Sequence[str] = ()) -> None:
+        super().__init__(condition_key, weights, trainable, scale, active_range, ignore_keys)
         self.source = {'subfolder': subfolder, 'revision': revision, 'variant': variant}
         self.shape: dict[str, Any] = {'in_channels': in_channels, 'channels': channels,
                                       'num_res_blocks': num_res_blocks, 'downscale_factor': downscale_factor}
@@ -72,7 +72,7 @@ class T2IAdapter(ControlAdapter):
         if self.weights is not None:
             # fp32 whatever the file holds, as it trains; fp64 in an fp64 model.
             dtype = torch.promote_types(model.unet_weight.dtype, torch.float32)
-            self.net = self._read(self.weights, dtype, **self.source)
+            self.net = self._read(self.weights, dtype, self.ignore_keys, **self.source)
         else:
             shape = {k: v if v is not None else self.base.get(k) for k, v in self.shape.items()}
             self.net = Network(**shape, adapter_type='full_adapter_xl')
@@ -141,18 +141,19 @@ class T2IAdapter(ControlAdapter):
         self._check_same(source, _settings(loaded), _settings(self.net))
         self.net.load_state_dict(loaded.state_dict())
 
-    def _read(self, source: str, dtype: torch.dtype, **settings: Any) -> Any:
+    def _read(self, source: str, dtype: torch.dtype, ignore_keys: Sequence[str] = (), **settings: Any) -> Any:
         from diffusers import T2IAdapter as Network
         if is_file(source):
             # The downscale factor is not in the file.
             factor = self.shape['downscale_factor'] or self.base['downscale_factor']
-            state, shape = read_t2i_adapter(source, len(self.base['channels']), factor, settings.get('revision'))
+            state, shape = read_t2i_adapter(source, len(self.base['channels']), factor, settings.get('revision'),
+                                            ignore_keys)
             with torch.device('meta'):  # nothing is drawn for weights that are assigned at once
                 net = Network(**shape, adapter_type='full_adapter_xl')
             refuse(source, of_another_shape=[k for k, v in net.state_dict().items() if v.shape != state[k].shape])
             net.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
         else:
-            net = load_pretrained(Network, source, dtype=dtype, **settings)
+            net = load_pretrained(Network, source, ignore_keys=ignore_keys, dtype=dtype, **settings)
         log_loaded(f"T2I-Adapter '{self.name}'", source, len(net.state_dict()))
         return net
 

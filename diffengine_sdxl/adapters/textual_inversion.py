@@ -15,7 +15,12 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from diffengine_sdxl.adapters.base import Adapter, Tensors
-from diffengine_sdxl.adapters.formats.textual_inversion import read_textual_inversion, write_textual_inversion
+from diffengine_sdxl.adapters.formats.files import refuse
+from diffengine_sdxl.adapters.formats.textual_inversion import (
+    KEYS,
+    read_textual_inversion,
+    write_textual_inversion,
+)
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.loading.strict import log_loaded
 from diffengine_sdxl.protocols import AdapterHost
@@ -37,11 +42,13 @@ class TextualInversion(Adapter):
         num_vectors: the number of tokens it takes; None for one, or as many as `weights` hold.
         init: one or more words whose token embeddings initialize the vectors in turn, repeated if there are more
             vectors.
-        weights: a file, a folder or hub id with learned_embeds.safetensors; None to start from `init`.
+        weights: a file, a folder or hub id with learned_embeds.safetensors, or a list of two, of the first and the
+            second text encoder; None to start from `init`. An encoder without vectors reads the word as ordinary text.
         subfolder, weight_name, revision: of `weights`, a folder or hub id.
         trainable: see Adapter.
         scale: 1; or 0, which reads the word as ordinary text.
         active_range: (0, 1) only, as a prompt is encoded once.
+        ignore_keys: see Adapter.
 
     Raises:
         UserError: the token is invalid or exists already; `init`, scale or active_range are invalid; or see
@@ -55,11 +62,13 @@ class TextualInversion(Adapter):
         'text_encoder_2 and tokenizer_2, where state is safetensors.torch.load_file('
         "'{out}/learned_embeds.safetensors')")
 
-    def __init__(self, token: str, num_vectors: int | None = None, init: str = 'object', weights: str | None = None,
-                 trainable: bool = True, scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0),
-                 subfolder: str | None = None, weight_name: str | None = None, revision: str | None = None) -> None:
+    def __init__(self, token: str, num_vectors: int | None = None, init: str = 'object',
+                 weights: str | Sequence[str] | None = None, trainable: bool = True, scale: float = 1.0,
+                 active_range: Sequence[float] = (0.0, 1.0), subfolder: str | None = None,
+                 weight_name: str | None = None, revision: str | None = None, ignore_keys: Sequence[str] = ()) -> None:
         self.token = token
-        super().__init__(None, weights, trainable, scale, active_range)
+        # The only kind whose weights may be two files.
+        super().__init__(None, weights, trainable, scale, active_range, ignore_keys)  # type: ignore[arg-type]
         if not token or any(c.isspace() for c in token):
             raise UserError(f"token={token!r} is not a valid word: it needs at least one character and no spaces, e.g. "
                             "'<my-thing>'.")
@@ -81,19 +90,23 @@ class TextualInversion(Adapter):
         tables = {part: getattr(model, part).get_input_embeddings().weight for part in TOKENIZERS
                   if getattr(model, part) is not None}
         if self.weights is not None:
-            initial, path = read_textual_inversion(
-                self.weights, {k: v.shape[1] for k, v in tables.items()}, **self.source)
+            widths = {part: table.shape[1] for part, table in tables.items()}
+            initial, path = read_textual_inversion(self.weights, widths, **self.source, ignore_keys=self.ignore_keys)
             num_vectors = len(next(iter(initial.values())))
             if self.num_vectors not in (None, num_vectors):
                 raise UserError(f"'{path}' holds {num_vectors} vectors, but '{self.token}' has "
                                 f'num_vectors={self.num_vectors}; leave that out.')
             log_loaded(f"TextualInversion '{self.name}'", path, len(initial))
+            if absent := tables.keys() - initial:
+                print_log(f"'{path}' has no vectors for {', '.join(sorted(absent))}, which reads '{self.token}' as "
+                          'ordinary text.', logger='current')
         else:
             initial = {part: self._initial(getattr(model, TOKENIZERS[part]), table) for part, table in tables.items()}
         # What trains is fp32 whatever the encoders are stored in; fp64 in an fp64 model.
         self.vectors = nn.ParameterDict({
-            part: nn.Parameter(value.detach().to(table.device, torch.promote_types(table.dtype, torch.float32)).clone())
-            for (part, value), table in zip(initial.items(), tables.values(), strict=True)})
+            part: nn.Parameter(value.detach().to(
+                tables[part].device, torch.promote_types(tables[part].dtype, torch.float32)).clone())
+            for part, value in initial.items()})
 
     def detach(self, model: AdapterHost) -> None:
         """Drop the vectors, which are all there is."""
@@ -134,6 +147,7 @@ class TextualInversion(Adapter):
             UserError: see `formats.textual_inversion`; or it has another number of vectors.
         """
         vectors, path = read_textual_inversion(source, {part: v.shape[1] for part, v in self.vectors.items()})
+        refuse(path, missing=[KEYS[part] for part in self.vectors if part not in vectors])
         for part, value in vectors.items():
             if len(value) != len(self.vectors[part]):
                 raise UserError(f"'{path}' holds {len(value)} vectors; '{self.token}' of adapter '{self.name}' has "

@@ -10,10 +10,17 @@ from pathlib import Path
 
 from diffengine_sdxl.errors import UserError
 
-#: Seconds for all names together; ordinary patterns take a hundredth of one.
-TIME_LIMIT = 10
+#: Seconds for all names together; ordinary patterns take a hundredth of one. Each part of a file has up to three calls.
+TIME_LIMIT = 3
+#: Bytes of the process.
+MEMORY_LIMIT = 2**29
 _MATCH = """
 import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+except (ImportError, OSError, ValueError):
+    pass  # not on every system
 patterns, names = json.load(sys.stdin)
 compiled = [re.compile(pattern) for pattern in patterns]
 json.dump([next((i for i, p in enumerate(compiled) if p.fullmatch(name)), None) for name in names], sys.stdout)
@@ -34,7 +41,8 @@ def first_matches(patterns: Sequence[str], names: Sequence[str], source: str | P
     if not patterns:
         return [None] * len(names)
     try:
-        run = subprocess.run([sys.executable, '-I', '-S', '-c', _MATCH], input=json.dumps([patterns, names]),
+        run = subprocess.run([sys.executable, '-I', '-S', '-c', _MATCH, str(MEMORY_LIMIT)],
+                             input=json.dumps([patterns, names]),
                              capture_output=True, text=True, timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"'{source}' holds a regular expression that takes longer than {TIME_LIMIT} s to match "

@@ -13,7 +13,8 @@ from torch import nn
 from diffengine_sdxl import rng
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.loading import hub
-from diffengine_sdxl.loading.files import has_component, read_index, variants, weight_files
+from diffengine_sdxl.loading.component_checks import check_files, check_scheduler
+from diffengine_sdxl.loading.files import has_component, read_index, read_json, variants, weight_files
 from diffengine_sdxl.loading.single_file import (
     MODULES,
     SDXL_FILES,
@@ -74,6 +75,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         folder = _tokenizer_folder(tokenizer, cache_dir)
         for name in TOKENIZERS:
             parts[name] = _load_tokenizer(name, folder, tokenizer)
+    _check_tokenizers(parts, str(tokenizer or pretrained or config))
     for name in MODULES:
         if parts.get(name) is not None and name not in shared and parts[name].dtype != dtypes[name]:
             parts[name].to(dtypes[name])
@@ -103,6 +105,26 @@ def _check_widths(parts: Mapping[str, Any], source: str) -> None:
     output, expected = sum(e.config.hidden_size for e in encoders), parts['unet'].config.cross_attention_dim
     if output != expected:
         raise UserError(f"The UNet of '{source}' expects text of width {expected}; the text encoders output {output}.")
+
+
+def _check_tokenizers(parts: Mapping[str, Any], source: str) -> None:
+    """Check that each text encoder can read what its tokenizer gives.
+
+    Raises:
+        UserError: more tokens, or longer prompts, than the encoder has.
+    """
+    for name, part in zip(TOKENIZERS, ('text_encoder', 'text_encoder_2'), strict=True):
+        tokenizer, encoder = parts.get(name), parts.get(part)
+        if tokenizer is None or encoder is None:
+            continue
+        positions, words = encoder.config.max_position_embeddings, encoder.get_input_embeddings().num_embeddings
+        length = tokenizer.model_max_length
+        if isinstance(length, bool) or not isinstance(length, int) or not 2 < length <= positions:
+            raise UserError(f"The {name} of '{source}' has model_max_length={length!r}; its text encoder reads 3 to "
+                            f'{positions} tokens.')
+        if len(tokenizer) > words or tokenizer.pad_token_id is None:
+            raise UserError(f"The {name} of '{source}' has {len(tokenizer)} tokens and the padding "
+                            f'{tokenizer.pad_token!r}; its text encoder knows {words} tokens, and needs a padding.')
 
 
 def _check_vae(vae: nn.Module, unet: nn.Module, source: str) -> None:
@@ -170,6 +192,7 @@ def _tokenizer_folder(source: str, cache_dir: str | None) -> Path:
 
 
 def _load_tokenizer(name: str, folder: Path, shown: str) -> Any:
+    check_files(folder / name)
     return as_user_error(shown, module_class(name).from_pretrained, str(folder), subfolder=name)
 
 
@@ -237,5 +260,7 @@ def _null_prompt(index: Mapping[str, Any]) -> str:
 
 def _scheduler_config(folder: Path, shown: str) -> dict[str, Any]:
     from diffusers import EulerDiscreteScheduler
+    if (path := folder / 'scheduler' / 'scheduler_config.json').is_file():
+        check_scheduler(read_json(path), f'{shown}/scheduler')
     config = as_user_error(shown, EulerDiscreteScheduler.load_config, str(folder), subfolder='scheduler')
     return {k: v for k, v in dict(config).items() if not k.startswith('_')}

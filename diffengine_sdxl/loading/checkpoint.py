@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from diffengine_sdxl import atomic_files
-from diffengine_sdxl.errors import UserError, first_line, is_out_of_memory, listed
-from diffengine_sdxl.loading.files import TORCH_LOAD_ERRORS
+from diffengine_sdxl.errors import UserError, is_out_of_memory, listed
+from diffengine_sdxl.loading.files import TORCH_LOAD_ERRORS, read_json
+from diffengine_sdxl.loading.weights import unreadable
 
 NAME = re.compile(r'step(\d+)\.pth')
 #: Entries of each logged scalar's history that a checkpoint keeps; more than any smoothing window.
 NUM_SCALARS = 256
+#: In a work_dir whose run goes back: which files are being moved away (`engine.branches`).
+PLAN = 'going_back.json'
 
 
 class Stateful(Protocol):
@@ -44,14 +48,13 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no checkpoint '{path}'.")
+        raise UserError(f"There is no checkpoint '{path}'.{_suggest(path)}")
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except TORCH_LOAD_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"The checkpoint '{path}' cannot be read ({first_line(error)}). It is truncated, damaged or "
-                        'not plain data; use an older one (--resume PATH).') from error
+        raise UserError(f'The checkpoint {unreadable(path, error)} Use an older one (--resume PATH).') from error
     entries = {'step', 'position', 'seed', 'samples_per_iter', 'identity'}
     meta = state.get('meta') if isinstance(state, dict) else None
     if not isinstance(meta, dict) or not entries <= meta.keys() or 'state_dict' not in state:
@@ -60,14 +63,50 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def list_checkpoints(work_dir: str | Path) -> list[Path]:
-    """Return the checkpoints in `work_dir`, oldest step first."""
+    """Return the checkpoints of the run in `work_dir`, oldest step first; without those of branches it abandoned.
+
+    Raises:
+        UserError: the folder's plan to go back is damaged.
+    """
+    plan = read_plan(work_dir)
+    if plan is not None and plan['source'] is not None:
+        return [Path(plan['source'])]
     steps = {int(m[1]): p for p in Path(work_dir).glob('step*.pth') if (m := NAME.fullmatch(p.name))}
-    return [steps[step] for step in sorted(steps)]
+    return [steps[step] for step in sorted(steps) if plan is None or step <= plan['step']]
 
 
 def latest(work_dir: str | Path) -> Path | None:
     """Return the checkpoint of the highest step, or None."""
     return next(reversed(list_checkpoints(work_dir)), None)
+
+
+def read_plan(work_dir: str | Path) -> dict[str, Any] | None:
+    """Return the plan to go back that a killed process left in `work_dir`, or None.
+
+    Returns:
+        `step`, to go back to; `folder`, which later files are moved to; `source`, the checkpoint to resume from if it
+        lies elsewhere, or None.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(work_dir) / PLAN
+    if not path.is_file():
+        return None
+    plan = read_json(path)
+    try:
+        return {'step': int(plan['step']), 'folder': str(plan['folder']), 'source': plan['source']}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"'{path}' is damaged ({type(error).__name__}: {error}); remove it.") from error
+
+
+def _suggest(path: Path) -> str:
+    """Return where a missing checkpoint may be: in a folder of this name, or in a branch that was set aside."""
+    if path.is_dir():
+        names = [one.name for one in list_checkpoints(path)]
+        return f' It is a folder; name a file in it: {listed(names)}.' if names else ' It is a folder without any.'
+    others = sorted(path.parent.glob(f'abandoned_*/{glob.escape(path.name)}'))
+    return f" It was set aside when the run went back: '{others[-1]}'." if others else ''
 
 
 def as_plain_data(value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.errors import UserError, first_line
 
 #: Stems of weights in safetensors and in pickles, of model classes of diffusers and transformers.
@@ -18,6 +19,8 @@ _STEM, _SHARD = '|'.join(dict.fromkeys((*STEMS, *BINS))), r'-\d{5}-of-\d{5}'
 WEIGHTS = re.compile(rf'(?:{_STEM})(?:{_SHARD})?(?:\.([^.]+?))?(?:{_SHARD})?\.(?:safetensors|bin)')
 _VARIANT = re.compile(rf'(?:{"|".join(STEMS)})'
                       rf'(?:\.([^.]+?)(?:{_SHARD})?\.safetensors|\.safetensors\.index\.([^.]+)\.json)')
+#: Levels of lists and dicts in a file of settings.
+MAX_DEPTH = 50
 #: What `torch.load(weights_only=True)` raises for damaged files (found by flipping and cutting bytes).
 TORCH_LOAD_ERRORS = (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError, LookupError, TypeError,
                      AttributeError, AssertionError, struct.error)
@@ -53,19 +56,58 @@ def in_safetensors(names: Collection[str]) -> list[str]:
             and WEIGHTS.fullmatch(name)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def check_size(path: Path) -> None:
+    """Check that a file of settings is a file, not a device or a pipe, and not too large.
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: it is missing or too large.
     """
+    if not path.is_file():
+        raise UserError(f"'{path}' cannot be read: it is missing or not a file.")
+    if (size := path.stat().st_size) > limits.CURRENT.json_bytes:
+        raise UserError(f"'{path}' has {size:,} bytes; settings of up to {limits.CURRENT.json_bytes:,} are read "
+                        '(limits.json_bytes).')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of settings.
+
+    Raises:
+        UserError: the file cannot be read, is too large, or holds something else, as NaN or what is nested without end.
+    """
+    check_size(path)
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' must hold a JSON object, not a {type(content).__name__}.")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON without NaN, nested MAX_DEPTH deep at most.
+
+    Raises:
+        ValueError: it is not such JSON.
+    """
+    try:
+        content = json.loads(text, parse_constant=_constant)
+    except RecursionError as error:
+        raise ValueError('it is nested too deeply') from error
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [part for value in level if isinstance(value, dict | list)
+                 for part in (value.values() if isinstance(value, dict) else value)]
+        if not level:
+            return content
+    raise ValueError(f'it is nested more than {MAX_DEPTH} deep')
+
+
+def _constant(name: str) -> float:
+    if name == 'NaN':
+        raise ValueError('it holds NaN, which is no number')
+    return float(name)  # schedulers of diffusers have -Infinity for a missing lower bound
 
 
 def read_index(folder: Path, source: str | None = None) -> dict[str, Any]:

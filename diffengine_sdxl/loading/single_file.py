@@ -6,9 +6,7 @@ width, and takes one dtype for all. Checking it from outside would take the map 
 """
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +15,13 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from diffengine_sdxl.errors import UserError, first_line, is_out_of_memory, listed
+from diffengine_sdxl.errors import UserError, is_out_of_memory, listed
 from diffengine_sdxl.loading import hub
+from diffengine_sdxl.loading.component_checks import check_scheduler, check_settings
 from diffengine_sdxl.loading.files import TORCH_LOAD_ERRORS, has_component, read_index, read_json
 from diffengine_sdxl.loading.strict import as_user_error
 from diffengine_sdxl.loading.unet_keys import original_names
+from diffengine_sdxl.loading.weights import check_dtypes, check_finite, read_pickle, unreadable
 
 SDXL_FILES = Path(__file__).parent / 'sdxl_files'
 #: Configs of the refiner that differ from SDXL_FILES.
@@ -131,7 +131,7 @@ def load_single_file(source: str | Path, config: str | Path | None = None,
     origins = {n: find_origins(n, models[n], prefixes[n]) for n in names}
     _check_fit(path, tensors, models, origins, [prefixes[n] for n in names])
     for name, model in models.items():
-        _fill(model, tensors, origins[name], (dtypes or {}).get(name, torch.float32))
+        _fill(path, model, tensors, origins[name], (dtypes or {}).get(name, torch.float32))
     num_used = len({o.key for part in origins.values() for o in part.values()})
     print_log(f"'{path}': {num_used} of {len(tensors)} tensors used, {len(tensors) - num_used} are not weights of "
               f'{", ".join(names)}.', logger='current')
@@ -163,7 +163,7 @@ def load_single_part(name: str, source: str | Path, config: str | Path | None = 
     model = empty_model(name, Path(config or SDXL_FILES))
     origins = {k: Origin(k) for k in model.state_dict()} if is_diffusers else find_origins(name, model, prefix)
     _check_fit(path, tensors, {name: model}, {name: origins}, [prefix + inner for inner in part.prefixes])
-    _fill(model, tensors, origins, dtype)
+    _fill(path, model, tensors, origins, dtype)
     return model
 
 
@@ -195,34 +195,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    try:
-        if path.suffix == '.safetensors':
+    if path.suffix == '.safetensors':
+        try:
             return load_file(path)
-        content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(_unreadable(path, error)) from error
+        except (SafetensorError, *TORCH_LOAD_ERRORS) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(unreadable(path, error)) from error
+    content = read_pickle(path, mmap=True)
     while isinstance(content, dict) and isinstance(content.get('state_dict'), dict):
         content = content['state_dict']
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds a {type(content).__name__}, not named tensors.")
     return {k: v for k, v in content.items() if isinstance(v, Tensor)}
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    with path.open('rb') as file:
-        start = file.read(40)
-    if start.startswith(b'version https://git-lfs'):
-        return f"'{path}' is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder."
-    if isinstance(error, pickle.UnpicklingError):
-        # torch's own message suggests `weights_only=False`, so it is not shown.
-        code = re.search(r'(?:GLOBAL|class) (\S+)', str(error))
-        reason = f"would run code ('{code[1]}')" if code else 'holds more than tensors, or is truncated,'
-        return (f"'{path}' is a pickle that {reason} and was not opened; no code in it was run. "
-                'Use the .safetensors of this model, or convert it if you trust it.')
-    return (f"'{path}' cannot be read; it is truncated or not a {path.suffix} file ({path.stat().st_size:,} bytes): "
-            f'{first_line(error)}')
 
 
 def empty_model(name: str, folder: Path) -> nn.Module:
@@ -236,6 +221,7 @@ def empty_model(name: str, folder: Path) -> nn.Module:
     path = folder / name if (folder / name).is_dir() else folder
     if not (path / 'config.json').is_file():
         raise UserError(f"'{folder}' has no {name}/config.json, which is needed to read the single file.")
+    check_settings(module_class(name), path, str(path))
     # Parameters only: transformers 5 does not save buffers such as position_ids, so on the meta device they would never
     # get their values.
     with init_empty_weights(include_buffers=False):
@@ -258,7 +244,10 @@ def build_module(name: str, folder: Path, subfolder: str | None = None) -> nn.Mo
         else:
             model = cls(cls.config_class.from_pretrained(folder, **where))
         return model
-    model: nn.Module = as_user_error(f'{folder}/{subfolder}' if subfolder else str(folder), build)
+    shown = f'{folder}/{subfolder}' if subfolder else str(folder)
+    if subfolder:
+        check_settings(cls, folder / subfolder, shown)
+    model: nn.Module = as_user_error(shown, build)
     return model
 
 
@@ -270,7 +259,9 @@ def _config_folder(name: str, folder: Path) -> Path:
 def _scheduler(folder: Path) -> Any:
     import diffusers
     folder = _config_folder('scheduler', folder)
-    name = read_json(folder / 'scheduler' / 'scheduler_config.json').get('_class_name')
+    config = read_json(folder / 'scheduler' / 'scheduler_config.json')
+    check_scheduler(config, f'{folder}/scheduler')
+    name = config.get('_class_name')
     cls: Any = getattr(diffusers, str(name), object)
     if not issubclass(cls, diffusers.SchedulerMixin):
         raise UserError(f"'{folder}/scheduler' names '{name}', which is not a scheduler of diffusers.")
@@ -365,11 +356,14 @@ def _check_fit(path: Path, tensors: Mapping[str, Tensor], models: Mapping[str, n
                         'Give a folder with configs that fit, or another file.')
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], origins: Origins, dtype: torch.dtype) -> None:
+def _fill(path: Path, model: nn.Module, tensors: Mapping[str, Tensor], origins: Origins, dtype: torch.dtype) -> None:
+    """Copy a file's tensors into a model, in `dtype`; all must be finite floating-point numbers."""
+    check_dtypes(((origin.key, tensors[origin.key].dtype) for origin in origins.values()), path)
     # Copies, of one component at a time: a mapped file that changes on disk would change the weights with it.
     weights = {}
     for key, parameter in model.state_dict().items():
         tensor = origins[key].fit(tensors[origins[key].key], parameter.shape)
         weights[key] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    check_finite(((origins[key].key, tensor) for key, tensor in weights.items()), path, dtype)
     model.load_state_dict(weights, strict=True, assign=True)
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])

@@ -1,7 +1,7 @@
 """Strict loading: every key of a file is used and every weight of a model is loaded, or the file is refused."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from torch import nn
 
 from diffengine_sdxl.errors import UserError, first_line, is_out_of_memory, listed
 from diffengine_sdxl.loading import hub
+from diffengine_sdxl.loading.component_checks import check_settings, read_headers
 from diffengine_sdxl.loading.files import weight_files
+from diffengine_sdxl.loading.weights import check_finite, keys_to_ignore
 
 #: Prefix of sources in this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
 SHIPPED = 'diffengine_sdxl::'
@@ -44,7 +46,7 @@ def fingerprint(module: nn.Module, prefixes: tuple[str, ...]) -> str:
 
 
 def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_dir: str | None = None,
-                    shown: str | None = None, **kwargs: Any) -> Any:
+                    shown: str | None = None, ignore_keys: Sequence[str] = (), **kwargs: Any) -> Any:
     """Call `cls.from_pretrained(source)` of a model class of diffusers or transformers, strictly.
 
     Args:
@@ -52,6 +54,7 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
         source: folder, hub id, or link to the weights or the config of a model on the hub.
         revision, cache_dir: of the hub; `revision` overrides the link's.
         shown: what errors call it; None for `source`.
+        ignore_keys: patterns of keys of the weights that the class need not have.
         kwargs: subfolder, variant, dtype and the like; None values are left out.
 
     Raises:
@@ -66,15 +69,17 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
     path = hub.local_path(source)
     if path is None:
         repo = hub.Repo(source, revision, cache_dir)
-        names = repo.model_files(subfolder, variant)
-        path = repo.fetch(names)
-    else:
-        folder = path / (subfolder or '')
-        names = weight_files(as_user_error(shown, os.listdir, folder), variant) if folder.is_dir() else []
+        path = repo.fetch(repo.model_files(subfolder, variant))
+    folder = path / (subfolder or '')
+    names = weight_files(as_user_error(shown, os.listdir, folder), variant) if folder.is_dir() else []
     if any(name.endswith('.bin') for name in names):
         kwargs['use_safetensors'] = False  # else diffusers logs an error before it falls back to them
+    if header := read_headers(folder, names, shown):
+        check_settings(cls, folder, shown, header)
     model, info = as_user_error(shown, cls.from_pretrained, str(path), output_loading_info=True, **kwargs)
-    refuse_unmatched(shown, info)
+    ignored = keys_to_ignore(header, ignore_keys, shown)
+    refuse_unmatched(shown, {**info, 'unexpected_keys': [k for k in info['unexpected_keys'] if k not in ignored]})
+    check_finite(model.state_dict().items(), shown, getattr(model, 'dtype', None))
     return model
 
 
@@ -105,10 +110,12 @@ def as_user_error(source: str, function: Callable[..., Any], *args: Any, **kwarg
         return function(*args, **kwargs)
     except UserError:
         raise
-    # diffusers and transformers raise all of these for damaged or unsuitable files, also for an empty config.
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
-            StrictDataclassError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        # diffusers and transformers raise all of these for damaged or unsuitable files, also for an empty config;
+        # tokenizers raises bare Exceptions.
+        expected = isinstance(error, OSError | RuntimeError | ValueError | LookupError | TypeError | AttributeError
+                              | ArithmeticError | AssertionError | SafetensorError | StrictDataclassError)
+        if is_out_of_memory(error) or not expected and type(error) is not Exception:
             raise
         raise UserError(f"'{source}' could not be loaded: {first_line(error)}") from error
 

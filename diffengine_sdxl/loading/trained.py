@@ -12,6 +12,7 @@ from mmengine.config import Config
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.loading.files import read_json
+from diffengine_sdxl.loading.weights import check_finite
 
 #: Name of a fine-tuned base's folder in an export, beside those of the adapters.
 PIPELINE = 'pipeline'
@@ -126,6 +127,7 @@ def load_trained(model: TrainableModel, source: str) -> tuple[int | None, bool]:
         return load_export(model, Path(source))
     state = checkpoint.load(source)
     weights, is_ema = trained_weights(state)
+    check_finite(weights.items(), source)
     checkpoint.load_strict(model, weights, source)
     return state['meta']['step'], is_ema
 

@@ -22,6 +22,7 @@ from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.testing import single_file, tiny_unet, tiny_vae, write_tiny_image_encoder
+from diffengine_sdxl.testing.adapters import write_original_controlnet
 
 Writer = Callable[[Path, Any, SDXL], Path]
 PLUS = {'type': 'IPAdapter', 'architecture': 'plus'}
@@ -100,6 +101,11 @@ def pair(out: Path, adapter: Any, model: SDXL) -> Path:
     return out
 
 
+def original(out: Path, adapter: Any, model: SDXL) -> Path:
+    """A ControlNet as its authors write it."""
+    return write_original_controlnet(out / 'original/x.pth', folder(out, adapter, model))
+
+
 def a1111(out: Path, adapter: Any, model: SDXL) -> Path:
     for name, vectors in zip(('', '_2'), adapter.vectors.values(), strict=True):
         torch.save({'string_to_token': {'*': 265}, 'string_to_param': {'*': vectors.detach()}, 'name': 'thing'},
@@ -110,6 +116,7 @@ def a1111(out: Path, adapter: Any, model: SDXL) -> Path:
 LAYOUTS: list[tuple[str, Writer, dict[str, Any]]] = [
     ('t2i_adapter', folder, {'type': 'T2IAdapter'}), ('t2i_adapter', only_file, {'type': 'T2IAdapter'}),
     ('t2i_adapter', tencent, {'type': 'T2IAdapter'}), ('controlnet', folder, {'type': 'ControlNet'}),
+    ('controlnet', only_file, {'type': 'ControlNet'}), ('controlnet', original, {'type': 'ControlNet'}),
     ('ip_adapter', folder, BASE), ('ip_adapter', only_file, BASE), ('ip_adapter', nested, BASE),
     ('ip_adapter_plus', folder, PLUS), ('ip_adapter_plus', nested, PLUS),
     *((kind, form, {'type': 'LoRA'}) for kind, forms in {
@@ -255,15 +262,13 @@ OTHERS: dict[str, tuple[Callable[[Path], Path], str]] = {
         'conv_in.weight': (16, 768, 3, 3)}).parent, 'give the file itself'),
     'a ControlNet of 1.x': (lambda p: config(p / 'x/config.json', _class_name='ControlNetModel',
                                              cross_attention_dim=768), 'a ControlNet for Stable Diffusion 1.x'),
-    'a ControlNet file': (lambda p: tensors(p / 'x.safetensors', 'controlnet_cond_embedding.conv_in.weight', 'b'),
-                          "give the folder that holds it and its config.json"),
+    'a ControlNet file of 2.x': (lambda p: tensors(p / 'x.pth', 'control_model.input_hint_block.0.weight', **{
+        'control_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight': (320, 1024)}),
+                                 'a ControlNet for Stable Diffusion 2.x: .*1024 wide'),
     'ControlLLLite': (lambda p: tensors(p / 'x.safetensors', 'lllite_unet_a.down.0.weight', 'b'), 'ControlLLLite'),
-    'Control-LoRA': (lambda p: tensors(p / 'x.safetensors', 'lora_controlnet', 'b'), 'a Control-LoRA'),
-    'an original ControlNet': (lambda p: tensors(p / 'x.pth', 'control_model.input_hint_block.0.weight', 'b'),
-                               "ask for diffusers' folder"),
     'a Flux': (lambda p: tensors(p / 'x.safetensors', 'double_blocks.0.img_attn.qkv.weight', 'b'), 'a Flux'),
-    'another class': (lambda p: config(p / 'x/config.json', _class_name='ControlNetUnionModel'),
-                      'a model of class ControlNetUnionModel; supported are LoRA, T2IAdapter'),
+    'another class': (lambda p: config(p / 'x/config.json', _class_name='ControlNetXSAdapter'),
+                      'a model of class ControlNetXSAdapter; supported are LoRA, T2IAdapter'),
     'a word of 1.x': (lambda p: tensors(p / 'x.pt', emb_params=(2, 768)), 'inversion for Stable Diffusion 1.x'),
     'latents': (lambda p: tensors(p / 'x.safetensors', latents=(1, 4, 8, 8)), 'no adapter that is recognized'),
     'a checkpoint': (lambda p: torch.save({'state_dict': {}, 'meta': {}, 'message_hub': {}}, p / 'step2.pth') or p,

@@ -188,7 +188,6 @@ def test_file_formats(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('tensors', 'sentence'), [
-    (dict(clip_l=(2, 32)), r'1 missing \(clip_g\)'),
     (dict(clip_l=(2, 32), clip_g=(2, 32), clip_x=(2, 32)), r'1 unknown \(clip_x\)'),
     (dict(emb_params=(2, 32)), "one text encoder only; this base has two.*'clip_l' and 'clip_g'"),
     (dict(clip_l=(2, 24), clip_g=(2, 40)), 'another base: its vectors are 24 wide for text_encoder, whose embeddings '

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from diffengine_sdxl.adapters.formats import diffusers_lora, files, kohya, lora, peft_lora, t2i_adapter
+from diffengine_sdxl.adapters.formats import controlnet, diffusers_lora, files, kohya, lora, peft_lora, t2i_adapter
 from diffengine_sdxl.adapters.formats import ip_adapter as ip
 from diffengine_sdxl.adapters.formats import textual_inversion as words
 from diffengine_sdxl.adapters.formats.files import Folder, WeightFile
@@ -28,19 +28,13 @@ MANIFEST, INDEX, CONFIG = 'manifest.json', 'model_index.json', 'config.json'
 #: Keys of a trained adapter's config that are not of its weights: where it began, what trained, and the data's columns.
 _OF_TRAINING = ('weights', 'subfolder', 'weight_name', 'revision', 'variant', 'trainable', 'condition_key', 'mask')
 #: Width of the text that a UNet reads -> the models that have it. SDXL's is 2048.
-_OTHER_WIDTHS = {768: 'Stable Diffusion 1.x', 1024: 'Stable Diffusion 2.x'}
+_OTHER_WIDTHS = words.OTHER_WIDTHS
 #: Outputs and inputs of the first layer of Stable Diffusion 1.x's T2I-Adapters: 8 x 8 pixels of one or three channels.
 _OTHER_T2I_INPUTS = ((320, 64), (320, 192))
-#: A weight whose inputs are the text: of a LoRA or LoHa, of an IP-Adapter.
-_TEXT_INPUT = re.compile(r'attn2.*to_k.*(down\.weight|lora_A\.weight|hada_w1_b)$|to_k_ip\.weight$')
+#: A weight whose inputs are the text: of a LoRA or LoHa, of an IP-Adapter, of a ControlNet.
+_TEXT_INPUT = re.compile(r'attn2.*to_k.*(down\.weight|lora_A\.weight|hada_w1_b)$|to_k_ip\.weight$|attn2\.to_k\.weight$')
 #: Parts of keys, each of which must occur -> what such a file is; {source} is the file, {folder} its folder.
 _NO_ADAPTERS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (('lllite_unet_',), 'a ControlLLLite, which is not supported; ask for a ControlNet'),
-    (('lora_controlnet',), 'a Control-LoRA, which is not supported; ask for a ControlNet'),
-    (('input_hint_block.',), "a ControlNet in the original layout, which is not read; ask for diffusers' folder"),
-    (('controlnet_cond_embedding.',), "a ControlNet; give the folder that holds it and its config.json ('{folder}')"),
-    (('double_blocks.',), 'a Flux, which is no base for these adapters'),
-    (('joint_blocks.',), 'a Stable Diffusion 3, which is no base for these adapters'),
     (('model.diffusion_model.', 'conditioner.embedders.'), "a whole SDXL, so a base: model.pretrained='{source}'"),
     (('cond_stage_model.',), 'a whole Stable Diffusion 1.x or 2.x, which is not supported'),
     (('input_blocks.', 'label_emb.'), "the UNet of an SDXL: model.unet='{source}'"),
@@ -166,12 +160,12 @@ def _of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if cls == 'T2IAdapter' and config.get('adapter_type') != 'full_adapter_xl':
         raise UserError(f"'{source}' is a T2I-Adapter of type {config.get('adapter_type')}, made for Stable Diffusion "
                         "1.x; SDXL's are of type full_adapter_xl.")
-    if cls == 'ControlNetModel' and config.get('addition_embed_type') != 'text_time':
+    if cls in controlnet.CLASSES and config.get('addition_embed_type') != 'text_time':
         width = config.get('cross_attention_dim')
         model = _OTHER_WIDTHS.get(width, 'another base') if isinstance(width, int) else 'another base'
         raise UserError(f"'{source}' is a ControlNet for {model}: it has no addition_embed_type='text_time', as all of "
                         "SDXL's have.")
-    kinds = {'T2IAdapter': 'T2IAdapter', 'ControlNetModel': 'ControlNet'}
+    kinds = {'T2IAdapter': 'T2IAdapter', **dict.fromkeys(controlnet.CLASSES, 'ControlNet')}
     if cls in kinds:
         return {'type': kinds[cls]}
     if 'vision' in cls.lower() or 'vision' in str(config.get('model_type')) or 'vision_config' in config:
@@ -184,16 +178,20 @@ def _of_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _of_file(file: WeightFile) -> dict[str, Any]:
     """Return the settings that a file shows, with `embed_dim` of an IP-Adapter."""
     keys = [key for key in file.tensors if isinstance(key, str)]
+    if controlnet.is_controlnet(file.tensors):
+        _refuse_other_widths(file, controlnet.unnested(file.tensors), 'a ControlNet')
+        return {'type': 'ControlNet'}
     if ip.is_ip_adapter(file):
         tensors = ip.flat(file)
         _refuse_other_widths(file, tensors, 'an IP-Adapter')
         shown = ip.settings(tensors, token_dim=1, dim_head=1)
         return {'type': 'IPAdapter', **{k: shown[k] for k in ('architecture', 'embed_dim') if k in shown}}
     if kohya.is_kohya(keys) or diffusers_lora.has_layers(keys):
-        if any(key.startswith('lora_te_') for key in keys):
-            raise UserError(f"'{file.path}' is a LoRA for Stable Diffusion 1.x or 2.x: it has layers lora_te_*, and "
-                            "SDXL's are lora_te1_* and lora_te2_*. Ask for one made for SDXL.")
         _refuse_other_widths(file, file.tensors, 'a LoRA')
+        # Beside SDXL's UNet it is the first text encoder, as diffusers and ComfyUI read it.
+        if any(k.startswith('lora_te_') for k in keys) and not any(k.startswith('lora_unet_') for k in keys):
+            raise UserError(f"'{file.path}' is a LoRA for Stable Diffusion 1.x or 2.x: it has layers lora_te_* alone, "
+                            "and SDXL's are lora_te1_* and lora_te2_*. Ask for one made for SDXL.")
         return {'type': 'LoRA'}
     if t2i_adapter.has_blocks(keys):
         conv = next((file.tensors[key] for key in keys if key.endswith('conv_in.weight')), None)
@@ -205,7 +203,7 @@ def _of_file(file: WeightFile) -> dict[str, Any]:
         return {'type': 'TextualInversion'}
     if single is not None and isinstance(single[1], Tensor) and single[1].dim() in (1, 2):
         width = single[1].shape[-1]
-        if width in _OTHER_WIDTHS and not words.second_file(file.path).is_file():
+        if width in _OTHER_WIDTHS and len(words.pair(file.path)) == 1:
             raise UserError(f"'{file.path}' is a textual inversion for {_OTHER_WIDTHS[width]}, whose only text encoder "
                             f"is {width} wide; SDXL's has vectors 'clip_l' and 'clip_g'.")
         # Tools that take the name of the file for the token write a key that is always the same.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -13,12 +11,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffengine_sdxl.errors import UserError, first_line, listed
+from diffengine_sdxl.adapters.formats.unsupported import refuse_unsupported
+from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.loading import hub
-from diffengine_sdxl.loading.files import TORCH_LOAD_ERRORS
 from diffengine_sdxl.loading.strict import shipped
+from diffengine_sdxl.loading.weights import (
+    PICKLES,
+    check_dtypes,
+    checked,
+    keys_to_ignore,
+    read_header,
+    read_pickle,
+    unreadable,
+    upcast_fp8,
+)
 
-PICKLES = ('.bin', '.pt', '.pth', '.ckpt')
+#: Ends of the names of two files that belong together, for the first and the second text encoder; the longest first.
+PAIRS = (('text_encoder_1', 'text_encoder_2'), ('text_encoder', 'text_encoder_2'), ('clip_l', 'clip_g'),
+         ('clipl', 'clipg'), ('te_1', 'te_2'), ('te1', 'te2'), ('_l', '_g'), ('-l', '-g'), ('_1', '_2'), ('-1', '-2'),
+         ('', '_2'), ('', '-2'))
 SUFFIXES = ('.safetensors', *PICKLES)
 
 
@@ -149,9 +160,16 @@ def _from_hub(repo: hub.Repo, names: Sequence[str], subfolder: str | None, weigh
             raise UserError(f'{repo} holds {len(files)} weight files{where} ({listed(files)}); name one with '
                             'weight_name.' if files else f'{repo} holds no weight file{where}.')
         path = files[0]
-    # A textual inversion may be split into two files, <name> and <name>_2.
-    second = str(PurePosixPath(path).with_stem(f'{PurePosixPath(path).stem}_2'))
-    return repo.fetch([path, second] if second in repo.names else [path]) / path
+    # A textual inversion may be split into two files, as <name> and <name>_2.
+    return repo.fetch([path, *(name for name in siblings(path) if name in repo.names)]) / path
+
+
+def siblings(path: str | PurePosixPath) -> list[str]:
+    """Return the names that the file of the other text encoder may have, for one of the first or the second."""
+    path = PurePosixPath(path)
+    stems = [path.stem[:len(path.stem) - len(own)] + other for first, second in PAIRS
+             for own, other in ((first, second), (second, first)) if path.stem.endswith(own)]
+    return [str(path.with_stem(stem)) for stem in stems if stem]
 
 
 def parts_folder(source: str | Path, suffixes: tuple[str, ...], subfolder: str | None, revision: str | None) -> Path:
@@ -172,35 +190,42 @@ def parts_folder(source: str | Path, suffixes: tuple[str, ...], subfolder: str |
     return (repo.fetch(files) if files else Path(text)) / prefix
 
 
-def read(path: Path, header_only: bool = False) -> WeightFile:
-    """Read a weight file.
+def read(path: Path, header_only: bool = False, ignore_keys: Sequence[str] = ()) -> WeightFile:
+    """Read a weight file, whose values must be finite; fp8 is read as fp16.
 
     Args:
         path: the file.
         header_only: leave the tensors' data on the disk: those of safetensors are fp32 on the meta device, those of a
-            pickle are mapped into memory.
+            pickle are mapped into memory; values are not checked.
+        ignore_keys: patterns of keys to leave out ('*.bias').
 
     Raises:
-        UserError: it is damaged, or a pickle that holds more than tensors.
+        UserError: it is damaged, a pickle that holds more than tensors, holds what are no weights, or is of a kind that
+            is never read; or a pattern matches no key.
     """
-    if path.suffix not in PICKLES:
+    if path.suffix in PICKLES:
+        tensors, metadata = read_pickle(path, mmap=header_only), {}
+    elif header_only:
+        tensors = {key: torch.empty(info.shape, device='meta') for key, info in read_header(path).items()}
+        with safe_open(path, framework='pt') as file:
+            metadata = dict(file.metadata() or {})
+    else:
+        check_dtypes(((key, info.dtype) for key, info in read_header(path).items()), path)
         try:
             with safe_open(path, framework='pt') as file:
-                tensors = {key: torch.empty(file.get_slice(key).get_shape(), device='meta') if header_only
-                           else file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return WeightFile(tensors, dict(file.metadata() or {}), path)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = dict(file.metadata() or {})
         except (SafetensorError, OSError) as error:
-            raise UserError(f"'{path}' cannot be read as safetensors: {error}") from error
-    try:
-        tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=header_only and zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(f"'{path}' is a pickle that holds more than tensors, perhaps code; it was not opened. Ask for "
-                        'a .safetensors file.') from error
-    except TORCH_LOAD_ERRORS as error:
-        raise UserError(f"'{path}' cannot be read: {first_line(error)[:200]}") from error
+            raise UserError(unreadable(path, error)) from error
     if not isinstance(tensors, dict):
         raise UserError(f"'{path}' holds a {type(tensors).__name__}, not named tensors.")
-    return WeightFile(tensors, {}, path)
+    refuse_unsupported(path, tensors)
+    ignored = keys_to_ignore(tensors, ignore_keys, path)
+    tensors = {key: value for key, value in tensors.items() if key not in ignored}
+    if not header_only:
+        checked(tensors, path)
+        tensors = upcast_fp8(tensors)
+    return WeightFile(tensors, metadata, path)
 
 
 def refuse(source: str | Path, **faults: Sequence[str]) -> None:
@@ -215,4 +240,5 @@ def refuse(source: str | Path, **faults: Sequence[str]) -> None:
     texts = [f'{len(keys)} {fault.replace("_", " ")} ({listed(sorted(keys))})'
              for fault, keys in faults.items() if keys]
     if texts:
-        raise UserError(f"The weights in '{source}' don't fit: {'; '.join(texts)}.")
+        hint = ' Set ignore_keys to patterns of keys that may be left out.' if faults.get('unknown') else ''
+        raise UserError(f"The weights in '{source}' don't fit: {'; '.join(texts)}.{hint}")

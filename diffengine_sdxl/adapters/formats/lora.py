@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from diffengine_sdxl.adapters.formats import diffusers_lora, files, kohya, peft_lora
+from diffengine_sdxl.adapters.formats import diffusers_lora, files, kohya, kohya_keys, peft_lora
 from diffengine_sdxl.adapters.formats.layer_names import Modules
-from diffengine_sdxl.adapters.formats.lora_weights import PARTS, LoRAWeights, weight_change
+from diffengine_sdxl.adapters.formats.lora_weights import MIXED, PARTS, LoRAWeights, weight_change
 from diffengine_sdxl.errors import UserError, listed
+from diffengine_sdxl.loading import hub
 from diffengine_sdxl.loading.strict import log_loaded
 
 NAMES = (diffusers_lora.WEIGHTS, 'pytorch_lora_weights.bin', peft_lora.WEIGHTS, 'adapter_model.bin')
 
 
 def read_lora(source: str | Path, modules: Modules, subfolder: str | None = None, weight_name: str | None = None,
-              revision: str | None = None) -> LoRAWeights:
+              revision: str | None = None, ignore_keys: Sequence[str] = (), alpha: float | None = None,
+              rslora: bool | None = None) -> LoRAWeights:
     """Read diffusers' file, a peft folder (or one with a subfolder per part), or a kohya single file.
 
     Args:
-        source, subfolder, weight_name, revision: see `files.find`.
-        modules: part -> full name -> plain layer of the live base, which gives every name and width.
+        source, subfolder, weight_name, revision: see `files.find`. ignore_keys: see `files.read`.
+        modules: part -> full name -> plain layer or norm of the live base, which gives every name and width.
+        alpha, rslora: of a file that does not say, see `diffusers_lora.read`.
 
     Raises:
         UserError: there is no such file, keys are unknown or missing, or it was made for another base.
@@ -31,34 +35,42 @@ def read_lora(source: str | Path, modules: Modules, subfolder: str | None = None
     folder = files.parts_folder(source, (peft_lora.CONFIG, peft_lora.WEIGHTS), subfolder, revision)
     parts = [part for part in PARTS if (folder / part / peft_lora.CONFIG).is_file()]
     if parts and weight_name is None:
-        weights = _join({part: _read_file(folder / part, modules, part=part) for part in parts}, folder)
+        weights = _join({part: _read_file(folder / part, modules, part=part, ignore_keys=ignore_keys)
+                         for part in parts}, folder)
     else:
-        weights = _read_file(source, modules, subfolder, weight_name, revision)
-    for part, part_weights in weights.parts.items():
-        layers: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in part_weights.tensors.items():
-            name, suffix = peft_lora.split(key)
-            layers.setdefault(name, {})[suffix] = tensor
-        for name, tensors in layers.items():
-            _check_widths(weights, f'{part}.{name}', tensors, modules[part][name])
+        weights = _read_file(source, modules, subfolder, weight_name, revision, None, ignore_keys, alpha, rslora)
+    if weights.kind != MIXED:  # whose reader checks the widths
+        for part, part_weights in weights.parts.items():
+            for name, tensors in part_weights.by_layer().items():
+                _check_widths(weights, f'{part}.{name}', tensors, modules[part][name])
     num_keys = sum(len(part_weights.tensors) for part_weights in weights.parts.values())
-    log_loaded(f'A {weights.kind} of {", ".join(weights.parts)}', source, num_keys)
+    zero = sum(alpha == 0 for own in weights.parts.values() for alpha in own.alpha.values())
+    log_loaded(f'{weights.title()} of {", ".join(weights.parts)}'
+               f'{f" ({zero} layers have alpha=0, which switches off their change)" if zero else ""}'
+               f'{f" with the words {listed(sorted(weights.words))}" if weights.words else ""}', source, num_keys)
     return weights
 
 
 def _read_file(source: str | Path, modules: Modules, subfolder: str | None = None, weight_name: str | None = None,
-               revision: str | None = None, part: str | None = None) -> LoRAWeights:
+               revision: str | None = None, part: str | None = None, ignore_keys: Sequence[str] = (),
+               alpha: float | None = None, rslora: bool | None = None) -> LoRAWeights:
     path = files.find(source, NAMES, subfolder, weight_name, revision)
-    file = files.read(path)
+    file = files.read(path, ignore_keys=ignore_keys)
     if others := [str(k) for k, t in file.tensors.items() if not isinstance(k, str) or not isinstance(t, Tensor)]:
         raise UserError(f"'{path}' holds more than named tensors ({listed(others)}); it is not a LoRA.")
-    if kohya.is_kohya(file.tensors):
-        return kohya.read(file.tensors, modules, path)
-    if path.name.startswith('adapter_model.') or (path.parent / peft_lora.CONFIG).is_file():
+    words, tensors = kohya_keys.split_words(file.tensors, path)
+    if kohya.is_kohya(tensors):
+        return replace(kohya.read(tensors, modules, path), words=words)
+    file = replace(file, tensors=tensors)
+    layers = {part: {name: module for name, module in own.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+              for part, own in modules.items()}
+    # On the hub the config is downloaded when it is read.
+    on_hub = path.name.startswith('adapter_model.') and hub.local_path(str(source)) is None
+    if on_hub or (path.parent / peft_lora.CONFIG).is_file():
         is_file = path == Path(source)
-        return peft_lora.read(file, modules, None if is_file else subfolder, path.parent if is_file else source,
-                              revision, part)
-    return diffusers_lora.read(file, modules)
+        return replace(peft_lora.read(file, layers, None if is_file else subfolder, path.parent if is_file else source,
+                                      revision, part), words=words)
+    return replace(diffusers_lora.read(file, layers, alpha, rslora), words=words)
 
 
 def _join(parts: Mapping[str, LoRAWeights], folder: Path) -> LoRAWeights:
@@ -103,11 +115,15 @@ def _check_widths(weights: LoRAWeights, name: str, tensors: Mapping[str, Tensor]
 
 
 def write_lora(folder: Path, weights: LoRAWeights, modules: Modules) -> bool:
-    """Write diffusers' file, or a peft folder per part for what stock diffusers cannot load.
+    """Write diffusers' file, a peft folder per part for what stock diffusers cannot load, or a kohya file for the rest.
 
     Returns:
         whether stock diffusers can load it.
     """
+    if weights.only_in_kohya():
+        folder.mkdir(parents=True, exist_ok=True)
+        kohya.write(folder / 'lora.safetensors', weights, modules)
+        return False
     if diffusers_lora.loads_in_stock(weights):
         diffusers_lora.write(folder, weights)
         return True

@@ -31,11 +31,17 @@ CONFIG, WEIGHTS, PREFIX = 'adapter_config.json', 'adapter_model.safetensors', 'b
 _TYPES = ('LORA', 'LOHA', 'LOKR', 'OFT')
 _AB = ('lora_A.weight', 'lora_B.weight')
 #: Kind -> the sets of tensors that a layer may have.
-FORMS = {'lora': (_AB,), 'dora': ((*_AB, 'lora_magnitude_vector'),), 'oft': (('oft_R.weight',),), **lora_weights.FORMS}
+FORMS = {'lora': (_AB, (*_AB, 'lora_B.bias')), 'dora': ((*_AB, 'lora_magnitude_vector'),), 'oft': (('oft_R.weight',),),
+         **lora_weights.FORMS}
 SUFFIXES = tuple(sorted({name for forms in FORMS.values() for form in forms for name in form}))
 #: Settings of peft that change what a layer computes, are not shown by the tensors, and are not supported.
-_UNSUPPORTED = ('alora_invocation_tokens', 'arrow_config', 'coft', 'fan_in_fan_out', 'kasa_config', 'lora_bias',
-                'modules_to_save', 'monteclora_config', 'trainable_token_indices', 'use_bdlora', 'velora_config')
+_UNSUPPORTED = ('alora_invocation_tokens', 'arrow_config', 'coft', 'fan_in_fan_out', 'kasa_config', 'layer_replication',
+                'modules_to_save', 'monteclora_config', 'target_parameters', 'trainable_token_indices', 'use_bdlora',
+                'use_qalora', 'velora_config')
+#: Values of `init_lora_weights` that only choose where training began; and beginnings of those that take a part out of
+#: the base's weights (peft/tuners/lora/layer.py, update_layer), so that the file alone is another adapter.
+_INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
+_CHANGES_BASE = {'pissa': 'PiSSA', 'olora': 'OLoRA', 'corda': 'CorDA', 'loftq': 'LoftQ', 'lora_ga': 'LoRA-GA'}
 #: OFT's rotation is the exact Cayley transform unless a file says that it was trained with peft's truncated series.
 _EXACT = {'use_cayley_neumann': False, 'num_cayley_neumann_terms': 5}
 
@@ -76,6 +82,11 @@ def gather(entries: Iterable[Entry], unknown: Iterable[str], source: str | Path)
         entry = next(iter(layer.values()))
         missing += [entry.key.removesuffix(entry.suffix) + suffix for suffix in form if suffix not in layer]
         unknown += [e.key for suffix, e in layer.items() if suffix not in form]
+        if 'lora_B.bias' in layer and 'lora_B.weight' in layer and (
+                layer['lora_B.bias'].tensor.shape != layer['lora_B.weight'].tensor.shape[:1]):
+            raise UserError(f"'{source}': '{layer['lora_B.bias'].key}' is of shape "
+                            f"{list(layer['lora_B.bias'].tensor.shape)}, and its lora_B has "
+                            f"{list(layer['lora_B.weight'].tensor.shape)}.")
     refuse(source, unknown=unknown, missing=missing)
     if not layers:
         raise UserError(f"'{source}' holds no weights of a LoRA or of its relatives.")
@@ -102,7 +113,8 @@ def settings(weights: LoRAWeights, part: str) -> dict[str, Any]:
                                   (_alpha_field(weights), 'alpha_pattern', part_weights.alpha)):
         fields[name], fields[pattern] = _patterns(values)
     if weights.kind in ('lora', 'dora'):
-        fields |= {'use_dora': weights.kind == 'dora', 'use_rslora': weights.rslora}
+        fields |= {'use_dora': weights.kind == 'dora', 'use_rslora': weights.rslora,
+                   'lora_bias': _any(part_weights, 'lora_B.bias')}
     return fields
 
 
@@ -157,6 +169,7 @@ def apply_config(weights: LoRAWeights, part: str, config: Mapping[str, Any], mod
     """
     part_weights = weights.parts[part]
     names = layer_names(part_weights)
+    _check_init(config.get('init_lora_weights'), weights.source)
     if not any(config.get(k) for k in ('exclude_modules', 'layers_to_transform')):
         lacking = _targeted(config.get('target_modules'), modules, weights.source) - set(names)
         refuse(weights.source, missing=[f'{prefix}{name}.{FORMS[weights.kind][0][0]}' for name in lacking])
@@ -166,16 +179,41 @@ def apply_config(weights: LoRAWeights, part: str, config: Mapping[str, Any], mod
     if unsupported:
         raise UserError(f"'{weights.source}' asks for {', '.join(f'{k}={config[k]!r}' for k in unsupported)}, which is "
                         'not supported here.')
+    if config.get('lora_bias') and not _any(part_weights, 'lora_B.bias'):
+        raise UserError(f"'{weights.source}' asks for lora_bias=True, and its tensors have no lora_B.bias.")
     if weights.kind == 'oft':
         weights.options = {'use_cayley_neumann': True, 'num_cayley_neumann_terms': 5}
         weights.options |= {k: config[k] for k in weights.options if k in config}
         return
-    part_weights.rank = part_weights.rank or _by_module(config, 'r', 'rank_pattern', names, weights.source)
-    part_weights.alpha = _by_module(config, _alpha_field(weights), 'alpha_pattern', names, weights.source)
+    ranks = _by_module(config, 'r', 'rank_pattern', names, weights.source)
+    alphas = _by_module(config, _alpha_field(weights), 'alpha_pattern', names, weights.source)
+    for name in names:
+        rank, alpha, shown = ranks[name], alphas[name], part_weights.rank.get(name)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise UserError(f"The config of '{weights.source}' gives '{name}' no rank: r={rank!r} must be a whole "
+                            'number above 0.')
+        if shown not in (None, rank):
+            raise UserError(f"The config of '{weights.source}' gives '{name}' rank {rank}, and its tensors have "
+                            f'{shown}.')
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise UserError(f"The config of '{weights.source}' gives '{name}' no alpha: "
+                            f'{_alpha_field(weights)}={alpha!r} must be a finite number.')
+    part_weights.rank, part_weights.alpha = ranks, alphas
     weights.rslora = bool(config.get('use_rslora'))
-    if unset := [m for m in names if not isinstance(part_weights.alpha[m], int | float)
-                 or not isinstance(part_weights.rank[m], int)]:
-        raise UserError(f"The config of '{weights.source}' gives '{unset[0]}' no rank or alpha.")
+
+
+def _check_init(init: Any, source: str) -> None:
+    if isinstance(init, str):
+        if (kind := next((_CHANGES_BASE[k] for k in _CHANGES_BASE if init.lower().startswith(k)), None)) is not None:
+            raise UserError(f"'{source}' was initialized by {kind} (init_lora_weights='{init}'), which takes a part "
+                            'out of the base, so these weights fit that changed base alone. Convert them to a plain '
+                            'LoRA with peft, where it was trained: model.save_pretrained(FOLDER, '
+                            'path_initial_model_for_weight_conversion=FIRST), FIRST being what was saved before the '
+                            'first step; then load FOLDER.')
+        init = init.lower()
+    if not isinstance(init, str | bool | None) or init not in _INITS:
+        raise UserError(f"'{source}' has init_lora_weights={init!r}, of which it is not known whether it changes the "
+                        f'base; read are {", ".join(map(repr, _INITS))}.')
 
 
 def _targeted(targets: Any, modules: Iterable[str], source: str) -> set[str]:
@@ -200,7 +238,8 @@ def config(weights: LoRAWeights, part: str, modules: Mapping[str, nn.Module], dr
     import peft
     part_weights, fields = weights.parts[part], settings(weights, part)
     if weights.kind in ('lora', 'dora'):
-        return peft.LoraConfig(**fields, lora_dropout=dropout, init_lora_weights=init)
+        # peft draws no fresh weights with a bias but its own.
+        return peft.LoraConfig(**fields, lora_dropout=dropout, init_lora_weights=fields['lora_bias'] or init)
     if weights.kind == 'loha':
         return peft.LoHaConfig(**fields, rank_dropout=dropout, use_effective_conv2d=_any(part_weights, 'hada_t1'))
     if weights.kind == 'lokr':
@@ -277,7 +316,7 @@ def read(file: WeightFile, modules: Modules, subfolder: str | None = None, sourc
     unknown = [key for key, suffix in suffixes.items() if suffix is None]
     names = {key: (key.removeprefix(PREFIX).removesuffix(f'.{suffix}'), suffix)
              for key, suffix in suffixes.items() if suffix}
-    part = part or _part_of({name for name, _ in names.values()}, modules)
+    part = part or part_of({name for name, _ in names.values()}, modules)
     entries = [Entry(key, part, in_memory(name, modules.get(part, {})), suffix, file.tensors[key])
                for key, (name, suffix) in names.items()]
     weights = gather(entries, unknown, file.path)
@@ -285,7 +324,7 @@ def read(file: WeightFile, modules: Modules, subfolder: str | None = None, sourc
     return weights
 
 
-def _part_of(names: set[str], modules: Modules) -> str:
+def part_of(names: set[str], modules: Modules) -> str:
     """Return the part that has most of the modules, exact names before those that differ by a prefix."""
     return max(modules, key=lambda part: (len(names & modules[part].keys()),
                                           sum(in_memory(name, modules[part]) is not None for name in names)))
@@ -297,6 +336,8 @@ def write(folder: Path, weights: LoRAWeights, modules: Modules) -> None:
     Raises:
         UserError: no single config of peft makes the layers' shapes.
     """
+    if only := weights.only_in_kohya():
+        raise UserError(f'A peft folder cannot hold {only}; write it as a kohya file.')
     for part, part_weights in weights.parts.items():
         if not builds(config(weights, part, modules[part]), part_weights, modules[part]):
             raise UserError(f'The {weights.kind} of the {part} has layers that no single config of peft makes, so a '

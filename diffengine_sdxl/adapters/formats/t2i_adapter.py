@@ -33,19 +33,21 @@ def has_blocks(keys: Iterable[str]) -> bool:
 
 
 def read_t2i_adapter(source: str | Path, num_levels: int, downscale_factor: int,
-                     revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+                     revision: str | None = None, ignore_keys: Sequence[str] = ()
+                     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a T2I-Adapter's weights under diffusers' names, and the arguments of diffusers' `T2IAdapter` for them.
 
     Args:
         source: a .safetensors file or a pickle of tensors; also a link to one on the hub, at `revision`.
         num_levels: number of feature maps, 4 for SDXL.
+        ignore_keys: see `files.read`.
         downscale_factor: size of the condition over that of the first feature map; a file does not show it.
 
     Raises:
         UserError: it cannot be read, or its keys are not a T2I-Adapter's.
     """
     path = files.find(source, revision=revision)
-    tensors = files.read(path).tensors
+    tensors = files.read(path, ignore_keys=ignore_keys).tensors
     # Tools put prefixes before all names; diffusers does, too.
     prefixes = [k.removesuffix('conv_in.weight') for k in map(str, tensors) if k.endswith('conv_in.weight')]
     prefix = min(prefixes, key=len, default='')

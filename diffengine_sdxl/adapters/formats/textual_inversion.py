@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,69 @@ NAMES = (NAME, 'learned_embeds.bin')
 #: Part of the base -> its key in SDXL files of diffusers' and kohya's trainers and ComfyUI.
 KEYS = {'text_encoder': 'clip_l', 'text_encoder_2': 'clip_g'}
 
+#: Width of the text of other Stable Diffusions -> the models. SDXL's first text encoder is as wide as that of 1.x.
+OTHER_WIDTHS = {768: 'Stable Diffusion 1.x', 1024: 'Stable Diffusion 2.x'}
+
 
 def read_textual_inversion(
-        source: str | Path, widths: Mapping[str, int], subfolder: str | None = None, weight_name: str | None = None,
-        revision: str | None = None) -> tuple[dict[str, Tensor], Path]:
+        source: str | Path | Sequence[str | Path], widths: Mapping[str, int], subfolder: str | None = None,
+        weight_name: str | None = None, revision: str | None = None, ignore_keys: Sequence[str] = ()
+        ) -> tuple[dict[str, Tensor], Path]:
     """Return a new token's vectors, part of the base -> [n, D], and the file that holds them.
 
-    Formats: SDXL's `clip_l` and `clip_g`; or one text encoder's: diffusers' {token: vectors}, A1111's `emb_params` and,
-    pickled, its `string_to_param`. A base with two text encoders needs two such files, <name> and <name>_2, as
-    diffusers' trainer writes them for SDXL.
+    Formats: SDXL's `clip_l` and `clip_g`, or one of them; or one text encoder's: diffusers' {token: vectors}, A1111's
+    `emb_params` and, pickled, its `string_to_param`. A base with two text encoders needs two of the latter: given as
+    two sources, or side by side under names as in `files.PAIRS`, <name> and <name>_2 of diffusers' trainer.
 
     Args:
-        source, subfolder, weight_name, revision: see `files.find`.
+        source, subfolder, weight_name, revision: see `files.find`; or a list of two sources.
         widths: part of the base -> width D of its embeddings.
+        ignore_keys: see `files.read`.
 
     Raises:
-        UserError: keys don't match, a text encoder's vectors are missing, or the widths are another base's.
+        UserError: keys don't match, the widths are another base's, or one text encoder's vectors do not say whose.
     """
-    path = files.find(source, NAMES, subfolder, weight_name, revision)
-    tensors = files.read(path).tensors
-    keys = {part: KEYS[part] for part in widths}
-    single = None if tensors.keys() & set(KEYS.values()) else of_one_encoder(tensors)
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if not 1 <= len(sources) <= len(KEYS):
+        raise UserError(f'weights={sources} of a textual inversion must be one source, or a list of two.')
+    paths = [files.find(one, NAMES, subfolder, weight_name, revision) for one in sources]
+    contents = {path: files.read(path, ignore_keys=ignore_keys).tensors for path in paths}
+    if len(sources) == 1 and len(widths) == 2 and len(_by_key(contents[paths[0]])) < 2:
+        paths = pair(paths[0])
+        contents |= {path: files.read(path, ignore_keys=ignore_keys).tensors for path in paths if path not in contents}
+    found: dict[str, Tensor] = {}
+    for number, path in enumerate(paths):
+        vectors = _vectors(path, contents[path], widths, number if len(paths) == 2 else None)
+        if twice := found.keys() & vectors:
+            raise UserError(f"'{paths[0]}' and '{path}' both hold vectors for {', '.join(sorted(twice))}.")
+        found |= vectors
+    return _check(paths[0], {part: found[part] for part in widths if part in found}, widths), paths[0]
+
+
+def _by_key(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the vectors that are named for a text encoder, by the encoder."""
+    return {part: tensors[key] for part, key in KEYS.items() if key in tensors}
+
+
+def _vectors(path: Path, tensors: Mapping[str, Any], widths: Mapping[str, int], number: int | None) -> dict[str, Any]:
+    """Return part -> vectors of one file.
+
+    Args:
+        number: of the file among two; None: it is the only one.
+    """
+    named = _by_key(tensors)
+    single = None if named else of_one_encoder(tensors)
     if single is None:
-        files.refuse(path, unknown=[str(k) for k in tensors if k not in keys.values()],
-                     missing=[key for key in keys.values() if key not in tensors])
-        return _check(path, {part: tensors[key] for part, key in keys.items()}, widths), path
-    vectors = [single[1]]
-    if len(keys) == 2 and (second := second_file(path)).is_file():
-        entry = of_one_encoder(files.read(second).tensors)
-        vectors += [] if entry is None else [entry[1]]
-    if len(vectors) != len(keys):
-        raise UserError(f"'{path}' holds the vectors of one text encoder only; this base has two, so it needs a file "
-                        "with 'clip_l' and 'clip_g'.")
-    return _check(path, dict(zip(keys, vectors, strict=True)), widths), path
+        keys = [KEYS[part] for part in widths]
+        files.refuse(path, unknown=[str(k) for k in tensors if k not in keys], missing=[] if named else keys)
+        return named
+    width = single[1].shape[-1] if isinstance(single[1], Tensor) and single[1].dim() else None
+    fitting = [part for part, size in widths.items() if size == width]
+    if number is None and len(widths) == 2 and (len(fitting) > 1 or width in OTHER_WIDTHS):
+        raise UserError(f"'{path}' holds the vectors of one text encoder only; this base has two, and it does not say "
+                        "which it is for. Give a file with 'clip_l' and 'clip_g' (or one of them), or the files of "
+                        "both: weights=['FIRST', 'SECOND'].")
+    return {fitting[0] if len(fitting) == 1 else list(widths)[number or 0]: single[1]}
 
 
 def write_textual_inversion(folder: str | Path, vectors: Mapping[str, Tensor]) -> None:
@@ -59,9 +89,13 @@ def write_textual_inversion(folder: str | Path, vectors: Mapping[str, Tensor]) -
               metadata={'format': 'pt'})
 
 
-def second_file(path: Path) -> Path:
-    """Return the name of the file with the second encoder's vectors, <name>_2, for one with the first's."""
-    return path.with_name(f'{path.stem}_2{path.suffix}')
+def pair(path: Path) -> list[Path]:
+    """Return the files of the first and the second text encoder, of which `path` is one; only itself if it is alone."""
+    other = next((Path(name) for name in files.siblings(str(path)) if Path(name).is_file()), None)
+    if other is None:
+        return [path]
+    is_first = any(path.stem.endswith(first) and other.stem.endswith(second) for first, second in files.PAIRS)
+    return [path, other] if is_first else [other, path]
 
 
 def of_one_encoder(tensors: Mapping[str, Any]) -> tuple[str, Any] | None:

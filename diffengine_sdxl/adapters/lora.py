@@ -7,6 +7,8 @@ With W a layer's weight, s = scale * alpha / rank (alpha / sqrt(rank) with rslor
     LoHa   W + s (A1 B1) * (A2 B2)                            Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098
     LoKr   W + s kron(C, A B)                                 Yeh et al. 2023, LyCORIS, arXiv:2309.14859
     OFT    W R, R block diagonal with blocks (I - Q) (I + Q)^-1, Q antisymmetric    Qiu et al. 2023, arXiv:2306.07280
+
+Files may hold more than these, in layers of several kinds: see changed_layer.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from torch import Tensor, nn
 
 from diffengine_sdxl.adapters import lora_layers
 from diffengine_sdxl.adapters.base import Adapter, Tensors
+from diffengine_sdxl.adapters.changed_layer import ChangedLayer
 from diffengine_sdxl.adapters.formats import peft_lora
 from diffengine_sdxl.adapters.formats.files import refuse
 from diffengine_sdxl.adapters.formats.layer_names import Modules
 from diffengine_sdxl.adapters.formats.lora import read_lora, write_lora
-from diffengine_sdxl.adapters.formats.lora_weights import PARTS, LoRAWeights, PartWeights
-from diffengine_sdxl.adapters.lora_checks import check_arguments
+from diffengine_sdxl.adapters.formats.lora_weights import MIXED, PARTS, TITLES, LoRAWeights, PartWeights
+from diffengine_sdxl.adapters.lora_checks import check_arguments, check_loaded
+from diffengine_sdxl.adapters.lora_inject import inject_weights
+from diffengine_sdxl.adapters.lora_words import Words
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
@@ -38,17 +43,19 @@ from diffengine_sdxl.structures import Batch, UNetCall
 DEFAULT_TARGETS = {'unet': [f'unet.*.attn[12].{name}' for name in ('to_q', 'to_k', 'to_v', 'to_out.0')],
                    **{part: [f'{part}.*.self_attn.{name}_proj' for name in ('q', 'k', 'v', 'out')]
                       for part in PARTS if part != 'unet'}}
-_TITLES = {'lora': 'LoRA', 'dora': 'DoRA', 'loha': 'LoHa', 'lokr': 'LoKr', 'oft': 'OFT'}
 
 
 @ADAPTERS.register_module()
 class LoRA(Adapter):
     """A LoRA, DoRA, LoHa, LoKr or OFT of the UNet and the text encoders.
 
-    A fresh one changes nothing until it trains. Its weights live in the base, beside the layers that they change.
+    A fresh one changes nothing until it trains. Its weights live in the base, beside the layers that they change. One
+    that is loaded may be of several kinds, with whole weights, biases and norms, which all train if it does, and may
+    bring new words for prompts, which don't.
 
     Args:
-        weights, trainable, active_range: see Adapter. An active range is for the UNet alone: prompts are encoded once.
+        weights, trainable, active_range, ignore_keys: see Adapter. An active range is for the UNet alone: prompts are
+            encoded once.
         scale: its strength, any number; for OFT 0 or 1.
         subfolder, weight_name, revision: of `weights`, see formats.files.find.
         kind: 'lora', 'dora', 'loha', 'lokr' or 'oft'; None: that of `weights`, else 'lora'.
@@ -76,11 +83,13 @@ class LoRA(Adapter):
                  weight_name: str | None = None, revision: str | None = None, kind: str | None = None,
                  rank: int | None = None, alpha: float | None = None, rslora: bool | None = None, dropout: float = 0.0,
                  init: bool | str = 'gaussian', parts: Sequence[str] | None = None,
-                 targets: Sequence[str] | None = None, blocks: Mapping[str, Any] | None = None) -> None:
+                 targets: Sequence[str] | None = None, blocks: Mapping[str, Any] | None = None,
+                 ignore_keys: Sequence[str] = ()) -> None:
         check_arguments(kind or 'lora', init, rank, alpha, dropout if trainable else 0.0, parts, targets, blocks)
         self.requested: dict[str, Any] = {'kind': kind, 'rank': rank, 'alpha': alpha, 'rslora': rslora, 'parts':
                                           None if parts is None else tuple(p for p in PARTS if p in parts)}
         self.method, self.blocks = kind or 'lora', dict(blocks or {})
+        self._title = TITLES[self.method]
         self._disabled = False
         #: Whether the active range is open, for all rows (bool) or for each (bool [B]).
         self._gate: bool | Tensor = True
@@ -89,7 +98,8 @@ class LoRA(Adapter):
         self._wrappers: dict[str, dict[str, Any]] = {}
         #: Ranks and alphas of each part, without tensors.
         self._ranks: dict[str, PartWeights] = {}
-        super().__init__(None, weights, trainable, scale, active_range)
+        super().__init__(None, weights, trainable, scale, active_range, ignore_keys)
+        self.words = Words({}, '', {})
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
         self.targets = None if targets is None else list(targets)
         self.dropout, self.init = float(dropout) if trainable else 0.0, init
@@ -100,7 +110,8 @@ class LoRA(Adapter):
             raise UserError(f'The scale of an OFT, a rotation, must be 0 or 1, not {scales}.')
 
     def _check_active_range(self, active_range: tuple[float, float]) -> None:
-        if active_range != (0, 1) and (encoders := self._ranks.keys() - {'unet'}):
+        words = [f"the word '{word}'" for word in self.words.names] if self._ranks else []
+        if active_range != (0, 1) and (encoders := {*self._ranks, *words} - {'unet'}):
             raise UserError(f"active_range={active_range} of adapter '{self.name}' is for the UNet alone, as prompts "
                             f'are encoded once; it also changes {", ".join(sorted(encoders))}.')
 
@@ -109,7 +120,7 @@ class LoRA(Adapter):
         """Its kind and ranks, e.g. 'DoRA r16'."""
         ranks = [rank for part in self._ranks.values() for rank in part.rank.values()]
         limits = dict.fromkeys((min(ranks), max(ranks))) if ranks else ()
-        return _TITLES[self.method] + (f' r{"-".join(map(str, limits))}' if limits else '')
+        return self._title + (f' r{"-".join(map(str, limits))}' if limits else '')
 
     def attach(self, model: AdapterHost) -> None:
         """Inject it into the base: from `weights`, or fresh.
@@ -120,33 +131,45 @@ class LoRA(Adapter):
         if hasattr(nn.ParameterDict(), self.name):
             raise UserError(f"'{self.name}' cannot name a LoRA: it is reserved by torch's ParameterDict.")
         self._parts = {part: getattr(model, part) for part in PARTS if getattr(model, part) is not None}
-        modules = self._plain_layers()
+        modules = self._plain_layers(norms=True)
         self._check_blocks(modules)
         if self.weights is None:
             loaded = self._fresh(model, modules)
         else:
-            loaded = read_lora(self.weights, modules, **self.source)
+            loaded = read_lora(self.weights, modules, **self.source, ignore_keys=self.ignore_keys,
+                               alpha=self.requested['alpha'], rslora=self.requested['rslora'])
             self._check_loaded(loaded, modules, model)
-        self.method, self.rslora, self.options = loaded.kind, loaded.rslora, loaded.options
+        self.method, self.rslora, self.options, self._title = loaded.kind, loaded.rslora, loaded.options, loaded.title()
+        self.words = Words(loaded.words, loaded.source, self._parts)
         self._ranks = {part: PartWeights({}, own.rank, own.alpha) for part, own in loaded.parts.items()}
         self._check_scale(self.scale)
         self._check_active_range(self.active_range)
         self._parts = {part: module for part, module in self._parts.items() if part in loaded.parts}
         try:
             for part in self._parts:
-                self._wrappers[part] = self._inject(part, loaded, modules[part])
+                self._wrappers[part] = inject_weights(self._parts[part], part, loaded, modules[part], self.name,
+                                                      self.trainable, self.dropout, self.init)
         except BaseException:
             self.detach(model)
             raise
         # The penultimate layer of the first text encoder is read; later layers never get a gradient.
         self._never_read = {(part, name) for part, name, _ in self._all_wrappers()
                             if model.never_read(part, f'{name}.')}
-        self.attach_point = f'{len(list(self._all_wrappers()))} layers of {", ".join(self._wrappers)}'
+        self.attach_point = self._where()
         self._apply_scale()
 
-    def _plain_layers(self) -> dict[str, dict[str, nn.Module]]:
-        """Return part -> name -> layer of the base, without wrappers."""
-        return {part: lora_layers.plain(module) for part, module in self._parts.items()}
+    def _where(self) -> str:
+        """Return how many layers it changes and, if they are not 1, by which factors: '560 layers of unet, x 0.25-1'."""
+        factors = [own.alpha[name] / (math.sqrt(rank) if self.rslora else rank)
+                   for own in self._ranks.values() for name, rank in own.rank.items() if name in own.alpha]
+        limits = [f'{factor:.3g}' for factor in dict.fromkeys((min(factors), max(factors)))] if factors else ['1']
+        text = f'{len(list(self._all_wrappers()))} layers of {", ".join(self._wrappers)}'
+        return text if limits == ['1'] else f'{text}, x {"-".join(limits)}'
+
+    def _plain_layers(self, norms: bool = False) -> dict[str, dict[str, nn.Module]]:
+        """Return part -> name -> layer of the base, without wrappers; norms too if asked."""
+        return {part: lora_layers.plain(module) | (lora_layers.norms(module) if norms else {})
+                for part, module in self._parts.items()}
 
     def _fresh(self, model: AdapterHost, modules: Modules) -> LoRAWeights:
         """Return ranks and alphas of the layers that the arguments choose, without tensors."""
@@ -190,62 +213,19 @@ class LoRA(Adapter):
 
     def _check_loaded(self, loaded: LoRAWeights, modules: Modules, model: AdapterHost) -> None:
         """Refuse weights that contradict the arguments."""
-        def compare(what: str, requested: Any, actual: Any) -> None:
-            if requested is not None and requested != actual:
-                raise UserError(f"Adapter '{self.name}' has {what}={requested!r}, but '{self.weights}' has {actual!r};"
-                                ' leave it out to use that of the file.')
-
-        compare('kind', self.requested['kind'], loaded.kind)
-        compare('rslora', self.requested['rslora'], loaded.rslora)
-        compare('parts', self.requested['parts'], tuple(p for p in PARTS if p in loaded.parts))
-        for part, own in loaded.parts.items():
-            for name in peft_lora.layer_names(own):
-                block = self._block(part, name)
-                if block is None:
-                    raise UserError(f"The blocks of adapter '{self.name}' leave out '{part}.{name}', which "
-                                    f"'{self.weights}' changes; use a block with scale=0 to disable it.")
-                for key, values in (('rank', own.rank), ('alpha', own.alpha)):
-                    if loaded.kind != 'oft':
-                        compare(f'{key} of {part}.{name}', block.get(key, self.requested[key]), values[name])
-            if loaded.kind == 'oft' and (size := self.requested['rank']) is not None:
-                config = peft_lora.config(loaded, part, modules[part], block_size=size)
-                if not peft_lora.builds(config, own, modules[part]):
-                    compare('rank', size, 'blocks of another size')
+        check_loaded(self.requested, loaded, modules, self.name, self._block)
+        if self.dropout and loaded.kind == MIXED:
+            raise UserError(f"Adapter '{self.name}' has dropout={self.dropout}, which is not possible for "
+                            f"{loaded.title()} in one file, as in '{self.weights}'; leave it out.")
         if self.targets is None:
             return
         targets = lora_layers.find_layers(self.targets, {part: self._parts[part] for part in loaded.parts}, self.name)
         for part, names in targets.items():
-            differing = set(names) ^ set(peft_lora.layer_names(loaded.parts[part]))
+            differing = set(names) ^ set(loaded.parts[part].by_layer())
             # A file may hold layers that never train or not; a fresh adapter leaves them out.
             if differing := {name for name in differing if not model.never_read(part, f'{name}.')}:
                 raise UserError(f"The targets of adapter '{self.name}' and '{self.weights}' differ in {len(differing)} "
                                 f"layers of {part}, as '{min(differing)}'. Leave them out to use those of the file.")
-
-    def _inject(self, part: str, loaded: LoRAWeights, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """Inject one part's wrappers, with the weights loaded, or fresh ones."""
-        own = loaded.parts[part]
-        config = peft_lora.config(loaded, part, modules, self.dropout, self.init,
-                                  0 if own.tensors else next(iter(own.rank.values())))
-        wrappers = lora_layers.inject(self._parts[part], config, self.name)
-        names = peft_lora.layer_names(own) if own.tensors else list(own.rank)
-        assert set(wrappers) == set(names), set(wrappers) ^ set(names)
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in own.tensors.items():
-            name, suffix = peft_lora.split(key)
-            tensors.setdefault(name, {})[suffix] = tensor
-        for name, wrapper in wrappers.items():
-            weight = modules[name].weight
-            assert isinstance(weight, Tensor)
-            if own.tensors:
-                lora_layers.set_weights(wrapper, self.name, tensors[name])
-            else:
-                lora_layers.reset_weights(wrapper, self.name, self.init)
-            # What trains stays in fp32; peft's OFT has no inverse in half precision.
-            dtype = weight.dtype if not self.trainable and loaded.kind != 'oft' else torch.promote_types(
-                weight.dtype, torch.float32)
-            for parameter in lora_layers.weights(wrapper, self.name).values():
-                parameter.data = parameter.data.to(dtype)
-        return wrappers
 
     def detach(self, model: AdapterHost) -> None:
         """Remove its wrappers from the base, whatever other adapters' are nested around them."""
@@ -264,7 +244,9 @@ class LoRA(Adapter):
             scale = self.scale * self._block_scale(part, name)
             lora_layers.set_active(wrapper, self.name, scale != 0 and not self._disabled and gate is not False)
             wrapper.rows = gate if isinstance(gate, Tensor) else None
-            if self.method != 'oft':
+            if isinstance(wrapper, ChangedLayer):
+                wrapper.scaling[self.name] = scale
+            elif self.method != 'oft':
                 # In peft's and so in diffusers' order of operations.
                 rank = math.sqrt(own.rank[name]) if self.rslora else own.rank[name]
                 wrapper.scaling[self.name] = scale * own.alpha[name] / rank
@@ -331,20 +313,37 @@ class LoRA(Adapter):
                                     for key, p in lora_layers.weights(wrapper, self.name).items()},
                                    *(({}, {}) if self.method == 'oft' else (own.rank, own.alpha)))
                  for part, wrappers in self._wrappers.items() for own in (self._ranks[part],)}
-        return LoRAWeights(self.method, parts, self.rslora, self.name, self.options)
+        words = {word: {part: v.cpu().clone() for part, v in vectors.items()}
+                 for word, vectors in self.words.tensors().items()}
+        return LoRAWeights(self.method, parts, self.rslora, self.name, self.options, words)
+
+    def new_tokens(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
+        """Return the words that its weights brought; none at scale 0."""
+        return self.words.new_tokens() if self.scale != 0 else {}
 
     def add_to_pipeline(self, stock: Any) -> None:
-        """Register it by name; its layers are in the pipeline's copies already."""
+        """Register it by name; its layers are in the pipeline's copies already, its words are added.
+
+        Raises:
+            UserError: diffusers has not all of its kinds.
+        """
         self._refuse_active_range()
+        if self.method == MIXED:
+            self._unsupported_by_diffusers(f'it cannot scale or remove {self._title}. Sample here')
+        for word, vectors in self.new_tokens().items():
+            stock.add_token(word, dict(zip(PARTS[1:], vectors, strict=True)))
         for part, modules in self._plain_layers().items():
             stock.add_lora(self.name, part, peft_lora.config(self.to_weights(), part, modules))
 
     def save(self, folder: str | Path) -> None:
-        """Write diffusers' file, or a peft folder for each part if diffusers cannot load the kind."""
-        if not write_lora(Path(folder), self.to_weights(), self._plain_layers()):
-            print_log(f"diffusers cannot load a {_TITLES[self.method]}"
-                      f'{" of a text encoder" if self.method == "dora" else ""}: \'{folder}\' holds a peft folder for '
-                      f'each part ({", ".join(self._parts)}).', logger='current')
+        """Write diffusers' file; what diffusers cannot load, as a peft folder for each part or else a kohya file."""
+        weights = self.to_weights()
+        if write_lora(Path(folder), weights, self._plain_layers(norms=True)):
+            return
+        form = f'a kohya file with {only}' if (only := weights.only_in_kohya()) else (
+            f'a peft folder for each part ({", ".join(self._parts)})')
+        print_log(f"diffusers cannot load a {self._title}{' of a text encoder' if self.method == 'dora' else ''}"
+                  f"{' with words' if self.words.names else ''}: '{folder}' holds {form}.", logger='current')
 
     def load(self, source: str | Path) -> None:
         """Read any format of formats.lora, in place.
@@ -352,9 +351,9 @@ class LoRA(Adapter):
         Raises:
             UserError: its kind, layers, ranks or alphas are not those attached, or it was made for another base.
         """
-        loaded = read_lora(source, self._plain_layers())
+        loaded = read_lora(source, self._plain_layers(norms=True))
         if loaded.kind != self.method:
-            raise UserError(f"'{source}' holds a {_TITLES[loaded.kind]}; adapter '{self.name}' is a {self.kind}.")
+            raise UserError(f"'{source}' holds a {loaded.title()}; adapter '{self.name}' is a {self.kind}.")
         new = {f'{part}.{key}': t for part, own in loaded.parts.items() for key, t in own.tensors.items()}
         current = {f'{part}.{name}.{key}': p for part, name, wrapper in self._all_wrappers()
                    for key, p in lora_layers.weights(wrapper, self.name).items()}
@@ -368,6 +367,7 @@ class LoRA(Adapter):
                 name = differing[0]
                 raise UserError(f"'{source}' scales '{name}' ({len(differing)} in all) by alpha / rank = "
                                 f"{theirs[name]:g}; adapter '{self.name}' by {ours[name]:g}. Set the file's alpha.")
+        self.words.load(loaded.words, source)
         with torch.no_grad():
             for key, parameter in current.items():
                 parameter.copy_(new[key].reshape(parameter.shape))

@@ -1,12 +1,14 @@
-"""Checks of a LoRA's arguments."""
+"""Checks of a LoRA's arguments, alone and against the weights that it loads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diffengine_sdxl.adapters.formats.lora_weights import KINDS, PARTS
+from diffengine_sdxl.adapters.formats import peft_lora
+from diffengine_sdxl.adapters.formats.layer_names import Modules
+from diffengine_sdxl.adapters.formats.lora_weights import KINDS, PARTS, LoRAWeights
 from diffengine_sdxl.errors import UserError, one_of
 
 
@@ -50,3 +52,38 @@ def _violated(key: str, value: Any) -> str | None:
         'dropout': (is_number and 0 <= value < 1, 'a number in [0, 1)'),
         'scale': (is_number, 'a number')}[key]
     return None if valid else allowed
+
+
+def check_loaded(requested: Mapping[str, Any], loaded: LoRAWeights, modules: Modules, adapter: str,
+                 block: Callable[[str, str], Mapping[str, Any] | None]) -> None:
+    """Refuse weights that contradict a LoRA's arguments.
+
+    Args:
+        requested: kind, rslora, parts, rank, alpha as given; None where they are not.
+        modules: part -> name -> plain layer of the base. adapter: its name.
+        block: returns the entry of `blocks` for a layer (part, name).
+
+    Raises:
+        UserError: what differs, and what the file has.
+    """
+    def compare(what: str, wanted: Any, actual: Any) -> None:
+        if wanted is not None and wanted != actual:
+            raise UserError(f"Adapter '{adapter}' has {what}={wanted!r}, but '{loaded.source}' has {actual!r}; leave "
+                            'it out to use that of the file.')
+
+    compare('kind', requested['kind'], loaded.kind if loaded.kind in KINDS else loaded.title())
+    compare('rslora', requested['rslora'], loaded.rslora)
+    compare('parts', requested['parts'], tuple(p for p in PARTS if p in loaded.parts))
+    for part, own in loaded.parts.items():
+        for name in own.by_layer():
+            settings = block(part, name)
+            if settings is None:
+                raise UserError(f"The blocks of adapter '{adapter}' leave out '{part}.{name}', which '{loaded.source}' "
+                                'changes; use a block with scale=0 to disable it.')
+            for key, values in (('rank', own.rank), ('alpha', own.alpha)):
+                if loaded.kind != 'oft' and name in values:
+                    compare(f'{key} of {part}.{name}', settings.get(key, requested[key]), values[name])
+        if loaded.kind == 'oft' and (size := requested['rank']) is not None:
+            config = peft_lora.config(loaded, part, modules[part], block_size=size)
+            if not peft_lora.builds(config, own, modules[part]):
+                compare('rank', size, 'blocks of another size')

@@ -1,4 +1,4 @@
-"""peft's wrappers in a component of the base: inject and remove them, read and set their weights, switch them.
+"""peft's wrappers and ours in a component of the base: inject and remove them, read and set their weights, switch them.
 
 A wrapper replaces a layer: `to_q` becomes a LoraLayer that holds the layer as `base_layer` and the weights by the
 adapter's name. Every adapter has its own wrappers, nested in the order of attaching, so that no two share a flag.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffengine_sdxl.adapters.changed_layer import NORMS, ChangedLayer
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.structures import where
 
@@ -26,7 +27,7 @@ LAYERS = (nn.Linear, nn.Conv2d)
 
 def _is_wrapper(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
-    return isinstance(module, BaseTunerLayer)
+    return isinstance(module, BaseTunerLayer | ChangedLayer)
 
 
 def _tree(part: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
@@ -45,6 +46,12 @@ def _tree(part: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
 def plain(part: nn.Module) -> dict[str, nn.Module]:
     """Return the linear and convolution layers of `part` by name, in its order, without wrappers."""
     return {name: module for name, module, _ in _tree(part) if isinstance(module, LAYERS)}
+
+
+def norms(part: nn.Module) -> dict[str, nn.Module]:
+    """Return the norms of `part` that have weights by name, in its order, without wrappers."""
+    return {name: module for name, module, _ in _tree(part) if isinstance(module, NORMS)
+            and module.weight is not None}
 
 
 def layers(part: nn.Module, adapter: str) -> dict[str, Any]:
@@ -114,12 +121,37 @@ def inject(part: nn.Module, config: Any, adapter: str) -> dict[str, Any]:
     for parameter, value in requires_grad:
         parameter.requires_grad_(value)
     for name, wrapper in injected.items():
-        wrapper.rows, wrapper.forward = None, functools.partial(_forward, wrapper)
-        set_training(wrapper, adapter, False)  # new modules are in training mode
-        if name in outermost:
-            wrapper.base_layer = outermost[name]
-            part.set_submodule(name, wrapper)
+        _nest(part, name, wrapper, adapter, outermost.get(name))
     return injected
+
+
+def inject_changes(part: nn.Module, adapter: str, changes: Mapping[str, Mapping[str, Tensor]],
+                   factors: Mapping[str, float], dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """Wrap layers and norms of `part` in ChangedLayers, around the wrappers that are there.
+
+    Args:
+        changes: name of the layer -> its tensors. factors: name -> alpha / rank, where it is not 1.
+        dtypes: name -> dtype that it keeps them in.
+
+    Returns:
+        The wrappers by the name of the layer.
+    """
+    places = {name: (module, wrappers[0] if wrappers else module) for name, module, wrappers in _tree(part)
+              if name in changes}
+    injected: dict[str, Any] = {}
+    for name, (module, outermost) in places.items():
+        injected[name] = ChangedLayer(module, adapter, changes[name], factors.get(name, 1.0), dtypes[name])
+        _nest(part, name, injected[name], adapter, outermost)
+    return injected
+
+
+def _nest(part: nn.Module, name: str, wrapper: Any, adapter: str, below: nn.Module | None) -> None:
+    """Switch a new wrapper's dropout off and put it around `below`; None if peft has placed it already."""
+    wrapper.rows, wrapper.forward = None, functools.partial(_forward, wrapper)
+    set_training(wrapper, adapter, False)  # new modules are in training mode
+    if below is not None:
+        wrapper.base_layer = below
+        part.set_submodule(name, wrapper)
 
 
 def remove(part: nn.Module, adapter: str) -> None:
@@ -165,6 +197,8 @@ def _forward(wrapper: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def weights(wrapper: Any, adapter: str) -> dict[str, nn.Parameter]:
     """Return an adapter's weights in a wrapper by peft's names in files, sorted: 'lora_A.weight', 'hada_w1_a', ..."""
+    if isinstance(wrapper, ChangedLayer):
+        return wrapper.weights()
     parameters: dict[str, nn.Parameter] = {}
     for kind in wrapper.adapter_layer_names:
         if adapter not in getattr(wrapper, kind):
@@ -189,7 +223,8 @@ def set_weights(wrapper: Any, adapter: str, tensors: Mapping[str, Tensor]) -> No
     for key, tensor in tensors.items():
         kind, _, rest = key.partition('.')
         entries = getattr(wrapper, kind)
-        copy = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        # peft's DoRA views a convolution's weights as matrices.
+        copy = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).contiguous()
         if isinstance(entries, nn.ParameterDict):
             entries[adapter] = nn.Parameter(copy)
         else:

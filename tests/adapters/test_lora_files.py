@@ -265,7 +265,7 @@ def test_bad_files(tiny_base: Path, tmp_path: Path) -> None:
             reread(tiny_base, path)
     torch.save({'unet.x': _Code()}, tmp_path / 'code.bin')
     torch.save({'state': {'unet.x': torch.zeros(1)}}, tmp_path / 'nested.bin')
-    for name, words in (('code.bin', 'holds more than tensors, perhaps code'),
+    for name, words in (('code.bin', 'is a pickle that would run code'),
                         ('nested.bin', 'more than named tensors'), ('nothing.bin', 'no file or folder'),
                         ('wide', 'holds no weight file')):
         with pytest.raises(ValueError, match=words):

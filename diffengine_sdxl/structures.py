@@ -216,8 +216,8 @@ class UNetCall:
         """Add to every skip connection and to the mid block's output (ControlNet); those of several adapters sum.
 
         Args:
-            down: one for each skip connection of the UNet, in its order and shape.
-            mid: [B, C, h', w'].
+            down: one for each skip connection of the UNet, in its order and shape, or [B, C, 1, 1].
+            mid: [B, C, h', w'], or [B, C, 1, 1].
 
         Raises:
             UserError: another adapter added other shapes.
@@ -309,7 +309,9 @@ class UNetCall:
 def _sum(total: list[Tensor], new: list[Tensor], what: str) -> list[Tensor]:
     if not total:
         return new
-    if [t.shape for t in total] != [t.shape for t in new]:
+    # [B, C, 1, 1] is the same everywhere: what a ControlNet pools.
+    if len(total) != len(new) or any(a.shape != b.shape and (a.shape[:2] != b.shape[:2] or (1, 1) not in (
+            a.shape[2:], b.shape[2:])) for a, b in zip(total, new, strict=True)):
         raise UserError(f'Two adapters add {what} of different shapes: {[tuple(t.shape) for t in total]} and '
                         f'{[tuple(t.shape) for t in new]}.')
     return [a + b for a, b in zip(total, new, strict=True)]

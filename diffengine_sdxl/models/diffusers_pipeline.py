@@ -30,10 +30,14 @@ PIPELINES = {
     ('image-to-image', ('controlnet',)): 'StableDiffusionXLControlNetImg2ImgPipeline',
     ('inpainting', ()): 'StableDiffusionXLInpaintPipeline',
     ('inpainting', ('controlnet',)): 'StableDiffusionXLControlNetInpaintPipeline',
+    ('text-to-image', ('controlnet_union',)): 'StableDiffusionXLControlNetUnionPipeline',
+    ('image-to-image', ('controlnet_union',)): 'StableDiffusionXLControlNetUnionImg2ImgPipeline',
+    ('inpainting', ('controlnet_union',)): 'StableDiffusionXLControlNetUnionInpaintPipeline',
 }
 TASKS = tuple(dict.fromkeys(task for task, _ in PIPELINES))
-#: The networks of PIPELINES: their names for the user, and diffusers' containers of several.
-_NAMES = {'adapter': 'T2I-Adapters', 'controlnet': 'ControlNets'}
+#: The networks of PIPELINES: their names for the user, and diffusers' containers of several; the unions' pipelines take
+#: a list.
+_NAMES = {'adapter': 'T2I-Adapters', 'controlnet': 'ControlNets', 'controlnet_union': 'union ControlNets'}
 _CONTAINERS = {'adapter': 'MultiAdapter', 'controlnet': 'MultiControlNetModel'}
 
 
@@ -110,7 +114,7 @@ class PipelineBuilder:
             first, other = self._common.setdefault(key, (value, name))
             if first != value:
                 raise UserError(f"diffusers takes one {key} for all {_NAMES[component]}; '{other}' has {first:g} and "
-                                f"'{name}' {value:g}. Give them the same active range.")
+                                f"'{name}' {value:g}. Set the same for all of them.")
         self._networks.setdefault(component, []).append(self._copy(net, self._dtype))
         for key, value in arguments.items():
             self._arguments.setdefault(key, []).append(value)
@@ -166,8 +170,10 @@ class PipelineBuilder:
             self._attach_image_prompts()
         options = {'add_watermarker': False, 'force_zeros_for_empty_prompt': model.null_prompt == 'zeros',
                    'requires_aesthetics_score': model.is_refiner}
-        networks = {name: nets[0] if len(nets) == 1 else getattr(diffusers, _CONTAINERS[name])(nets).eval()
-                    for name, nets in self._networks.items()}
+        networks: dict[str, Any] = {
+            name.removesuffix('_union'): nets[0] if len(nets) == 1 else
+            getattr(diffusers, _CONTAINERS[name])(nets).eval() if name in _CONTAINERS else nets
+            for name, nets in self._networks.items()}
         pipeline = cls(
             **self.parts, **networks, **self._encoder_parts, scheduler=_scheduler(model),
             **{name: copy.deepcopy(getattr(model, name)) for name in loading.TOKENIZERS},

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffengine_sdxl import config
 from diffengine_sdxl.commands import cli
-from diffengine_sdxl.testing.__main__ import ADAPTERS, main
+from diffengine_sdxl.testing.__main__ import ADAPTERS, FILE, main
 from diffengine_sdxl.testing.adapters import write_tiny_adapter
 from diffengine_sdxl.testing.stand_ins import StandIns, make_image
 
@@ -26,7 +26,8 @@ def test_the_printed_commands_work(tmp_path: Path, capsys: pytest.CaptureFixture
     """Each makes an image of its own, so no adapter is idle; the one that trains is parsed, and its config loads."""
     folder = tmp_path / 'tiny models'
     assert main([str(folder), '--num-images', '2']) == 0
-    assert {p.name for p in folder.iterdir()} == {'base', 'refiner', 'image_encoder', 'data', *ADAPTERS}
+    assert {p.name for p in folder.iterdir()} == {'base', 'refiner', 'image_encoder', 'data', FILE,
+                                                 *ADAPTERS}
     assert len([*(folder / 'data' / 'images').iterdir()]) == 2
     printed = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line) for line in printed if line.startswith('diffengine-sdxl')]
@@ -39,7 +40,7 @@ def test_the_printed_commands_work(tmp_path: Path, capsys: pytest.CaptureFixture
         assert words[1] == 'infer' and cli.main('infer', [*words[2:], '--num-inference-steps', '2']) == 0, words
         made, = Path(words[words.index('--out') + 1]).glob('00000-*.png')
         images.append(pixels(made))
-    assert len(images) == len(ADAPTERS) + 3
+    assert len(images) == len(ADAPTERS) + 4
     assert not [(i, k) for k, other in enumerate(images) for i in range(k) if np.array_equal(images[i], other)]
 
 

@@ -116,11 +116,13 @@ def check_left(work_dir: Path) -> str:
 def compare(whole: Path, work_dir: Path) -> list[str]:
     """Return where two runs differ: the last checkpoint, the curves, the export, half-written files."""
     import torch
+    from safetensors.torch import load_file
     last = [torch.load(f / f'step{STEPS}.pth', weights_only=True) for f in (whole, work_dir)]
-    found = list(differences(*last))
-    for name in ('curves.jsonl', f'step{STEPS}/adapter/diffusion_pytorch_model.safetensors'):
-        if (whole / name).read_bytes() != (work_dir / name).read_bytes():
-            found.append(name)
+    # Without the header of an export, which has the date.
+    exports = [load_file(f / f'step{STEPS}/adapter/diffusion_pytorch_model.safetensors') for f in (whole, work_dir)]
+    found = [*differences(*last), *differences(*exports)]
+    if (whole / 'curves.jsonl').read_bytes() != (work_dir / 'curves.jsonl').read_bytes():
+        found.append('curves.jsonl')
     return found + [str(p) for p in work_dir.glob('.*')]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from diffengine_sdxl import atomic_files
 from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.adapters.formats import modelspec
 from diffengine_sdxl.config.references import to_plain
 from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.runner import ExperimentRunner
@@ -23,16 +25,19 @@ from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.versions import git_commit, versions
 
 
-def export(runner: ExperimentRunner, folder: Path, step: int) -> None:
+def export(runner: ExperimentRunner, folder: Path, step: int, metadata: Mapping[str, str] | None = None) -> None:
     """Write what trains to `folder`, in the main process, whole or not at all; read it back and compare.
+
+    Args:
+        metadata: of the headers of its files, beside and before `modelspec.of_export`.
 
     Raises:
         UserError: it cannot be written, or differs when read back.
     """
-    on_main_process(lambda: _export(runner, folder, step))
+    on_main_process(lambda: _export(runner, folder, step, metadata or {}))
 
 
-def _export(runner: ExperimentRunner, folder: Path, step: int) -> None:
+def _export(runner: ExperimentRunner, folder: Path, step: int, metadata: Mapping[str, str]) -> None:
     model = runner.bare_model
     trainables = model.trainables()
     adapters = {name: adapter for name, adapter in model.adapters.items() if name in trainables}
@@ -41,11 +46,22 @@ def _export(runner: ExperimentRunner, folder: Path, step: int) -> None:
         temporary.mkdir()
         for name, adapter in adapters.items():
             adapter.save(temporary / name)
+            modelspec.stamp(temporary / name, {**_fields(runner, name, step), **metadata})
             _check_adapter(adapter, trainables[name], temporary / name)
         if model.trainable_parts:
             save_pipeline(model, temporary / PIPELINE)
+            modelspec.stamp(temporary / PIPELINE, {**_fields(runner, None, step), **metadata})
             _check_pipeline(model, temporary / PIPELINE)
         (temporary / 'manifest.json').write_text(json.dumps(manifest(runner, step, contents), indent=1) + '\n')
+
+
+def _fields(runner: ExperimentRunner, name: str | None, step: int) -> dict[str, str]:
+    """Return what the header says of adapter `name`, or of the base."""
+    model = runner.bare_model
+    adapter = None if name is None else model.adapters[name]
+    title = f'{Path(runner.work_dir).name}{"" if name is None else f" {name}"}, step {step}'
+    return modelspec.of_export(runner.resolved, None if adapter is None else type(adapter).__name__, title,
+                               model.schedule.prediction_type, adapter.new_tokens() if adapter is not None else ())
 
 
 @torch.no_grad()

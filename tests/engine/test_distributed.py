@@ -70,12 +70,15 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
         **base_options, 'model.dtype': 'float64', 'train_dataloader.dataset.transforms': PROMPTED,
         'model.adapters': kinds_together(write_tiny_image_encoder(folder / 'encoder'))}}
     cases['resumed'] = {**cases['ema'], 'resume': True,
-                        'options': {**cases['ema']['options'], 'train_cfg.max_iters': 4}}
+                        # Its first two steps had batches of two.
+                        'options': {**cases['ema']['options'], 'train_cfg.max_iters': 4,
+                                    'train_dataloader.batch_size': 1, 'optim_wrapper.accumulative_counts': 2}}
     (folder / 'cases.json').write_text(json.dumps(cases))
     done = launched(ROOT / 'tests' / 'two_processes.py', folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, case in cases.items():
-        options = {**case['options'], 'train_dataloader.batch_size': 4}
+        batch_size = 2 * case['options']['train_dataloader.batch_size']
+        options = {**case['options'], 'train_dataloader.batch_size': batch_size}
         runner = build(folder / f'{name}-one', options)
         one = first_gradients(runner)
         two = [torch.load(folder / f'{name}.{rank}.pt') for rank in range(2)]

@@ -1,5 +1,6 @@
 """What a run leaves for others: the adapter in diffusers' format, a fine-tuned base, and where they come from."""
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from runs import assert_same_run, build, train, weights
+from safetensors import safe_open
 
 from diffengine_sdxl.adapters.base import Adapter
 from diffengine_sdxl.engine import export
@@ -32,6 +34,28 @@ def test_the_manifest(tmp_path: Path, tiny: dict[str, Any], circles: Path, tiny_
     assert held['git_commit'].removesuffix('-dirty') == commit if commit else held['git_commit'] is None
     monkeypatch.chdir(tmp_path)
     assert export.git_commit() is None
+
+
+def test_the_headers_of_its_files(tmp_path: Path, tiny: dict[str, Any], tiny_base: Path) -> None:
+    """What a user says of it, and without that title, date, base, size; the base's own files have them too."""
+    adapters = dict(_delete_=True, word=dict(type='TextualInversion', token='red', init='blue'))
+    train(tmp_path / 'cats', {**tiny, 'model.adapters': adapters, 'model.trainable': ['unet'], 'train_cfg.max_iters': 1,
+                              'default_hooks.checkpoint.metadata': dict(license='CC0-1.0', author='me')})
+    headers = []
+    for name in ('word/learned_embeds.safetensors', 'pipeline/unet/diffusion_pytorch_model.safetensors'):
+        with safe_open(tmp_path / 'cats' / 'step1' / name, framework='pt') as file:
+            headers.append(file.metadata())
+    assert [h['modelspec.title'] for h in headers] == ['cats word, step 1', 'cats, step 1']
+    assert [h['modelspec.architecture'].removeprefix('stable-diffusion-xl-v1-base') for h in headers] == [
+        '/textual-inversion', '']
+    assert headers[0]['modelspec.trigger_phrase'] == 'red' and 'modelspec.trigger_phrase' not in headers[1]
+    for header in headers:
+        assert header['modelspec.license'] == 'CC0-1.0' and header['modelspec.author'] == 'me'
+        assert header['modelspec.resolution'] == '32x32' and header['modelspec.date'].endswith('Z')
+        assert header['ss_new_sd_model_hash'] == hashlib.sha256(
+            (tiny_base / 'unet' / 'diffusion_pytorch_model.safetensors').read_bytes()).hexdigest()
+    with pytest.raises(UserError, match="checkpoint.metadata.licence: .*Did you mean 'license'"):
+        build(tmp_path / 'other', {**tiny, 'default_hooks.checkpoint.metadata': dict(licence='CC0-1.0')})
 
 
 def test_the_adapter_in_stock_diffusers(tmp_path: Path, tiny: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import build, train
+import torch
+from runs import build, train, weights
 
 from diffengine_sdxl import config
 from diffengine_sdxl.engine import run_identity as identity
@@ -31,7 +32,7 @@ def state_of(folder: Path) -> dict[str, bytes]:
     ({'model.objective.noise.type': 'OffsetNoise'}, "objective.noise.type was 'PlainNoise', is now 'OffsetNoise'"),
     ({'model.prediction_type': 'v_prediction'}, 'model.prediction_type'),
     ({'train_dataloader.dataset.max_samples': 3}, 'dataset.max_samples was None, is now 3'),
-    ({'train_dataloader.batch_size': 1}, 'batch_size was 2, is now 1'),
+    ({'train_dataloader.batch_size': 1}, 'a step had 2 samples, has now 1'),
     ({'train_dataloader.sampler.shuffle': False}, 'sampler.shuffle was True, is now False'),
     ({'resolution': 64}, 'size was 32, is now 64'),
     ({'proportion_empty_prompts': 0.5}, 'prob was 0.0, is now 0.5'),
@@ -110,6 +111,45 @@ def test_a_damaged_run_json_is_named(tmp_path: Path, tiny: dict[str, Any]) -> No
     (tmp_path / 'run.json').write_text('{"seed": ')
     with pytest.raises(UserError, match='run.json'):
         build(tmp_path, tiny, resume=True)
+
+
+def test_a_refusal_names_the_way_to_new_settings(run: Path, tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A new learning rate, another number of samples: what to type, and typed it works."""
+    with pytest.raises(UserError) as caught:
+        build(run, {**tiny, 'optim_wrapper.optimizer.lr': 0.5}, resume=True)
+    assert str(caught.value).endswith(
+        'Set the config back to continue that run. With other settings, start a new one: another --work-dir, without '
+        f'--resume. To begin with its weights: --cfg-options load_from={run}/step2.pth, if they fit the new model.')
+    runner = build(tmp_path, {**tiny, 'optim_wrapper.optimizer.lr': 0.5, 'load_from': f'{run}/step2.pth'})
+    runner.load_or_resume()
+    assert (runner.loaded_step, runner.iter) == (2, 0)
+    with pytest.raises(UserError, match='optim_wrapper.accumulative_counts=2 keeps the samples of a step'):
+        build(run, {**tiny, 'train_dataloader.batch_size': 1}, resume=True)
+    with pytest.raises(UserError, match='samples, has now 3 .*processes.. Set the config back'):
+        build(run, {**tiny, 'train_dataloader.batch_size': 3}, resume=True)
+
+
+def test_the_same_samples_in_another_split(run: Path, tiny: dict[str, Any], tmp_path: Path,
+                                           capfd: pytest.CaptureFixture[str]) -> None:
+    """Two micro-batches of one sample for one of two: the same run but for rounding, and a line says so."""
+    options = {**tiny, 'model.dtype': 'float64', 'default_hooks.checkpoint.export': False}
+    train(tmp_path / 'whole', options)
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
+    (tmp_path / 'cut' / 'step4.pth').unlink()
+    assert 'bitwise' not in capfd.readouterr().out
+    train(tmp_path / 'cut', {**options, 'train_dataloader.batch_size': 1, 'optim_wrapper.accumulative_counts': 2},
+          resume=True)
+    said = capfd.readouterr().out
+    assert 'as batch_size=2 x accumulative_counts=1 x processes=1, and are now as batch_size=1 x accumu' in said
+    assert 'not bitwise the run that was not stopped' in said
+    one, other = (weights(tmp_path / name, 4) for name in ('whole', 'cut'))
+    for key, value in one.items():
+        assert torch.allclose(other[key], value, rtol=1e-10, atol=1e-12), key
+    with pytest.raises(UserError, match='accumulative_counts'):  # not the same with other processes
+        identity.check_same_run({'split': {'batch_size': 2, 'accumulative_counts': 2, 'processes': 3}},
+                                {'split': {'batch_size': 2, 'accumulative_counts': 2, 'processes': 1}}, run)
+    identity.check_same_run({'split': {'batch_size': 2, 'accumulative_counts': 1, 'processes': 4}},
+                            {'split': {'batch_size': 1, 'accumulative_counts': 8, 'processes': 1}}, run)
 
 
 def test_differences_are_sentences() -> None:

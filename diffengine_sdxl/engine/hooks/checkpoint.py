@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 
+from diffengine_sdxl.adapters.formats import modelspec
 from diffengine_sdxl.engine.export import export
 from diffengine_sdxl.engine.run_summary import every
 from diffengine_sdxl.engine.runner import ExperimentRunner
@@ -27,15 +29,19 @@ class CheckpointHook(Hook):
         interval: optimizer steps between checkpoints; None saves at the end only.
         max_keep_ckpts: number of steps to keep, the newest; None keeps all.
         export: also export what trains in its ecosystem's format.
+        metadata: what the files of an export say of themselves, which UIs show: `title`, `description`, `author`,
+            `license`, `tags`, `usage_hint`, `trigger_words` and `thumbnail`, the path of an image.
     """
 
     priority = 'VERY_LOW'
 
-    def __init__(self, interval: int | None = 500, max_keep_ckpts: int | None = None, export: bool = True) -> None:
+    def __init__(self, interval: int | None = 500, max_keep_ckpts: int | None = None, export: bool = True,
+                 metadata: Mapping[str, Any] | None = None) -> None:
         for key, value in (('interval', interval), ('max_keep_ckpts', max_keep_ckpts)):
             if value is not None:
                 whole_number(f'default_hooks.checkpoint.{key}', value, 1)
         self.interval, self.max_keep_ckpts, self.export = interval, max_keep_ckpts, export
+        self.metadata = modelspec.from_user(metadata, 'default_hooks.checkpoint.metadata')
 
     def after_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
                          outputs: Any = None) -> None:
@@ -47,7 +53,7 @@ class CheckpointHook(Hook):
         # The export first: where there is a checkpoint, its step's other files are complete.
         if self.export:
             with runner.exported_weights():
-                export(runner, path.with_suffix(''), step)
+                export(runner, path.with_suffix(''), step, self.metadata)
         runner.save_checkpoint(path)
         if is_main_process():
             runner.logger.info(f"Saved '{path}'" + (f" and '{path.with_suffix('')}/'." if self.export else '.'))

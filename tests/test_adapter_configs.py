@@ -39,11 +39,11 @@ def test_all_are_here() -> None:
 
 @pytest.mark.parametrize('name', TRAINED)
 def test_a_config_trains(name: str, tiny_base: Path, circles: Path, parts: Path, tmp_path: Path) -> None:
-    """Two steps; what is exported is what the config says it trains, and it has moved."""
+    """Six steps; what is exported is what the config says it trains, and it has moved, to which the guard agrees."""
     cfg = config.load(name)
     options: dict[str, Any] = {
         'model.pretrained': str(tiny_base), 'model.vae': None, 'mixed_precision': 'no', 'resolution': 32,
-        'train_dataloader.num_workers': 0, 'train_cfg.max_iters': 2, 'default_hooks.checkpoint.interval': 1,
+        'train_dataloader.num_workers': 0, 'train_cfg.max_iters': 6, 'default_hooks.checkpoint.interval': 3,
         'default_hooks.samples': None, 'optim_wrapper.accumulative_counts': 1}
     if 'instance_folder' in cfg:
         options |= {'instance_folder': str(circles / 'images'), 'class_folder': str(circles / 'conditioning_images')}
@@ -56,6 +56,7 @@ def test_a_config_trains(name: str, tiny_base: Path, circles: Path, parts: Path,
     if 'beside_lora' in name:
         options['model.adapters.style.weights'] = str(parts / 'style')
     train(tmp_path, options, name=name)
-    assert sorted(p.name for p in (tmp_path / 'step2').iterdir() if p.is_dir()) == TRAINED[name]
-    one, two = weights(tmp_path, 1), weights(tmp_path, 2)
+    assert 'The first steps train all of' in next(tmp_path.glob('*/*.log')).read_text()
+    assert sorted(p.name for p in (tmp_path / 'step6').iterdir() if p.is_dir()) == TRAINED[name]
+    one, two = weights(tmp_path, 3), weights(tmp_path, 6)
     assert one and sum(torch.equal(one[k], two[k]) for k in one) == 0

@@ -17,10 +17,11 @@ from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.config.overrides import DEFAULT_HOOKS
 from diffengine_sdxl.config.references import resolve
 from diffengine_sdxl.datasets import KeyedSampler
-from diffengine_sdxl.engine import run_identity
+from diffengine_sdxl.engine import branches, run_identity, work_dir_lock
 from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.errors import UserError, first_line, whole_number
 from diffengine_sdxl.loading import checkpoint
@@ -42,13 +43,14 @@ class ExperimentRunner(Runner):
         """Resolve the config, claim the work_dir, determine the seed, and build the runner.
 
         Raises:
-            UserError: the work_dir belongs to another run, or a part of the config cannot be built.
+            UserError: the work_dir belongs to another run or is in use, or a part of the config cannot be built.
         """
         from mmengine.registry import init_default_scope
         cfg = copy.deepcopy(cfg)
         cfg.setdefault('default_scope', SCOPE)
         init_default_scope(cfg.default_scope)
         resolved = resolve(cfg)
+        limits.set_limits(resolved.get('limits') or {})
         _fill_loops(resolved)
         _check_complete(resolved)
         seed = run_identity.claim(resolved)
@@ -60,9 +62,13 @@ class ExperimentRunner(Runner):
             'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'val_cfg',
             'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
             'default_hooks', 'custom_hooks', 'load_from', 'visualizer', 'experiment_name', 'log_processor')}
-        runner = cls(**arguments, resume=resolved.get('resume', False), launcher=resolved.get('launcher', 'none'),
-                     env_cfg=resolved.get('env_cfg') or {}, log_level=resolved.get('log_level', 'INFO'),
-                     default_scope=resolved.default_scope, randomness=randomness, cfg=cfg)
+        try:
+            runner = cls(**arguments, resume=resolved.get('resume', False), launcher=resolved.get('launcher', 'none'),
+                         env_cfg=resolved.get('env_cfg') or {}, log_level=resolved.get('log_level', 'INFO'),
+                         default_scope=resolved.default_scope, randomness=randomness, cfg=cfg)
+        except BaseException:
+            work_dir_lock.release(resolved.work_dir)
+            raise
         runner.resolved = resolved
         return runner
 
@@ -246,6 +252,13 @@ class ExperimentRunner(Runner):
         self.call_hook('before_save_checkpoint', checkpoint=state)
         on_main_process(lambda: checkpoint.save(Path(path), state))
 
+    def train(self) -> nn.Module:
+        """Train to the end; return the model. Then other processes may train in the work_dir."""
+        try:
+            return super().train()
+        finally:
+            work_dir_lock.release(self.work_dir)
+
     def load_or_resume(self) -> None:
         """Resume from the checkpoint that `resume` names or the work_dir's latest; else start, from `load_from`."""
         if self._has_loaded:
@@ -263,13 +276,17 @@ class ExperimentRunner(Runner):
     def resume(self, filename: str, **_: Any) -> None:  # type: ignore[override]
         """Restore weights, optimizer, schedules, EMA, position in the data and logged scalars, bitwise.
 
+        What the work_dir holds of later steps is set aside.
+
         Raises:
-            UserError: the file is damaged or belongs to another run, or its weights don't fit.
+            UserError: the file is damaged or belongs to another run, its weights don't fit, or later files cannot be
+                moved.
         """
         state = checkpoint.load(filename)
         meta = state['meta']
-        run_identity.check_same_run({**meta['identity'], 'seed': meta['seed']},
-                                    {**run_identity.identity(self.resolved), 'seed': self.seed}, f"'{filename}'")
+        old = {**meta['identity'], 'seed': meta['seed']}
+        new = {**run_identity.identity(self.resolved), 'seed': self.seed}
+        run_identity.check_same_run(old, new, filename, Path(filename))
         checkpoint.load_strict(self.bare_model, state['state_dict'], filename)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self.optim_wrapper.load_state_dict(state['optimizer'])
@@ -282,12 +299,13 @@ class ExperimentRunner(Runner):
         for scheduler, stored in zip(self.param_schedulers or [], state['param_schedulers'], strict=True):
             scheduler.load_state_dict(stored)
         self.train_loop.start_at(meta['step'], meta['position'])
-        if meta['samples_per_iter'] != self.train_loop.samples_per_iter:
-            self.logger.warning(f'A step had {meta["samples_per_iter"]} samples and now has '
-                                f'{self.train_loop.samples_per_iter}: the resumed run will differ.')
         for name, stored in state['log_scalars'].items():
             self.message_hub.log_scalars[name] = checkpoint.restore_buffer(stored)
         self.call_hook('after_load_checkpoint', checkpoint=state)
+        for line in (on_main_process(lambda: branches.go_back(Path(self.work_dir), Path(filename), meta['step'])),
+                     run_identity.describe_split(old['split'], new['split'])):
+            if line is not None:
+                self.logger.warning(line)
         self.logger.info(f"Resumed from '{filename}' after step {meta['step']}.")
 
     def load_checkpoint(self, filename: str, **_: Any) -> None:  # type: ignore[override]
@@ -333,6 +351,9 @@ def _check_complete(config: Config) -> None:
         if config.train_cfg.get('val_interval') is not None and config.get('val_dataloader') is None:
             raise UserError('train_cfg.val_interval is set, but the config has no `val_dataloader`; add one '
                             '(docs/evaluation.md), or set val_interval=None.')
+    elif alone := [key for key in ('train_dataloader', 'optim_wrapper') if config.get(key) is not None]:
+        raise UserError(f'The config has `{alone[0]}`, but no `train_cfg`; a training needs '
+                        "dict(type='StepLoop', max_iters=...).")
     for mode in LOOP_TYPES:
         keys = [f'{mode}_dataloader', f'{mode}_evaluator']
         present = [key for key in (*keys, f'{mode}_cfg') if config.get(key) is not None]

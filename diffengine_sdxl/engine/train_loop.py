@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,12 +162,19 @@ class StepLoop(BaseLoop):
         return dict(zip(names, values.tolist(), strict=True))
 
     def _not_finite(self, outputs: dict[str, float], reason: str) -> UserError:
-        last = checkpoint.latest(self.runner.work_dir)
+        runner, last = self.runner, checkpoint.latest(self.runner.work_dir)
+        rate = runner.resolved.optim_wrapper.optimizer.get('lr')
+        options = [f'load_from={last}'] if last else []
+        # The run's own work_dir is bound to its settings once it holds a checkpoint, and to resume would repeat them.
+        options += ['optim_wrapper.clip_grad=dict(max_norm=0.1)' if rate is None else
+                    f'optim_wrapper.optimizer.lr={rate / 10:g}']
+        command = f'--work-dir {shlex.quote(f"{runner.work_dir}_again")} --cfg-options {shlex.join(options)}'
         return UserError(
             f'Training stopped at step {self._iter + 1}: {reason.rstrip(".")}. Loss parts: '
             f'{", ".join(f"{name}={value:.6g}" for name, value in outputs.items())}. '
-            + (f"The last good checkpoint is '{last}'." if last else 'No checkpoint was saved yet.')
-            + ' Try a smaller learning rate, clip_grad, or bf16 instead of fp16.')
+            + (f"The last good checkpoint is '{last}'; start a new run from it." if last else
+               'No checkpoint was saved yet; start again.')
+            + f' Try a smaller learning rate, clip_grad, or bf16 instead of fp16: without --resume, with {command}')
 
     def _bound_scalars(self) -> None:
         """Replace new histories of mmengine's by ones of bounded length."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,15 @@ class PromptMixin:
             if of_encoder:
                 extended(tokenizer, of_encoder)
         return tokens
+
+    def reads_word(self: Model, text: str, words: Mapping[str, Any]) -> bool:
+        """Return whether a text encoder reads one of `words`, new tokens of an adapter, in `text`, cut to 77 tokens."""
+        if not any(word.lower() in text.lower() for word in words):
+            return False
+        parts = zip((self.tokenizer, self.tokenizer_2), (self.text_encoder, self.text_encoder_2), (0, 1), strict=True)
+        vectors = [{word: both[i] for word, both in words.items() if both[i] is not None} for i in (0, 1)]
+        return any(TextEncoder(tokenizer, encoder, vectors[i]).reads_word(text)
+                   for tokenizer, encoder, i in parts if encoder is not None and vectors[i])
 
 
 def num_chunks(model: Model, request: Request) -> int:

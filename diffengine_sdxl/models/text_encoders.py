@@ -46,6 +46,11 @@ class TextEncoder:
         return torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row))
                              for row in _truncate(rows, length)])
 
+    def reads_word(self, text: str) -> bool:
+        """Return whether a new token of `text` lies within the length that the encoder reads."""
+        row = self.tokenizer([text], truncation=True)['input_ids'][0]
+        return any(token in ids for ids in self.tokenizer.ids.values() for token in row)
+
     def weighted(self) -> WeightedEncoder:
         """Return the encoder of compel's syntax."""
         return WeightedEncoder(self.tokenizer, self.encoder)

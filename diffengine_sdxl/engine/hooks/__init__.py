@@ -1,3 +1,3 @@
 """Hooks, one file each."""
 
-from . import checkpoint, curves, ema, hub, progress, samples  # noqa: F401  (fill the registry)
+from . import checkpoint, curves, ema, first_steps, hub, progress, samples  # noqa: F401  (fill the registry)

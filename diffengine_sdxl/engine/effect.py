@@ -1,0 +1,63 @@
+"""How much each adapter changes the denoiser's output, computed as in sampling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from diffengine_sdxl import rng
+from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.structures import Batch
+
+
+@torch.no_grad()
+def relative_effects(model: SDXL, batch: Batch) -> dict[str, float]:
+    """Return adapter -> norm of its change of the denoiser's output, relative to the output.
+
+    One keyed noise in the middle of the adapter's active range, with the first row of `batch` that the adapter reads,
+    nothing dropped. Left out: adapters of scale 0, those that don't act on the denoiser (an image encoder), and those
+    with a new word that no prompt of the batch has. The model's mode and its scales are as before.
+    """
+    size = batch.latents if batch.latents is not None else batch.img
+    if size is None or model.unet.config.in_channels != model.vae.config.latent_channels:
+        return {}  # no image, or a UNet for inpainting, whose other inputs only a sampler makes
+    factor = 1 if batch.latents is not None else model.vae_factor
+    shape = (1, model.unet.config.in_channels, *(side // factor for side in size.shape[-2:]))
+    x = torch.randn(shape, generator=rng.generator('effect')).to(model.device)
+    batch, training = replace(batch, drop={}), model.training
+    effects: dict[str, float] = {}
+    model.eval()
+    try:
+        with model.frozen():
+            for name, adapter in model.adapters.items():
+                words, scale = adapter.new_tokens(), adapter.scale
+                rows = [i for i, text in enumerate(batch.text)
+                        if not words or adapter.modifies_base or model.reads_word(text, words)]
+                if scale == 0 or not rows or not _acts(adapter):
+                    continue
+                output = _predict(model, batch, rows[0], x, adapter)
+                adapter.scale = 0.0
+                try:
+                    without = _predict(model, batch, rows[0], x, adapter)
+                finally:
+                    adapter.scale = scale
+                effects[name] = float((output - without).norm() / output.norm())
+    finally:
+        model.train(training)
+    return effects
+
+
+def _acts(adapter: Adapter) -> bool:
+    """Return whether the denoiser's output can depend on it."""
+    kind = type(adapter)
+    return adapter.modifies_base or kind.contribute is not Adapter.contribute or bool(adapter.new_tokens())
+
+
+def _predict(model: SDXL, batch: Batch, row: int, x: Tensor, adapter: Adapter) -> Tensor:
+    progress = sum(adapter.active_range) / 2
+    t = torch.tensor(int((1 - progress) * (model.schedule.num_train_timesteps - 1)), device=x.device)
+    conditioning = model.encode(batch, project=True).rows(slice(row, row + 1))
+    return model.predict(x, t, conditioning, torch.full((1, 2), progress)).double()

@@ -101,6 +101,21 @@ def is_out_of_memory(error: BaseException) -> bool:
         mark in str(error) for mark in ('not enough memory', "can't allocate memory", 'out of memory', 'ALLOC_FAILED'))
 
 
+def lost_process(error: BaseException) -> str | None:
+    """Return which process of the group is gone: 'process 1' or 'another process'; None for other errors.
+
+    gloo raises a plain RuntimeError that names the file of its source and a port.
+    """
+    if not isinstance(error, RuntimeError) or 'torch.distributed' not in sys.modules:
+        return None
+    if type(error).__name__ not in ('DistBackendError', 'DistNetworkError', 'DistStoreError') and not any(
+            mark in str(error) for mark in ('gloo/transport', 'Connection closed by peer')):
+        return None
+    group = sys.modules['torch.distributed']
+    pair = group.is_available() and group.is_initialized() and group.get_world_size() == 2
+    return f'process {1 - group.get_rank()}' if pair else 'another process'
+
+
 def user_message(error: BaseException, if_out_of_memory: str = '') -> str | None:
     """Return what to tell the user about `error`, or None if it is a bug of this package.
 
@@ -113,6 +128,9 @@ def user_message(error: BaseException, if_out_of_memory: str = '') -> str | None
         return text.splitlines()[-1].partition(': ')[2] or text if text.startswith('Caught ') else text
     if is_out_of_memory(error):
         return f'out of memory ({first_line(error)[:200]}). {if_out_of_memory}'.rstrip()
+    if (process := lost_process(error)) is not None:
+        return (f'{process} of this run ended, or is not reached any more ({first_line(error)[:200]}); this one cannot '
+                'go on alone. Its own message says why. Then start all of them again, with --resume in training.')
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
         return str(error)
     # An ImportError without a name was raised by hand, by a library that lacks an optional package.

@@ -88,3 +88,15 @@ def test_helpers() -> None:
                            (float('nan'), 'n=nan must be a whole number'), (0, 'n=0 must be at least 1')):
         with pytest.raises(UserError, match=message):
             whole_number('n', value, low=1)
+
+
+@pytest.mark.parametrize(('size', 'who'), [(2, 'process 1 of this run'), (3, 'another process of this run')])
+def test_a_process_that_lost_another_one_says_so(size: int, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By gloo's words, as they are when a process is killed; a RuntimeError of another kind stays a bug."""
+    for name, value in (('is_initialized', True), ('get_world_size', size), ('get_rank', 0)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    lost = '[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:56014. This is typically'
+    message = user_message(RuntimeError(lost)) or ''
+    assert message.startswith(who) and '--resume' in message and 'Connection closed by peer' in message
+    assert user_message(RuntimeError('The size of tensor a (3) must match')) is None
+    assert (user_message(torch.distributed.DistNetworkError('recvBytes')) or '').startswith(who)

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffengine_sdxl import atomic_files, rng
 from diffengine_sdxl.adapters import lora_layers
 from diffengine_sdxl.adapters.base import Adapter
-from diffengine_sdxl.adapters.formats import diffusers_lora, kohya, peft_lora
+from diffengine_sdxl.adapters.formats import diffusers_lora, kohya, modelspec, peft_lora
 from diffengine_sdxl.adapters.lora import LoRA
 from diffengine_sdxl.commands.common import hide_loading_bars
 from diffengine_sdxl.config import load, resolve, to_plain
@@ -104,10 +104,12 @@ def convert(config: Config, out: Path, checkpoint: str | None = None, name: str 
                       'it.')
         before = rounded
     reload_config = _reload_config(model_config, adapter, name)
+    header = _header(config, adapter, model, out)
     with atomic_files.replacing(out) as temporary:
         if dtype is not None:
             _cast(adapter, getattr(torch, dtype))
         target.write(temporary)
+        modelspec.stamp(temporary, header)
         form, readers = target.form, target.readers
         # Free the memory: two SDXLs may not fit.
         del model, adapter, target
@@ -206,6 +208,15 @@ def _reload_config(config: Mapping[str, Any], adapter: Adapter, name: str) -> di
             'adapters': {name: {k: v for k, v in settings.items() if k not in source}}}
 
 
+def _header(config: Config, adapter: Adapter, model: SDXL, out: Path) -> dict[str, str]:
+    """Return the metadata of the file, with what the config's CheckpointHook says of exports."""
+    plain = to_plain(resolve(config))
+    hook = (plain.get('default_hooks') or {}).get('checkpoint') or {}
+    return {**modelspec.of_export(plain, type(adapter).__name__, out.stem, model.schedule.prediction_type,
+                                  adapter.new_tokens()),
+            **modelspec.from_user(hook.get('metadata'), 'default_hooks.checkpoint.metadata')}
+
+
 class Target(NamedTuple):
     """A format: its name, what writes it to a path, and a sentence for the user on what loads it."""
 
@@ -233,38 +244,41 @@ def _target(adapter: Adapter, model: SDXL, form: str | None, out: Path) -> Targe
 def _lora_target(adapter: LoRA, model: SDXL, form: str | None, out: Path) -> Target:
     """As `_target`, for a LoRA and its relatives."""
     weights = adapter.to_weights()
-    kind, title = weights.kind, adapter.kind.split()[0]
-    in_stock = diffusers_lora.loads_in_stock(weights)
-    modules = {part: lora_layers.plain(getattr(model, part)) for part in weights.parts}
-    form = form or ('diffusers' if in_stock else 'peft')
+    kind, title, only = weights.kind, weights.title(), weights.only_in_kohya()
+    in_stock = not only and diffusers_lora.loads_in_stock(weights)
+    modules = {part: lora_layers.plain(getattr(model, part)) | lora_layers.norms(getattr(model, part))
+               for part in weights.parts}
+    form = form or ('kohya' if only else 'diffusers' if in_stock else 'peft')
     if form == 'original':
         raise UserError("A LoRA has no original format; choose 'diffusers', 'peft' or 'kohya'.")
     if form == 'kohya' and kind == 'oft':
         raise UserError("kohya's sd-scripts, LyCORIS and ComfyUI have no common format for an OFT; choose 'peft'.")
+    if only and form in ('diffusers', 'peft'):
+        raise UserError(f"Only a kohya file can hold {only}; choose 'kohya'.")
     if form == 'diffusers' and not in_stock:
         what = 'the DoRA of a text encoder' if kind == 'dora' else f'a {title}'
         raise UserError(f"Stock diffusers cannot load {what}; choose 'peft'{'' if kind == 'oft' else ' or kohya'}.")
     if form == 'diffusers':
-        return Target(form, adapter.save, f"Stock diffusers loads it: pipeline.load_lora_weights('{out}').")
+        return Target(form, adapter.save, f"Stock diffusers loads it: pipeline.load_lora_weights('{out}'). "
+                      "For ComfyUI choose 'kohya': of these names it drops some.")
     if form == 'peft':
         return Target(form, lambda path: peft_lora.write(path, adapter.to_weights(), modules), (
             'Stock diffusers does not: its load_lora_weights mistakes a peft folder for another format and silently '
             f"loads it wrong. peft loads it: PeftModel.from_pretrained(pipeline.unet, '{out}/unet'), and so on."))
     if out.suffix != '.safetensors':
         raise UserError(f"'{out}' must end in .safetensors: the format 'kohya' is one file.")
-    prediction = model.schedule.prediction_type
-    metadata = {'modelspec.title': out.stem,
-                'modelspec.prediction_type': 'v' if prediction == 'v_prediction' else prediction}
     readers = {'lora': f"Stock diffusers loads it too: pipeline.load_lora_weights('{out}').",
-               'dora': 'Stock diffusers does not: it drops the magnitudes (dora_scale) with a warning.'}.get(
+               'dora': 'Stock diffusers does not: it drops the magnitudes (dora_scale) with a warning. '
+               "ComfyUI and Forge compute W + strength (W' - W), which agrees at scale 1 only."}.get(
         kind, f'Stock diffusers does not: it does not support {title}.')
     if kind == 'lora' and any(part != 'unet' and not any(name.endswith('out_proj') for name in content.rank)
                               for part, content in weights.parts.items()):
         readers = 'Stock diffusers does not: it loads the LoRA of a text encoder only if it includes out_proj.'
     if kind == 'lora' and any(len(set(kohya.written_alphas(weights, part).values())) > 1 for part in weights.parts):
         readers = "Stock diffusers does not: it uses one alpha for all attentions; for it choose 'diffusers'."
-    return Target(form, lambda path: kohya.write(path, adapter.to_weights(), modules, metadata),
-                  f"kohya's sd-scripts, LyCORIS, ComfyUI and A1111 load it. {readers}")
+    tools = "kohya's sd-scripts, LyCORIS, ComfyUI and A1111" if kind == 'lora' else 'LyCORIS, ComfyUI and A1111'
+    return Target(form, lambda path: kohya.write(path, adapter.to_weights(), modules),
+                  f"{tools} load it. {readers}")
 
 
 @torch.no_grad()

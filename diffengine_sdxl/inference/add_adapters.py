@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from diffengine_sdxl.config.check import accepted
+from diffengine_sdxl.config.signatures import accepted
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.registry import ADAPTERS
 
@@ -29,7 +29,7 @@ def add_adapter(cfg: Config, name: str, settings: Mapping[str, Any]) -> None:
     adapters = dict_at(cfg.model, 'adapters')
     old = dict_at(adapters, name)
     given = dict(settings)
-    if given.get('weights') is not None:
+    if not isinstance(given.get('weights'), list | tuple | None):
         given['weights'] = str(given['weights'])  # a Path, or a number that names a file
     if 'type' not in given and 'type' not in old:
         if given.get('weights') is None:

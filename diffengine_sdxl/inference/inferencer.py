@@ -22,6 +22,7 @@ from diffengine_sdxl.inference import stages
 from diffengine_sdxl.inference.add_adapters import add_adapter
 from diffengine_sdxl.inference.call_arguments import seeds_of, split_prompts
 from diffengine_sdxl.inference.stages import Stage
+from diffengine_sdxl.limits import set_limits
 from diffengine_sdxl.loading.trained import apply_weights, load_trained, use_exported
 from diffengine_sdxl.models.image_inputs import MaskCrop, cached_urls, crop_of
 from diffengine_sdxl.models.request_batch import request_batch, size_of
@@ -89,6 +90,7 @@ class SDXLInferencer:
             add_adapter(cfg, name, adapter if isinstance(adapter, Mapping) else {'weights': adapter})
         if not checked:
             check(cfg)
+        set_limits(cfg.get('limits') or {})
         if not (cfg.get('model') or {}).get('sampler'):
             raise UserError('The config has no `model.sampler`, which makes the images; add one, as '
                             'configs/_base_/samplers/euler.py.')

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.errors import UserError
 
 #: Nesting of brackets: compel's parser takes five times as long for each further level (0.5 s at 4, 16 s at 7).
@@ -33,9 +34,12 @@ def parse(prompt: str) -> Any:
     """Parse a prompt to compel's Conjunction of FlattenedPrompts and Blends, each with at least one fragment.
 
     Raises:
-        UserError: brackets don't match, are nested too deep or would be read as text; a weight is out of range; or it
-            has what compel parses but ignores (LoRAs, swaps).
+        UserError: brackets don't match, are nested too deep or would be read as text; a weight is out of range; it
+            has what compel parses but ignores (LoRAs, swaps); or it is longer than `limits.compel_characters`.
     """
+    if len(prompt) > (most := limits.CURRENT.compel_characters):
+        raise _error(prompt, f'has {len(prompt)} characters; in compel\'s syntax at most {most} are read '
+                     '(limits.compel_characters)')
     _check_brackets(prompt)
     return _parse(prompt)
 
@@ -94,7 +98,7 @@ def _check_brackets(prompt: str) -> None:
 
 def _error(prompt: str, problem: str, index: int | None = None) -> UserError:
     place = '' if index is None else f" at character {index + 1} ('{prompt[index:index + 20]}')"
-    return UserError(f"The prompt '{prompt}'{place} {problem}.")
+    return UserError(f"The prompt '{prompt[:500]}{'...' * (len(prompt) > 500)}'{place} {problem}.")
 
 
 class WeightedEncoder:

@@ -146,8 +146,10 @@ def _start(model: Model, requests: Sequence[Request], size: tuple[int, int]) -> 
     if first is None:
         return None if noise is None else Start(noise=noise)
     from diffusers.image_processor import VaeImageProcessor
-    of_masks = VaeImageProcessor(model.vae_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-    of_images = VaeImageProcessor(model.vae_factor)
+    factor = model.vae_factor
+    of_masks = VaeImageProcessor(vae_scale_factor=factor, do_normalize=False, do_binarize=True,
+                                 do_convert_grayscale=True)
+    of_images = VaeImageProcessor(vae_scale_factor=factor)
 
     def read_with(processor: Any, name: str) -> Tensor | None:
         def read(request: Request, source: Any) -> Tensor:
@@ -189,7 +191,8 @@ def _conditions(model: Model, requests: Sequence[Request], size: tuple[int, int]
         layout = torch.channels_last if adapter.condition_has_image_size else torch.contiguous_format
         tensors[key] = torch.stack(images).contiguous(memory_format=layout)
         if any(entry.get('mask') is not None for entry in entries):
-            tensors[adapter.mask_key] = torch.stack([_masks(entry, name, size) for entry in entries])
+            tensors[adapter.mask_key] = torch.stack(
+                [_masks(entry, name, size, model.vae_factor) for entry in entries])
     return tensors
 
 
@@ -203,7 +206,7 @@ def _images(entry: Mapping[str, Any], name: str) -> Any:
     return read_image_input(image, what)  # type: ignore[arg-type]
 
 
-def _masks(entry: Mapping[str, Any], name: str, size: tuple[int, int]) -> Tensor:
+def _masks(entry: Mapping[str, Any], name: str, size: tuple[int, int], factor: int) -> Tensor:
     """Return where in the output an image prompt acts, [n, H, W] of 0 and 1, by diffusers' IPAdapterMaskProcessor."""
     from diffusers.image_processor import IPAdapterMaskProcessor
     masks = entry.get('mask')
@@ -211,4 +214,5 @@ def _masks(entry: Mapping[str, Any], name: str, size: tuple[int, int]) -> Tensor
         raise UserError(f"Adapter '{name}' got a mask for some prompts only; give each one, or none.")
     images = [read_image_input(mask, f"the mask of adapter '{name}'")
               for mask in (masks if isinstance(masks, list | tuple) else [masks])]
-    return torch.cat([IPAdapterMaskProcessor().preprocess(image, *size)[:, 0] for image in images])
+    processor = IPAdapterMaskProcessor(vae_scale_factor=factor)
+    return torch.cat([processor.preprocess(image, *size)[:, 0] for image in images])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import GUIDANCES, SAMPLERS
@@ -61,7 +62,7 @@ class Sampler:
     """
 
     def __init__(self, scheduler: Mapping[str, Any] | None = None, num_inference_steps: int = 50,
-                 guidances: Sequence[Any] = ({'type': 'CFG', 'scale': 5.0},), eta: float = 0.0,
+                 guidances: Sequence[Mapping[str, Any]] = ({'type': 'CFG', 'scale': 5.0},), eta: float = 0.0,
                  timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None,
                  strength: float | None = None, denoising_start: float | None = None,
                  denoising_end: float | None = None) -> None:
@@ -83,6 +84,9 @@ class Sampler:
             if getattr(self, name) is not None:
                 check_custom_steps(name, getattr(self, name))
         self.num_inference_steps = whole_number('num_inference_steps', self.num_inference_steps, 1)
+        if self.num_inference_steps > (most := limits.CURRENT.solver_steps):
+            raise UserError(f'num_inference_steps={self.num_inference_steps} must be at most {most} '
+                            '(limits.solver_steps).')
         for name in ('strength', 'denoising_start', 'denoising_end'):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 < value <= 1):  # type: ignore[operator]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.errors import UserError, did_you_mean, listed, one_of
 from diffengine_sdxl.noise_schedule import PREDICTION_TYPES
 
@@ -39,6 +40,8 @@ def scheduler_class(name: str) -> Any:
         UserError: it is unknown, cannot sample SDXL, or needs a package that is not installed.
     """
     import diffusers
+    if not isinstance(name, str):
+        raise UserError(f'scheduler type={name!r} must be the name of a scheduler of diffusers.')
     if name not in SCHEDULERS:
         if str(name).endswith('Scheduler') and hasattr(diffusers, str(name)):
             raise UserError(f"scheduler type='{name}' cannot sample SDXL: it is made for other models, runs from image "
@@ -93,6 +96,8 @@ def check_settings(cls: Any, settings: Mapping[str, Any]) -> None:
     for key in settings:
         if key not in known:
             raise UserError(f"{cls.__name__} has no setting '{key}'.{did_you_mean(key, known)}")
+        if isinstance(settings[key], int | float) and abs(settings[key]) > (most := limits.CURRENT.solver_steps):
+            raise UserError(f'{cls.__name__}: {key}={settings[key]} must be at most {most} (limits.solver_steps).')
     if settings.get('noise_sampler_seed') is not None:
         raise UserError(f"{cls.__name__}: leave noise_sampler_seed out; it is set from each image's seed.")
     if settings.get('use_flow_sigmas') or settings.get('prediction_type') == 'flow_prediction':

@@ -208,3 +208,20 @@ def test_another_base_as_the_second_stage(tiny_base: Path, pipelines: dict[str, 
     expected = second(**call, **own, image=latents, generator=g, output_type='pt').images
     got = ours(**call, **SIZE, seed=5, output_type='pt', refiner=own)
     assert torch.equal(got, expected)
+
+
+def test_sides_that_4_divides_on_a_vae_of_factor_4() -> None:
+    """Of the shapes base: images of 36 x 60 pixels, as stock reads them; its inpainting refuses that size, ours not."""
+    from diffengine_sdxl.loading.strict import shipped
+    base = Path(shipped('diffengine_sdxl::shapes/base'))
+    ours = SDXLInferencer(config(base, steps=2), device='cpu')
+    theirs = stock_like(stock(base), TO_IMAGE, SOLVERS['ancestral'])
+    for image in (picture(size=(60, 36)), torch.rand(3, 36, 60, generator=torch.Generator().manual_seed(0))):
+        call: dict[str, Any] = dict(prompt=PROMPT, strength=0.9)
+        got = ours(image=image, seed=5, output_type='pt', **call)
+        assert got.shape == (1, 3, 36, 60)
+        assert torch.equal(got, asked(theirs, steps=2, image=image if isinstance(image, Image.Image) else image[None],
+                                      **call))
+        assert ours(image=image, mask_image=mask((60, 36)), seed=5, output_type='pt', **call).shape == got.shape
+    crop = ours(image=picture(), mask_image=mask(), padding_mask_crop=2, height=36, width=60, **call)
+    assert crop[0].size == (64, 64)

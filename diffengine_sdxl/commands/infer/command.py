@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from diffengine_sdxl.commands.infer.run import (
     print_summary,
 )
 from diffengine_sdxl.commands.options import given_settings, set_settings
-from diffengine_sdxl.config.check import accepted, check
+from diffengine_sdxl.config.check import check
+from diffengine_sdxl.config.signatures import accepted
 from diffengine_sdxl.datasets.image_files import is_url
 from diffengine_sdxl.errors import UserError, first_line, listed, user_message
 from diffengine_sdxl.inference.add_adapters import add_adapter, dict_at
 from diffengine_sdxl.inference.inferencer import SDXLInferencer, split_infer_cfg
+from diffengine_sdxl.limits import set_limits
 from diffengine_sdxl.literals import parse_literal
 from diffengine_sdxl.loading.trained import NONE, apply_weights, use_exported
 from diffengine_sdxl.registry import ADAPTERS
@@ -42,15 +45,21 @@ class Plan:
 
     Attributes:
         config: resolved and checked.
-        jobs: the images.
+        rows: the number of the first image, the place and the request of each row; a request may be for many images.
         weights: see `SDXLInferencer`.
         recorded: the settings of a PNG that is made again, else None.
     """
 
     config: Config
-    jobs: list[ImageJob]
+    rows: list[tuple[int, str, Request]]
     weights: str | None
     recorded: dict[str, Any] | None = None
+
+    def jobs(self) -> Iterator[ImageJob]:
+        """Yield the images, one by one: a row may ask for a million."""
+        for number, where, request in self.rows:
+            for k in range(request.num_images_per_prompt):
+                yield ImageJob(number + k, where, request.with_seed(k))
 
 
 def run(args: Any, _: Any) -> int:
@@ -83,14 +92,17 @@ def infer(args: Any) -> RunResult:
     result = RunResult(Path(args.out or _default_folder(args.config, is_png)))
     folder = ImageFolder(result.folder)
     plan = _plan_from_png(args) if is_png else _plan_from_config(args, result.errors)
-    if not plan.jobs:
+    if not plan.rows:
         return result
     folder.check_writable()
     try:
-        if pending := _pending(plan, folder, result):
+        pending = _pending(plan, folder, result)
+        if (first := next(pending, None)) is not None:
             inferencer = _load(plan, args.device)
-            pending = [(job, path, provenance.add_commits(settings, plan.config)) for job, path, settings in pending]
-            BatchRunner(inferencer, folder, result).make_all(pending, args.batch_size)
+            images = ((job, path, provenance.add_commits(settings, plan.config))
+                      for job, path, settings in chain([first], pending))
+            total = sum(request.num_images_per_prompt for *_, request in plan.rows)
+            BatchRunner(inferencer, folder, result).make_all(images, args.batch_size, total)
     except KeyboardInterrupt as stop:
         result.fault = stop
     finally:
@@ -109,23 +121,21 @@ def _default_folder(name: str, is_png: bool) -> str:
     return str(Path(name).with_name(f'{stem}-again')) if is_png else str(Path('work_dirs') / stem / 'images')
 
 
-def _pending(plan: Plan, folder: ImageFolder, result: RunResult) -> list[PendingImage]:
-    """Return the images that do not exist yet."""
-    pending = []
-    for job in plan.jobs:
+def _pending(plan: Plan, folder: ImageFolder, result: RunResult) -> Iterator[PendingImage]:
+    """Yield the images that do not exist yet."""
+    for job in plan.jobs():
         try:
             job.request.check_texts()
             path = folder.path_of(job.number, job.request)
             settings = provenance.record(job.request, plan.config, plan.weights)
             if plan.recorded is not None:  # without the commits that `pin` added
                 settings['config'] = plan.recorded['config']
-            if folder.done(path, settings):
-                result.present += 1
-            else:
-                pending.append((job, path, settings))
+            if not folder.done(path, settings):
+                yield job, path, settings
+                continue
+            result.present += 1
         except UserError as error:
             result.add_error(job, str(error))
-    return pending
 
 
 def _load(plan: Plan, device: str | None) -> SDXLInferencer:
@@ -163,17 +173,18 @@ def _plan_from_config(args: Any, errors: list[str]) -> Plan:
         cfg.infer_cfg = {**dict_at(cfg, 'infer_cfg'), **options}
     layers = (given_settings(args), others, {'conditions': _conditions(args.condition or (), cfg)})
     check(cfg)
+    set_limits(cfg.get('limits') or {})  # before prompts are read
     weights = use_exported(cfg, args.weights)
     if weights == NONE:
         apply_weights(cfg, NONE)
     defaults, _ = split_infer_cfg(cfg)
-    jobs: list[ImageJob] = []
+    rows: list[tuple[int, str, Request]] = []
     number = 0
     for where, request in _requests(args, (defaults, *layers), errors):
         if where is not None:
-            jobs += [ImageJob(number + k, where, request.with_seed(k)) for k in range(request.num_images_per_prompt)]
+            rows.append((number, where, request))
         number += request.num_images_per_prompt
-    return Plan(cfg, jobs, weights)
+    return Plan(cfg, rows, weights)
 
 
 def _requests(args: Any, layers: Sequence[Mapping[str, Any]], errors: list[str]) -> list[tuple[str | None, Request]]:
@@ -198,7 +209,12 @@ def _plan_from_png(args: Any) -> Plan:
         UserError: they are missing or invalid, a file has changed, or an option contradicts them.
     """
     from diffengine_sdxl.commands.infer import untrusted
-    options = ('prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *SETTINGS)
+    options = ('prompts', 'condition', 'adapter', 'set', 'weights', *SETTINGS)
+    raised = configs.parse_overrides(args.cfg_options or ())
+    if others := [key for key in raised if not key.startswith('limits.')]:
+        raise UserError(f"'{args.config}' is made again by its own settings, so --cfg-options '{others[0]}' cannot be "
+                        'changed; only limits.* can.')
+    set_limits({key.removeprefix('limits.'): value for key, value in raised.items()})
     if conflicts := [name for name in options if getattr(args, name, None) is not None]:
         raise UserError(f"'{args.config}' is made again by its own settings, so {', '.join(conflicts)} cannot be "
                         'changed. Name the config to make another image.')
@@ -216,7 +232,7 @@ def _plan_from_png(args: Any) -> Plan:
         print(f"Not checked, as they are not local: {', '.join(unchecked)[:MAX_ERROR]}.")
     for note in notes:
         print(note)
-    return Plan(cfg, [ImageJob(0, '', request.with_seed(0))], recorded.get('weights'), recorded)
+    return Plan(cfg, [(0, '', replace(request, num_images_per_prompt=1))], recorded.get('weights'), recorded)
 
 
 def _conditions(items: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:

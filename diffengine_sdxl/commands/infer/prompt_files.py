@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from diffengine_sdxl import limits
+from diffengine_sdxl.commands.infer.bounds import check_bounds, check_pixels
 from diffengine_sdxl.datasets.image_files import is_url
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.request import REFINER, ROWS, SETTINGS, Request, of_form
@@ -44,32 +48,41 @@ def read_prompts(path: str | Path, *defaults: Mapping[str, Any]) -> list[Row]:
       not set.
 
     Paths of images and latents are relative to the file's folder and must stay in it; links in it are followed, and
-    http(s) URLs are accepted.
+    http(s) URLs are accepted. A row may ask for as much as a PNG may, see `limits`.
 
     Args:
         path: of the file.
         defaults: settings that a row is built on, see `Request.of`.
 
     Raises:
-        UserError: the file is missing, not UTF-8, empty, of another suffix, or has an invalid header.
+        UserError: the file is missing, not UTF-8, empty, too large, of another suffix, or has an invalid header.
     """
     path = Path(path)
     readers = {'.txt': _read_lines, '.jsonl': _read_objects, '.csv': _read_table}
     if path.suffix.lower() not in readers:
         raise UserError(f"'{path}' is not a prompt file: its "
                         'name must end in .txt (one prompt per line), .jsonl or .csv.')
-    rows = [_row(number, content, path, defaults)
-            for number, content in readers[path.suffix.lower()](_read_text(path), str(path))]
+    most = limits.CURRENT.prompt_file_rows
+    contents = readers[path.suffix.lower()](_read_text(path), str(path))
+    rows = [_row(number, content, path, defaults) for number, content in islice(contents, most)]
+    if next(contents, None) is not None:
+        raise UserError(f"'{path}' has more than {most} rows; split it, or raise limits.prompt_file_rows.")
     if not rows:
         raise UserError(f"'{path}' holds no prompts.")
     return rows
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"There is no prompt file '{path}'.")
+    most = limits.CURRENT.prompt_file_bytes
+    if not path.is_file():  # a pipe or a device may never end
+        kind = ': a pipe or a device is not read' if path.exists() and not path.is_dir() else ''
+        raise UserError(f"There is no prompt file '{path}'{kind}.")
     try:
-        data = path.read_bytes()
+        with open(path, 'rb') as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise UserError(f"The prompt file '{path}' has more than {most} bytes; split it, or raise "
+                            'limits.prompt_file_bytes.')
         text = data.decode('utf-8-sig')
     except OSError as error:
         raise UserError(f"The prompt file '{path}' cannot be read: {error.strerror}.") from error
@@ -90,7 +103,10 @@ def _row(number: int, content: dict[str, Any] | UserError, path: Path, defaults:
         for key in (*ROWS, 'conditions'):
             if key in settings:
                 settings[key] = _absolute(key, settings[key], folder)
-        return Row(number, Request.of(*defaults, settings))
+        request = Request.of(*defaults, settings)
+        check_bounds(settings, 'a row')
+        check_pixels(request, 'a row')
+        return Row(number, request)
     except UserError as error:
         return Row(number, error=f"line {number} of '{path}': {error}")
 
@@ -142,9 +158,9 @@ def _read_objects(text: str, path: str) -> Iterator[tuple[int, Any]]:
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise UserError(f"the key '{next(k for k in keys if keys.count(k) > 1)}' is repeated.")
+    counts = Counter(key for key, _ in pairs)
+    if len(counts) < len(pairs):
+        raise UserError(f"the key '{counts.most_common(1)[0][0]}' is repeated.")
     return dict(pairs)
 
 
@@ -164,7 +180,7 @@ def _read_table(text: str, path: str) -> Iterator[tuple[int, Any]]:
             yield number, UserError(f'{error}. A cell that begins with a quote must end with one; '
                                     'double a quote in it.')
             # An unclosed quote has consumed lines that may be rows of their own.
-            before, reader = number, _csv_reader(lines[number:])
+            before, reader = number, _csv_reader(lines, number)
             continue
         if not any(cell.strip() for cell in cells):
             continue
@@ -177,9 +193,9 @@ def _read_table(text: str, path: str) -> Iterator[tuple[int, Any]]:
             yield number, _settings(header, cells)
 
 
-def _csv_reader(lines: Sequence[str]) -> Any:
+def _csv_reader(lines: Sequence[str], first: int = 0) -> Any:
     # strict: an unclosed quote is an error; otherwise the rest of the file would be one prompt.
-    return csv.reader(lines, strict=True, skipinitialspace=True)
+    return csv.reader((lines[i] for i in range(first, len(lines))), strict=True, skipinitialspace=True)
 
 
 def _check_header(header: Sequence[str], path: str) -> None:
@@ -190,6 +206,8 @@ def _check_header(header: Sequence[str], path: str) -> None:
     """
     if len(header) == 1 and (mark := next((m for m in ';\t' if m in header[0]), None)):
         raise UserError(f"The columns of '{path}' are separated by {mark!r}; use commas.")
+    if len(header) > (most := limits.CURRENT.untrusted_entries):
+        raise UserError(f"'{path}' has {len(header)} columns; at most {most} are read.")
     for column in header:
         key, dot, name = column.partition('.')
         if key not in SETTINGS or dot and key not in NESTED:

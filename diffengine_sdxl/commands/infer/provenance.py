@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffengine_sdxl import atomic_files
+from diffengine_sdxl import atomic_files, limits
 from diffengine_sdxl.commands.infer.digests import in_memory, sha256
 from diffengine_sdxl.commands.infer.untrusted_modules import modules_of
 from diffengine_sdxl.config.references import to_plain
@@ -32,8 +32,6 @@ from diffengine_sdxl.request import OPTIONS, ROWS, Request
 
 FORMAT = 1
 KEY = 'diffengine_sdxl'
-#: Limit on the settings in a PNG, in bytes.
-MAX_BYTES = 4 * 2**20
 #: Sections of a config that determine an image.
 CONFIG = ('model', 'refiner', 'infer_cfg', 'randomness')
 #: Keys of a model that change no image.
@@ -181,15 +179,19 @@ def config_sources(config: Mapping[str, Any], weights: str | None) -> Iterator[t
         yield 'weights', weights, None
 
 
-def named_sources(part: str, section: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
-    """Yield each source of a model: the dict that holds it, its key there, and its key in the config."""
+def named_sources(part: str, section: Mapping[str, Any]) -> Iterator[tuple[Any, Any, str]]:
+    """Yield each source of a model: the dict or list that holds it, its place there, and its key in the config."""
     for key in SOURCES:
         if isinstance(section.get(key), str):
             yield section, key, f'{part}.{key}'
     for name, adapter in (section.get('adapters') or {}).items():
         for key in ADAPTER_SOURCES:
-            if isinstance(adapter, Mapping) and isinstance(adapter.get(key), str):
+            value = adapter.get(key) if isinstance(adapter, Mapping) else None
+            if isinstance(value, str):
                 yield adapter, key, f'{part}.adapters.{name}.{key}'
+            for i, one in enumerate(value if isinstance(value, list) else ()):  # a textual inversion in two files
+                if isinstance(one, str):
+                    yield value, i, f'{part}.adapters.{name}.{key}.{i}'
 
 
 def add_commits(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,8 +226,9 @@ def write_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any])
     """
     # In ASCII, as a lone surrogate, which a command line may hold, has no other encoding.
     text = json.dumps({**settings, 'format': FORMAT})
-    if len(text) > MAX_BYTES:
-        raise UserError(f"The settings of '{path}' have {len(text)} bytes; at most {MAX_BYTES} are read again.")
+    if len(text) > (most := limits.CURRENT.png_bytes):
+        raise UserError(f"The settings of '{path}' have {len(text)} bytes; at most {most} are read again "
+                        '(limits.png_bytes).')
     chunks = PngInfo()
     chunks.add_text('parameters', parameters(settings, image.size).encode('utf-8', 'replace').decode())
     chunks.add_itxt(KEY, text)

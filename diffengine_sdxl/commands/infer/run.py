@@ -6,8 +6,9 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,17 @@ class BatchRunner:
         self.images, self.steps = (self.progress.add_task(name, total=None) for name in ('images', 'steps'))
         self.stopped = False
 
-    def make_all(self, pending: Sequence[PendingImage], batch_size: int) -> None:
-        """Make all images, `batch_size` in a batch."""
-        self.progress.update(self.images, total=len(pending))
+    def make_all(self, pending: Iterable[PendingImage], batch_size: int, total: int) -> None:
+        """Make all images, `batch_size` in a batch.
+
+        Args:
+            total: how many there are, with those that exist already.
+        """
+        images = iter(pending)
         with self.progress, self.inferencer.cached_inputs():
-            for begin in range(0, len(pending), batch_size):
-                self._make(pending[begin:begin + batch_size])
+            while not self.stopped and (batch := list(islice(images, batch_size))):
+                self.progress.update(self.images, total=total - self.result.present)
+                self._make(batch)
 
     def _make(self, batch: Sequence[PendingImage]) -> None:
         if self.stopped:

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffengine_sdxl import limits
+from diffengine_sdxl.commands.infer.bounds import check_bounds, check_pixels
 from diffengine_sdxl.commands.infer.digests import sha256
 from diffengine_sdxl.commands.infer.provenance import (
     CONFIG,
     FORMAT,
     KEY,
-    MAX_BYTES,
     PINNED,
     cached_commit,
     config_sources,
@@ -27,18 +28,10 @@ from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.images import png_text
 from diffengine_sdxl.loading.hub import COMMIT
 from diffengine_sdxl.loading.strict import shipped
-from diffengine_sdxl.request import STEPS, Request
+from diffengine_sdxl.request import Request
 
 #: Limit on the characters of settings that an error quotes.
 MAX_QUOTED = 500
-#: Limit on nested dicts and lists; a config has about eight.
-MAX_DEPTH = 32
-#: Keys whose number, or whose list's length, is work or memory; and its limit. Training has 1000 steps.
-COUNTS = (*STEPS, 'num_train_timesteps', 'rank', 'num_tokens')
-MAX_COUNT = 10_000
-#: Limits on entries of `guidances`, `adapters` and `modules`, characters of a text (compel's parser is quadratic), and
-#: pixels.
-MAX_PARTS, MAX_CHARACTERS, MAX_PIXELS = 32, 20_000, 2**26
 
 
 def read_png(path: str | Path) -> dict[str, Any]:
@@ -47,7 +40,7 @@ def read_png(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a whole PNG, or its settings are missing, of another format, or invalid.
     """
-    text = png_text(path, KEY, MAX_BYTES)
+    text = png_text(path, KEY, limits.CURRENT.png_bytes)
     if text is None:
         raise UserError(f"'{path}' holds no settings: it was not made by diffengine_sdxl, or another program removed "
                         'them.')
@@ -100,6 +93,7 @@ def check_unchanged(settings: Mapping[str, Any]) -> list[str]:
             names what it must not (see `check_types`).
     """
     modules = check_types(settings['config'], settings.get('modules') or ())
+    _check_weights(settings)
     recorded = {entry['key']: entry for name in ('inputs', 'sources') for entry in settings[name]}
     faults, unchecked = [], []
     # What the request and the config name is loaded; the recorded list may be forged.
@@ -166,6 +160,22 @@ def refuse_moved(settings: Mapping[str, Any], config: Mapping[str, Any], loaded:
                         'name it in the config.')
 
 
+def _check_weights(settings: Mapping[str, Any]) -> None:
+    """Refuse models and adapters of this package that name no weights: SDXL would be built from nothing, with 14 GB.
+
+    Raises:
+        UserError: names the key that is missing.
+    """
+    for part in ('model', 'refiner'):
+        section = settings['config'].get(part) or {}
+        keys = [] if section.get('type') != 'SDXL' or section.get('pretrained') else [f'{part}.pretrained']
+        if settings.get('weights') is None:  # else they are in that file
+            keys += [f'{part}.adapters.{name}.weights' for name, adapter in (section.get('adapters') or {}).items()
+                     if adapter and not adapter.get('weights') and adapter.get('type') in known_types()]
+        if keys:
+            raise UserError(f"The config in the PNG sets no {keys[0]}, and random weights make no image again.")
+
+
 def check_types(config: Mapping[str, Any],
                 recorded: Sequence[Mapping[str, Any]] = ()) -> dict[str, tuple[Path, set[str]]]:
     """Refuse a config from a PNG that names any type but those of this package and of the recorded modules.
@@ -211,7 +221,7 @@ def check_form(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: names the part.
     """
-    _check_limits(settings, '', 0)
+    check_bounds({key: value for key, value in settings.items() if key != 'made'}, 'a PNG')  # that is only shown
     config = settings.get('config')
     parts: list[tuple[str, Any, type, bool]] = [  # place, value, type, required
         ('request', settings.get('request'), dict, True), ('config', config, dict, True),
@@ -242,32 +252,7 @@ def check_form(settings: Mapping[str, Any]) -> None:
     for i, entry in enumerate(settings['sources']):
         if not COMMIT.fullmatch(entry.get('commit') or '0' * 40):
             raise UserError(f"'sources.{i}.commit' is not a commit.")
-    request = Request.of(settings['request'])
-    if (request.height or 1) * (request.width or 1) > MAX_PIXELS:
-        raise UserError(f"'request' asks for {request.height} x {request.width} pixels; a PNG may ask for at most "
-                        f'{MAX_PIXELS}.')
-
-
-def _check_limits(node: Any, path: str, depth: int) -> None:
-    """Refuse values that would exhaust time or memory.
-
-    Raises:
-        UserError: names the place.
-    """
-    if depth > MAX_DEPTH:
-        raise UserError(f"'{path[:60]}...' is nested more than {MAX_DEPTH} deep.")
-    if isinstance(node, int) and not -2**63 <= node < 2**63:
-        raise UserError(f"'{path}' is a number of {node.bit_length()} bits.")
-    for key, value in _items(node):
-        place = f'{path}.{key}' if path else str(key)
-        _check_limits(value, place, depth + 1)
-        if isinstance(value, str) and len(value) > MAX_CHARACTERS:
-            raise UserError(f"'{place}' has {len(value)} characters; a PNG may hold at most {MAX_CHARACTERS}.")
-        if key in ('guidances', 'adapters', 'modules') and isinstance(value, list | dict) and len(value) > MAX_PARTS:
-            raise UserError(f"'{place}' has {len(value)} entries; a PNG may hold at most {MAX_PARTS}.")
-        count = len(value) if isinstance(value, list) else value
-        if key in COUNTS and isinstance(count, int | float) and not count <= MAX_COUNT:
-            raise UserError(f"'{place}' asks for {count}; a PNG may ask for at most {MAX_COUNT}.")
+    check_pixels(Request.of(settings['request']), 'a PNG')
 
 
 def _items(node: Any) -> list[tuple[Any, Any]]:

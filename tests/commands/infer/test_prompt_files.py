@@ -1,12 +1,15 @@
 """Prompt files of every kind, as editors and spreadsheets write them; a broken row is named by its line."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.commands.infer.prompt_files import Row, read_prompts
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.request import Request
@@ -178,3 +181,41 @@ def test_a_relative_name_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPat
     write(folder / 'p.csv', 'image\na.png\n')
     monkeypatch.chdir(folder)
     assert read_prompts('p.csv')[0].request == Request(image=str(folder / 'a.png'))
+
+
+def test_what_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe, a device, and files of more bytes, rows or columns than `limits` has."""
+    os.mkfifo(tmp_path / 'pipe.txt')
+    (tmp_path / 'zero.txt').symlink_to('/dev/zero')
+    for name in ('pipe', 'zero'):
+        with pytest.raises(UserError, match='no prompt file.*a pipe or a device is not read'):
+            read_prompts(tmp_path / f'{name}.txt')
+    columns = ','.join(f'scales.a{i}' for i in range(257))
+    with pytest.raises(UserError, match='has 257 columns; at most 256'):
+        read_prompts(write(tmp_path / 'wide.csv', f'{columns}\n'))
+    monkeypatch.setattr(limits, 'CURRENT', limits.Limits(prompt_file_rows=2, prompt_file_bytes=9))
+    assert len(read_prompts(write(tmp_path / 'rows.txt', 'a\n\nb\n'))) == 2
+    with pytest.raises(UserError, match='more than 2 rows.*limits.prompt_file_rows'):
+        read_prompts(write(tmp_path / 'rows.txt', 'a\nb\n\nc'))
+    with pytest.raises(UserError, match='more than 9 bytes.*limits.prompt_file_bytes'):
+        read_prompts(write(tmp_path / 'bytes.txt', 'a' * 10))
+
+
+@pytest.mark.parametrize(('row', 'words'), [
+    ({'num_images_per_prompt': 10**8}, "'num_images_per_prompt' asks for 100000000; a row may ask for at most 10000"),
+    ({'num_inference_steps': 10**9}, "'num_inference_steps' asks for"), ({'pag_scale': 1e5}, "'pag_scale' asks for"),
+    ({'height': 80_000, 'width': 80_000}, '80000 x 80000 pixels'), ({'prompt': 'a' * 20_001}, '20001 characters'),
+    ({'timesteps': list(range(10_001))[::-1]}, 'has 10001 entries')])
+def test_a_row_asks_for_no_more_than_a_png_may(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    rows = read_prompts(write(tmp_path / 'p.jsonl', json.dumps({'prompt': 'a', **row}) + '\n{"prompt": "b"}'))
+    assert words in str(rows[0].error) and rows[1].request == Request(prompt='b')
+
+
+def test_many_broken_rows_take_no_longer_than_others(tmp_path: Path) -> None:
+    """Time grows with the rows, not with their square: a minute for these."""
+    begin = time.process_time()
+    rows = read_prompts(write(tmp_path / 'p.csv', 'prompt\n' + '"a"b\n' * 20_000))
+    repeated = ', '.join(f'"a{i}": 1' for i in range(20_000)) + ', "z": 1, "z": 2'
+    rows += read_prompts(write(tmp_path / 'p.jsonl', f'{{{repeated}}}'))
+    assert len(broken(rows)) == 20_001 and "'z' is repeated" in str(rows[-1].error)
+    assert time.process_time() - begin < 5

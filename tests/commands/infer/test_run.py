@@ -15,6 +15,7 @@ import torch
 from asking import MADE, Here, by_hand, pictures
 from torch import Tensor
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.commands.infer.image_folder import ImageFolder
 from diffengine_sdxl.commands.infer.untrusted import read_png
 from diffengine_sdxl.errors import UserError
@@ -45,12 +46,14 @@ def test_rows_fail_in_many_ways(here: Here, batch_size: int) -> None:
     config = here.config()
     rows(dict(prompt='a cat'), dict(prompt='a \ud800 b'), dict(height=80_000_000, width=80_000_000),
          dict(target_size=[1e300, 5]), dict(prompt='a hen', negative_prompt='\udfff'), dict(prompt='a dog', seed=3))
-    here.infer(config, '--prompts', 'rows.jsonl', '--out', 'P', '--batch-size', batch_size, code=1)
+    here.patch.setattr(limits, 'CURRENT', limits.Limits())
+    here.infer(config, '--prompts', 'rows.jsonl', '--out', 'P', '--batch-size', batch_size, '--cfg-options',
+               'limits.untrusted_pixels=1e16', code=1)
     told = here.told.splitlines()
-    for line, sentence in zip(told, ("line 2: prompt='a \\ud800 b': character 3 is a", "line 5: negative_prompt",
-                                     'line 3: out of memory', 'line 4: '), strict=True):
+    for line, sentence in zip(told, ("line 2: prompt='a \\ud800 b': character 3 is a",
+                                     'line 3: out of memory', 'line 4: ', 'line 5: negative_prompt'), strict=True):
         assert sentence in line, here.told
-    assert 'A smaller --batch-size or size, vae_tiling=True or offload=True' in told[2]
+    assert 'A smaller --batch-size or size, vae_tiling=True or offload=True' in told[1]
     assert list(pictures('P')) == ['00000-seed0-a-cat.png', '00005-seed3-a-dog.png']
     expected = by_hand(config, dict(prompt='a cat'), dict(prompt='a dog', seed=3))
     if batch_size == 1:

@@ -41,7 +41,7 @@ def again(path: Path) -> tool.Plan:
     """Return the command's plan for a PNG, as far as to where the models load."""
     keys = ('prompt', 'prompts', 'condition', 'adapter', 'set', 'weights', 'cfg_options', *SETTINGS)
     plan = tool._plan_from_png(Namespace(config=str(path), **dict.fromkeys(keys)))
-    for one in plan.jobs:
+    for one in plan.jobs():
         provenance.record(one.request, plan.config, plan.weights)
     return plan
 
@@ -110,7 +110,7 @@ def mutated(settings: Any, where: list[tuple[Any, ...]], rng: random.Random) -> 
 def test_random_changes(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of hundreds is accepted, or refused by a UserError of limited length, quickly and without network."""
     monkeypatch.setattr(socket, 'socket', None)
-    assert again(write(tmp_path / 'm.png', settings)).jobs[0].request.seed == 4
+    assert again(write(tmp_path / 'm.png', settings)).rows[0][2].seed == 4
     rng, where, refused = random.Random(0), places(settings), 0
     began = time.monotonic()
     for number in range(700):
@@ -127,10 +127,14 @@ def test_random_changes(settings: Any, tmp_path: Path, monkeypatch: pytest.Monke
     (('request', 'height'), 100_000, '8 x 8 pixels, and its settings ask for 100000 x 8'),
     (('request', 'width'), 64, 'ask for 8 x 64'),
     (('request', 'num_inference_steps'), 10**9, "'request.num_inference_steps' asks for 1000000000"),
-    (('request', 'timesteps'), [1] * 10_001, "'request.timesteps' asks for 10001"),
+    (('request', 'timesteps'), [1] * 10_001, "'request.timesteps' has 10001 entries"),
     (('config', 'model', 'sampler', 'num_inference_steps'), 10_001, 'num_inference_steps'),
     (('config', 'model', 'sampler', 'scheduler', 'num_train_timesteps'), 1e12, 'num_train_timesteps'),
     (('config', 'model', 'adapters', 'style', 'rank'), float('nan'), 'rank'),
+    (('config', 'model', 'adapters', 'style', 'any'), [1, 4097], "'config.model.adapters.style.any.1' asks for 4097"),
+    (('config', 'model', 'sampler', 'scheduler', 'solver_order'), 10**9, "solver_order' asks for 1000000000"),
+    (('request', 'num_images_per_prompt'), 10**8, "num_images_per_prompt' asks for 100000000"),
+    (('request', 'conditions', 'depth'), ['https://x.org/a.png'] * 257, "conditions.depth' has 257 entries"),
     (('request', 'prompt'), 'a ' * 10_001, "'request.prompt' has 20002 characters"),
     (('request', 'refiner'), {'negative_prompt': 'a' * 20_001},
      "'request.refiner.negative_prompt' has 20001 characters"),
@@ -222,3 +226,15 @@ def test_what_cannot_be_pinned_is_refused(settings: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(SDXLInferencer, '__init__', load)
     with pytest.raises(UserError, match='model.vae .* has moved'):
         tool._load(plan, 'cpu')
+
+
+@pytest.mark.parametrize('key', ['model.pretrained', 'refiner.pretrained', 'model.adapters.depth.weights'])
+def test_nothing_is_built_without_weights(settings: Any, tmp_path: Path, key: str) -> None:
+    """SDXL of random weights would take 14 GB, whoever sends the PNG."""
+    *path, last = key.split('.')
+    node = settings['config']
+    for name in path:
+        node = node[name]
+    node[last] = None
+    with pytest.raises(UserError, match=f'sets no {key}, and random weights'):
+        again(write(tmp_path / 'm.png', settings))

@@ -53,7 +53,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def settings(kind: str = 'OwnAdapter', modules: Any = None) -> dict[str, Any]:
     """The settings of an image whose adapter has type `kind`."""
-    config = {'model': {'type': 'SDXL', 'adapters': {'a': {'type': kind}}}}
+    config = {'model': {'type': 'SDXL', 'pretrained': 'org/base', 'adapters': {'a': {'type': kind}}}}
     found: dict[str, Any] = json.loads(json.dumps(provenance.record(Request.of({'prompt': 'p'}), config)))
     return found if modules is None else {**found, 'modules': modules}
 
@@ -72,7 +72,7 @@ def test_recorded_and_found_again(installed: Path) -> None:
     path.write_text(source())
     found = settings(modules=[{'name': HERE, 'sha256': digest(source())}])
     untrusted.check_form(found)
-    assert untrusted.check_unchanged(found) == [] and sys.modules[HERE].__file__ == str(path)
+    assert untrusted.check_unchanged(found) == ['model.pretrained'] and sys.modules[HERE].__file__ == str(path)
     assert ADAPTERS.build(dict(type='OwnAdapter')).scale == 1
     assert settings()['modules'] == found['modules']
     # One's own class is no type of this package, though it is registered by now.

@@ -161,6 +161,8 @@ def train(arguments: list[str], place: Path) -> None:
     if args.launcher != 'none':
         return
     steps = 4 if args.resume else 2
+    args.resume = args.resume and re.sub(r'step\d+', 'step2', args.resume)
+    args.cfg_options = [re.sub(r'step\d+', 'step2', option) for option in args.cfg_options or []]
     own = [f'train_cfg.max_iters={steps}', 'default_hooks.checkpoint.interval=2', 'train_dataloader.num_workers=0',
            'default_hooks.progress=None']
     if config.load(args.config).model.get('sampler'):

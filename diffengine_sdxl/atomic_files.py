@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if (parent := path.parent.resolve()) not in _cleaned:
-            clean(parent, others=False)
+            clean(parent)
             _cleaned.add(parent)
         with _locked_folder(path) as folder:
             temporary = folder / path.name
@@ -92,24 +92,23 @@ def _lock(part: Path) -> Iterator[bool | None]:
         os.close(handle)
 
 
-def clean(parent: str | Path, others: bool = True) -> None:
+def clean(parent: str | Path) -> None:
     """Remove what killed processes left of `replacing` in a folder; what a living process writes stays.
 
-    If one was killed after it had set an old folder aside, that goes back to its place.
-
-    Args:
-        others: whether `parent` is a work_dir, which holds no hidden '.part' of the user's: remove all of them.
+    If one was killed after it had set an old folder aside, that goes back to its place. Nothing else is touched,
+    whatever its name.
     """
     for part in Path(parent).glob('.*.part'):
         name = _NAME.fullmatch(part.name)
+        if name is None or not part.is_dir():
+            continue
         with _lock(part) as locked:
-            held = {entry.name for entry in part.iterdir()} if locked and part.is_dir() else {''}
-            ours = name is not None and held <= {name[1], _OLD}
-            if not locked or not (ours or others):
+            held = {entry.name for entry in part.iterdir()} if locked else {''}
+            if not held <= {name[1], _OLD}:
                 continue
-            if ours and name is not None and _OLD in held and not os.path.lexists(part.with_name(name[1])):
+            if _OLD in held and not os.path.lexists(part.with_name(name[1])):
                 os.replace(part / _OLD, part.with_name(name[1]))
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_error(error: BaseException | None) -> str | None:

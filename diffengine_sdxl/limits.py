@@ -23,8 +23,9 @@ class Limits:
     image_bytes: int = 2**28
     #: Pixels of one decoded or resized image.
     image_pixels: int = 2**26
-    #: Bytes of one caption file.
+    #: Bytes of one caption file, and of one metadata file of a folder of images.
     caption_bytes: int = 2**20
+    metadata_bytes: int = 2**27
     #: Bytes to which a compressed table or archive of a data set may unpack, if they are over 100 times its size.
     unpacked_bytes: int = 2**30
     #: Bytes of one JSON file of settings (config.json, adapter_config.json).

@@ -3,6 +3,7 @@
 Those with a parent extend mmengine's: a name is looked up here first, then in mmengine.
 """
 
+import re
 import reprlib
 from typing import Any
 
@@ -25,7 +26,8 @@ class NamedRegistry(Registry):
         Raises:
             UserError: it is registered neither here nor in mmengine.
         """
-        entry = super().get(key)
+        # Else mmengine would take the name for that of a module, or fail.
+        entry = super().get(key) if re.fullmatch(r'\w+([.:]+\w+)*', key) else None
         if entry is None:
             folders = ', '.join(loc.replace('.', '/') for loc in self._locations)
             raise UserError(

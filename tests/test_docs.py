@@ -282,6 +282,8 @@ def run_shell_line(words: list[str], folder: Path) -> None:
     elif words[0] == 'python' and words[1].startswith('benchmarks/'):
         text = (ROOT / words[1]).read_text()
         assert not [w for w in words[2:] if w.startswith('--') and f"'{w}'" not in text], words
+    elif words[:4] == ['python', '-m', 'diffengine_sdxl.testing', 'layouts']:
+        assert len(words) == 5, words  # tests/adapters/test_layouts.py runs it
     elif words[:3] == ['python', '-m', 'diffengine_sdxl.testing']:
         subprocess.run([sys.executable, *words[1:]], check=True, cwd=folder, capture_output=True)
     elif words[:2] == ['pip', 'install']:

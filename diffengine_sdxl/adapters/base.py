@@ -133,6 +133,10 @@ class Adapter(nn.Module):
         """Return all its parameters, frozen ones too, wherever they live."""
         return list(self.parameters())
 
+    def idle_layers(self) -> list[str]:
+        """Return the layers of the base that it should change and doesn't, as they compute in sampling."""
+        return []
+
     def parameters_in(self, part: str) -> Iterable[nn.Parameter]:
         """Return those of the module's own parameters that compute within a call of `part` ('unet', ...)."""
         return ()

@@ -23,6 +23,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from diffengine_sdxl import rng
 from diffengine_sdxl.adapters import lora_layers
 from diffengine_sdxl.adapters.base import Adapter, Tensors
 from diffengine_sdxl.adapters.changed_layer import ChangedLayer
@@ -159,7 +160,7 @@ class LoRA(Adapter):
         self._apply_scale()
 
     def _where(self) -> str:
-        """Return how many layers it changes and, if they are not 1, by which factors: '560 layers of unet, x 0.25-1'."""
+        """Return how many layers it changes and by which alpha / rank, if not 1: '560 layers of unet, x 0.25-1'."""
         factors = [own.alpha[name] / (math.sqrt(rank) if self.rslora else rank)
                    for own in self._ranks.values() for name, rank in own.rank.items() if name in own.alpha]
         limits = [f'{factor:.3g}' for factor in dict.fromkeys((min(factors), max(factors)))] if factors else ['1']
@@ -302,10 +303,36 @@ class LoRA(Adapter):
         return [p for _, _, wrapper in self._all_wrappers() for p in lora_layers.weights(wrapper, self.name).values()]
 
     def trainables(self) -> list[nn.Parameter]:
-        """As `all_parameters`, without layers that get no gradient: never read, or in a block of scale 0."""
+        """As `all_parameters`, without layers that get no gradient: never read, or of scale or alpha 0."""
         return [p for part, name, wrapper in self._all_wrappers()
                 if self.trainable and (part, name) not in self._never_read and self._block_scale(part, name) != 0
+                and self._ranks[part].alpha.get(name) != 0
                 for p in lora_layers.weights(wrapper, self.name).values()]
+
+    @torch.no_grad()
+    def idle_layers(self) -> list[str]:
+        """Return the layers whose output for random inputs it does not change at a large scale, as in sampling.
+
+        Left out: what is switched off (scale or alpha 0, active range) or untrained, an OFT, whose scale is 1, norms.
+        """
+        if self.method == 'oft' or self._gate is not True:
+            return []
+        scale, idle = self.scale, list[str]()
+        self.scale = scale * 2.0**17  # a change by 1e-7 is seen in bf16
+        try:
+            for part, name, wrapper in self._all_wrappers():
+                layer, weights = wrapper.get_base_layer(), lora_layers.weights(wrapper, self.name)
+                if (not isinstance(layer, lora_layers.LAYERS) or self._block_scale(part, name) == 0
+                        or self._ranks[part].alpha.get(name) == 0 or not all(p.any() for p in weights.values())):
+                    continue
+                shape = ((1, layer.in_features) if isinstance(layer, nn.Linear) else
+                         (1, layer.in_channels, *(2 * side + 1 for side in layer.kernel_size)))
+                x = torch.randn(shape, generator=rng.generator('idle', name)).to(layer.weight)
+                if torch.equal(wrapper(x), wrapper.base_layer(x)):
+                    idle.append(f'{part}.{name}')
+        finally:
+            self.scale = scale
+        return idle
 
     def to_weights(self) -> LoRAWeights:
         """Return copies of its weights, to write them in any format."""
@@ -338,10 +365,10 @@ class LoRA(Adapter):
     def save(self, folder: str | Path) -> None:
         """Write diffusers' file; what diffusers cannot load, as a peft folder for each part or else a kohya file."""
         weights = self.to_weights()
-        if write_lora(Path(folder), weights, self._plain_layers(norms=True)):
+        form = {'kohya': 'a kohya file', 'peft': f'a peft folder for each part ({", ".join(self._parts)})'}.get(
+            write_lora(Path(folder), weights, self._plain_layers(norms=True)))
+        if form is None:
             return
-        form = f'a kohya file with {only}' if (only := weights.only_in_kohya()) else (
-            f'a peft folder for each part ({", ".join(self._parts)})')
         print_log(f"diffusers cannot load a {self._title}{' of a text encoder' if self.method == 'dora' else ''}"
                   f"{' with words' if self.words.names else ''}: '{folder}' holds {form}.", logger='current')
 

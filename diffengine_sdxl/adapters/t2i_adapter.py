@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.adapters.base import ControlAdapter, Tensors
 from diffengine_sdxl.adapters.formats.files import refuse
 from diffengine_sdxl.adapters.formats.t2i_adapter import is_file, read_t2i_adapter
@@ -56,6 +57,11 @@ class T2IAdapter(ControlAdapter):
                  downscale_factor: int | None = None, ignore_keys: Sequence[str] = ()) -> None:
         super().__init__(condition_key, weights, trainable, scale, active_range, ignore_keys)
         self.source = {'subfolder': subfolder, 'revision': revision, 'variant': variant}
+        if not 0 < num_res_blocks <= limits.CURRENT.network_layers:
+            raise UserError(f'num_res_blocks={num_res_blocks} of a T2I-Adapter must be from 1 to '
+                            f'{limits.CURRENT.network_layers} (limits.network_layers).')
+        if channels is not None and not channels:
+            raise UserError('channels of a T2I-Adapter must be a list of widths; it is empty.')
         self.shape: dict[str, Any] = {'in_channels': in_channels, 'channels': channels,
                                       'num_res_blocks': num_res_blocks, 'downscale_factor': downscale_factor}
 

@@ -103,8 +103,7 @@ def convert(config: Config, out: Path, checkpoint: str | None = None, name: str 
         report.append(f'Rounding to {dtype} changes its effect by {float((rounded - before).norm()) / effect:.2g} of '
                       'it.')
         before = rounded
-    reload_config = _reload_config(model_config, adapter, name)
-    header = _header(config, adapter, model, out)
+    reload_config, header = _reload_config(model_config, adapter, name), _header(config, adapter, model, out)
     with atomic_files.replacing(out) as temporary:
         if dtype is not None:
             _cast(adapter, getattr(torch, dtype))
@@ -259,8 +258,8 @@ def _lora_target(adapter: LoRA, model: SDXL, form: str | None, out: Path) -> Tar
         what = 'the DoRA of a text encoder' if kind == 'dora' else f'a {title}'
         raise UserError(f"Stock diffusers cannot load {what}; choose 'peft'{'' if kind == 'oft' else ' or kohya'}.")
     if form == 'diffusers':
-        return Target(form, adapter.save, f"Stock diffusers loads it: pipeline.load_lora_weights('{out}'). "
-                      "For ComfyUI choose 'kohya': of these names it drops some.")
+        return Target(form, adapter.save, "For ComfyUI choose 'kohya': it drops some keys of diffusers' names. "
+                      f"Stock diffusers loads it: pipeline.load_lora_weights('{out}').")
     if form == 'peft':
         return Target(form, lambda path: peft_lora.write(path, adapter.to_weights(), modules), (
             'Stock diffusers does not: its load_lora_weights mistakes a peft folder for another format and silently '

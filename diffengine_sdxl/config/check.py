@@ -207,8 +207,9 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
         return
     if not fits(value, hint):
         whole = isinstance(value, float) and value.is_integer() and fits(int(value), hint)
-        raise UserError(f'{path}={reprlib.repr(value)} must be {described(hint)}'
-                        f'{f"; write {int(value)}" if whole else ""}.')
+        hint_text = f'; write {int(value)}' if whole else f', as {path.rpartition(".")[2]}=[{value!r}]' if isinstance(
+            value, str) and fits([value], hint) else ''
+        raise UserError(f'{path}={reprlib.repr(value)} must be {described(hint)}{hint_text}.')
 
 
 def _matches(path: str, *patterns: str) -> bool:

@@ -82,7 +82,8 @@ def fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(part) and value == part for part in arguments)
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        return number and -2**63 <= value < 2**63 and math.isfinite(value)  # as torch's integers: 64 bits
+        # As torch's integers, of 64 bits; any text of JSON may hold larger ones.
+        return number and (-2**63 <= int(value) < 2**63 if isinstance(value, Integral) else math.isfinite(value))
     if not isinstance(kind, type) or kind is Any or kind is object:
         return kind is not None or value is None
     if issubclass(kind, PurePath):
@@ -102,7 +103,9 @@ def described(hint: Any) -> str:
     """Return in words what `fits` an annotation: 'a list of texts, or None'."""
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return ' or '.join(dict.fromkeys(filter(None, map(described, arguments))))
+        # None first: what follows may be a list of something else.
+        parts = sorted(arguments, key=lambda part: part is not NoneType)
+        return ' or '.join(dict.fromkeys(filter(None, map(described, parts))))
     if kind is Literal:
         return ' or '.join(map(repr, arguments))
     if kind in WORDS:

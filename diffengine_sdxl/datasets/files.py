@@ -63,9 +63,10 @@ class Listing:
         self.pass_over('other files', (p for p in rest if p.suffix.lower() not in unread))
 
     def log(self, num: int, what: str) -> None:
-        """Log how much is used, and what is passed over and why, in one line."""
+        """Log how much is used, and what is passed over and why, in one line; nothing if all is used."""
         left = sum(map(len, self.passed_over.values()))
-        print_log(f"'{self.folder}': {num} {what}, {left} files passed over{self.reasons()}", logger='current')
+        if left:
+            print_log(f"'{self.folder}': {num} {what}, {left} files passed over{self.reasons()}", logger='current')
 
     def reasons(self) -> str:
         """Return why files are passed over, with the first names, in brackets; '' if none is."""

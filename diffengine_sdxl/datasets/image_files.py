@@ -203,7 +203,7 @@ class ImageReader:
         """Return whether a path with '::' is that of a file in the root, whose name has these letters."""
         try:
             return '::' in path and self.root is not None and (self.root / path).is_file()
-        except ValueError:
+        except (OSError, ValueError):
             return False
 
     def _open(self, target: str | Path, path: str, what: str) -> IO[bytes]:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffengine_sdxl import limits
 from diffengine_sdxl.datasets import archives
-from diffengine_sdxl.datasets.files import SYSTEM_FILES, image_suffixes
+from diffengine_sdxl.datasets.files import SYSTEM_FILES, image_suffixes, read_regular
 from diffengine_sdxl.errors import UserError
 
 METADATA = ('metadata.jsonl', 'metadata.csv', 'metadata.parquet')
@@ -47,7 +48,8 @@ class Tree:
 
 def folder_tree(folder: Path, names: Sequence[str]) -> Tree:
     """Return the tree of some files of a folder."""
-    return Tree(str(folder), names, lambda name: str(folder / name), lambda name: (folder / name).read_bytes())
+    return Tree(str(folder), names, lambda name: str(folder / name),
+                lambda name: read_regular(folder / name, 'metadata_bytes'))
 
 
 def zip_tree(path: Path) -> Tree:
@@ -94,7 +96,9 @@ def rows(trees: Sequence[Tree]) -> dict[str, list[Any]]:
                         raise UserError(f"{place}: '{key}' and another key are both the column '{column}'.")
                     row[column] = value
                 for column, value in row.items():
-                    columns.setdefault(column, [None] * len(places)).append(value)
+                    if column not in columns:
+                        columns[column] = [None] * len(places)
+                    columns[column].append(value)
                 places.append(place)
                 for values in columns.values():
                     values += [None] * (len(places) - len(values))
@@ -152,8 +156,13 @@ def _parquet(data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
-        yield from ((f'row {i}', record) for i, record in enumerate(table.to_pylist()))
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        # Values that are repeated take no space in the file.
+        if max(size, 8 * file.metadata.num_rows * file.metadata.num_columns) > limits.CURRENT.metadata_bytes:
+            raise OSError('it unpacks to more than limits.metadata_bytes')
+        yield from ((f'row {i}', record) for i, record in enumerate(
+            record for batch in file.iter_batches() for record in batch.to_pylist()))
     except pyarrow.ArrowException as error:
         raise OSError(f'it is no parquet file, or is cut off: {error}') from error
 

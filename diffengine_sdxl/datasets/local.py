@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from diffengine_sdxl.datasets import archives, image_rows
 from diffengine_sdxl.datasets.files import Listing, image_suffixes, list_folder, read_regular
 from diffengine_sdxl.errors import UserError, did_you_mean
@@ -28,6 +30,8 @@ SPLITS = {'train': 'train', 'training': 'train', 'validation': 'validation', 'va
 #: Of a table's name: 'test.csv', 'rows_test.csv', 'test-00000-of-00002.parquet'.
 SPLIT_NAME = re.compile(rf'(?:.*[-_.])?({"|".join(SPLITS)})(?:[-_.].*)?', re.IGNORECASE)
 SHARD_NAME = re.compile(r'(\w+)-\d{5}-of-\d{5}')
+#: Lists and objects within one another in a line of JSON; brackets in texts count too.
+MAX_NESTING = 5000
 Groups = dict[str, list[Path]]
 
 
@@ -91,6 +95,8 @@ def open_tables(kind: str, groups: Mapping[str, Sequence[Path]], split: str, cac
             if '::' in str(path):
                 raise UserError(f"'{path}': `datasets` takes '::' in a path for an archive. Rename it.")
             archives.check_unpacked(path)
+            if path.suffix.lower() in ('.jsonl', '.json'):
+                _check_nesting(path)
     name, builder_class = BUILDERS[kind]
     # Not by `load_dataset`, which takes paths for patterns: '[' in a name would be one. The size and the time tell its
     # cache whether a file changed.
@@ -103,6 +109,26 @@ def open_tables(kind: str, groups: Mapping[str, Sequence[Path]], split: str, cac
         return builder.as_streaming_dataset(split=split)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
+
+
+def _check_nesting(path: Path) -> None:
+    """Check that a line of JSON is not nested so deep that Arrow's parser would crash the process.
+
+    Raises:
+        UserError: it is.
+    """
+    depth = 0
+    with path.open('rb') as file:
+        while (block := np.frombuffer(file.read(2**22), np.uint8)).size:
+            steps = np.isin(block, (ord('['), ord('{'))).astype(np.int32) - np.isin(block, (ord(']'), ord('}')))
+            depths = depth + np.cumsum(steps)
+            # Each line is a value of its own.
+            ends = np.where(block == ord('\n'), np.arange(1, len(block) + 1), 0)
+            starts = np.maximum.accumulate(ends)
+            depths -= np.where(starts > 0, depths[starts - 1], 0)
+            if depths.max() > MAX_NESTING:
+                raise UserError(f"'{path}' has a value that is nested more than {MAX_NESTING} deep, which no data is.")
+            depth = int(depths[-1])
 
 
 def _suffix(path: Path) -> str:
@@ -208,11 +234,15 @@ def _match(source: str, listing: Listing, data_files: Any, who: str) -> Groups:
 
 def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
     """Return whether the parts of a path match those of a pattern; '**' is any number of folders."""
-    if not pattern:
-        return not name
-    if pattern[0] == '**':
-        return len(pattern) == 1 or any(_matches(name[i:], pattern[1:]) for i in range(len(name)))
-    return bool(name) and fnmatch.fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+    # Numbers of parts of the path that the pattern so far can match.
+    ends = {0}
+    for i, part in enumerate(pattern):
+        if part == '**':
+            last = i == len(pattern) - 1
+            ends = {*range(min(ends, default=len(name) + 1), len(name) + last)}
+        else:
+            ends = {end + 1 for end in ends if end < len(name) and fnmatch.fnmatchcase(name[end], part)}
+    return len(name) in ends
 
 
 def _readme_patterns(source: str, folder: Path, name: str | None) -> Any:
@@ -238,7 +268,7 @@ def _readme_patterns(source: str, folder: Path, name: str | None) -> Any:
         return None
     if not isinstance(configs, list) or not all(isinstance(config, dict) for config in configs):
         raise UserError(f"'{path}': configs must be a list of entries with config_name and data_files.")
-    by_name = {str(config.get('config_name', 'default')): config for config in configs}
+    by_name = {_plain(config.get('config_name', 'default'), path): config for config in configs}
     defaults = [key for key, config in by_name.items() if config.get('default') or key == 'default']
     name = name or (defaults[0] if defaults else next(iter(by_name)) if len(by_name) == 1 else None)
     if name not in by_name:
@@ -247,11 +277,25 @@ def _readme_patterns(source: str, folder: Path, name: str | None) -> Any:
     config = by_name[name]
     found, base = config.get('data_files'), config.get('data_dir')
     if found is None:
-        return None if base is None else str(base)
+        return None if base is None else _plain(base, path)
     if isinstance(found, list) and any(isinstance(entry, dict) for entry in found):
-        found = {str(entry.get('split', 'train')): entry.get('path', []) for entry in found if isinstance(entry, dict)}
-    by_split = found if isinstance(found, dict) else {'train': found}
+        found = {_plain(entry.get('split', 'train'), path): entry.get('path', []) for entry in found
+                 if isinstance(entry, dict)}
+    base = None if base is None else _plain(base, path)
+    by_split = {_plain(key, path): value for key, value in found.items()} if isinstance(found, dict) else {
+        'train': found}
     patterns = {key: [value] if isinstance(value, str) else value for key, value in by_split.items()}
     if not all(isinstance(value, list) and all(isinstance(p, str) for p in value) for value in patterns.values()):
         raise UserError(f"'{path}': data_files of '{name}' must be paths, or split and path of each.")
     return {key: [f'{base}/{p}' if base else p for p in value] for key, value in patterns.items()}
+
+
+def _plain(value: Any, path: Path) -> str:
+    """Return a name in a README.md as text; not of a list, which may be one of references without end.
+
+    Raises:
+        UserError: it is neither text nor a number.
+    """
+    if not isinstance(value, str | int | float):
+        raise UserError(f"'{path}': config_name, split and data_dir must be texts; one is a {type(value).__name__}.")
+    return str(value)

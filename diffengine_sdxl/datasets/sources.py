@@ -96,8 +96,8 @@ def reading(source: str, path: Path | None = None) -> Iterator[None]:
 
 def _find_fault(path: Path) -> str:
     """Return which table of a local source is at fault, and where; '' if that is not seen."""
-    tables = [path] if path.is_file() else [p for p in list_folder(path).files if p.suffix.lower() in BUILDERS] \
-        if path.is_dir() else []
+    tables = [path] if os.path.isfile(path) else [
+        p for p in list_folder(path).files if p.suffix.lower() in BUILDERS] if os.path.isdir(path) else []
     first: tuple[Path, list[str]] | None = None
     for table in tables:
         try:

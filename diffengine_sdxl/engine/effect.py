@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Batch
+
+#: A scale at which the change of a weight by 1e-7 is seen in bf16.
+LARGE = 2.0**17
 
 
 @torch.no_grad()
@@ -48,6 +53,35 @@ def relative_effects(model: SDXL, batch: Batch) -> dict[str, float]:
     finally:
         model.train(training)
     return effects
+
+
+def find_idle(model: SDXL, batch: Batch, effects: Mapping[str, float], untrained: Sequence[str]) -> str | None:
+    """Return which adapter, or which layers of one, change nothing; None if all do something.
+
+    Args:
+        effects: what `relative_effects` returned. untrained: parameters whose layers need not do anything yet.
+    """
+    for name, effect in effects.items():
+        if effect == 0 and _has_no_effect(model, batch, name):
+            return f"the denoiser's output with adapter '{name}' is the same as without it, bit for bit"
+    for name, adapter in model.adapters.items():
+        layers = [] if adapter.scale == 0 else adapter.idle_layers()
+        if idle := [layer for layer in layers if not any(key.startswith(f'{layer}.') for key in untrained)]:
+            return f"{len(idle)} layers of adapter '{name}' give the same output as without it ({listed(idle)})"
+    return None
+
+
+def _has_no_effect(model: SDXL, batch: Batch, name: str) -> bool:
+    """Return whether adapter `name` changes nothing at a large scale either: half precision may round it away."""
+    adapter, scale = model.adapters[name], model.adapters[name].scale
+    try:
+        adapter.scale = scale * LARGE
+    except UserError:  # a kind of scales 0 and 1 (OFT): not known
+        return False
+    try:
+        return relative_effects(model, batch).get(name) == 0
+    finally:
+        adapter.scale = scale
 
 
 def _acts(adapter: Adapter) -> bool:

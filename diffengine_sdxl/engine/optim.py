@@ -276,18 +276,22 @@ class AdapterOptimWrapperConstructor:
         # None means the optimizer's default, so that an override can remove a key.
         settings = {k: v for k, v in self.optim_wrapper_cfg['optimizer'].items() if v is not None}
         host: Any = model
+        kind = str(settings.pop('type', None))
         groups = self.param_groups(getattr(host, 'module', host))
         try:
-            optimizer = OPTIMIZERS.build({**settings, 'params': groups})
+            optimizer = OPTIMIZERS.get(kind)(groups, **settings)
         except UserError:
             raise
         except (TypeError, ValueError) as error:
-            raise UserError(f"optim_wrapper.optimizer (type='{settings.get('type')}'): {first_line(error)}. Remove a "
+            raise UserError(f"optim_wrapper.optimizer (type='{kind}'): {first_line(error)}. Remove a "
                             'key by setting it to None.') from error
         for key in self.paramwise_cfg:
             if key not in optimizer.defaults:
                 raise UserError(f'paramwise_cfg.{key} is not an argument of {type(optimizer).__name__}.'
                                f'{did_you_mean(key, list(optimizer.defaults))}')
+            for name, value in self.paramwise_cfg[key].items():
+                if isinstance(optimizer.defaults[key], float) and not isinstance(value, int | float):
+                    raise UserError(f"paramwise_cfg.{key}['{name}']={value!r} must be a number.")
         return OPTIM_WRAPPERS.build({'type': 'StepOptimWrapper', **self.optim_wrapper_cfg, 'optimizer': optimizer})
 
     def param_groups(self, model: Denoiser) -> list[dict[str, Any]]:

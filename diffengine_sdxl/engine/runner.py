@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,6 +186,9 @@ class ExperimentRunner(Runner):
         if not isinstance(dataloader, dict):
             return dataloader
         dataloader = {'collate_fn': {'type': f'{SCOPE}.collate'}, **copy.deepcopy(dataloader)}
+        most = 16 + 4 * (os.cpu_count() or 1)
+        if (dataloader.get('num_workers') or 0) > most:
+            raise UserError(f'num_workers={dataloader["num_workers"]} must be at most {most} on this machine.')
         dataset: Any = dataloader.get('dataset')
         if dataset is None:
             raise UserError('A data loader of the config has no `dataset`.')

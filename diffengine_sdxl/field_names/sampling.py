@@ -95,8 +95,10 @@ SAMPLING: Topics = {
             'active_ranges.NAME=(<0>,1)', 'A fraction of the whole denoising process.'),
         'control_guidance_end controlnet_end': Place(
             'active_ranges.NAME=(0,<0.5>)', 'A fraction of the whole denoising process.'),
-        'guess_mode': Place('model.adapters.NAME.guess_mode=<True>', 'Of a ControlNet.'),
-        'control_mode': Place('model.adapters.NAME.control_type=<openpose>', 'Of a union ControlNet.'),
+        'guess_mode': Place(
+            'model.adapters.NAME.type=ControlNet model.adapters.NAME.guess_mode=<True>', 'Of its config.'),
+        'control_mode': Place(
+            'model.adapters.NAME.type=ControlNet model.adapters.NAME.control_type=<openpose>', 'Of a union.'),
         'lora loras lora_weights lora_path load_lora_weights network_weights t2i_adapter adapter_path controlnet '
         'controlnet_path control_net_models ip_adapter ip_adapter_path load_ip_adapter': Place(
             'adapters.NAME=<FILE>', 'A file, folder or hub id, whose kind is found by itself.'),

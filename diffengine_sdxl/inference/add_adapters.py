@@ -37,7 +37,7 @@ def add_adapter(cfg: Config, name: str, settings: Mapping[str, Any]) -> None:
                             f'link.{did_you_mean(name, list(adapters))}')
         from diffengine_sdxl.adapters.formats.detect import adapter_settings
         found = adapter_settings(given['weights'], cfg.model.get('pretrained'),
-                                 **{key: given[key] for key in LOCATORS if key in given})
+                                 **{key: given[key] for key in (*LOCATORS, 'ignore_keys') if key in given})
         # Of a whole export, `found` has the adapter's folder in it.
         given = {**found, **given, **{key: found[key] for key in found.keys() & {'subfolder'}}}
         if found['type'] == 'TextualInversion':

@@ -6,6 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from safetensors import SafetensorError
 from torch import nn
@@ -71,7 +72,11 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
         repo = hub.Repo(source, revision, cache_dir)
         path = repo.fetch(repo.model_files(subfolder, variant))
     folder = path / (subfolder or '')
-    names = weight_files(as_user_error(shown, os.listdir, folder), variant) if folder.is_dir() else []
+    listing = as_user_error(shown, os.listdir, folder) if folder.is_dir() else []
+    names = weight_files(listing, variant)
+    if not names and (others := [name for name in listing if name.endswith('.safetensors')]):
+        raise UserError(f"'{shown}' has no weights " + (f"of variant '{variant}'" if variant else 'without a variant')
+                        + f' (it has {listed(sorted(others), 3)}). Set `variant` to that of a file.')
     if any(name.endswith('.bin') for name in names):
         kwargs['use_safetensors'] = False  # else diffusers logs an error before it falls back to them
     if header := read_headers(folder, names, shown):
@@ -106,6 +111,7 @@ def as_user_error(source: str, function: Callable[..., Any], *args: Any, **kwarg
         UserError: what could not be loaded, and why.
     """
     from huggingface_hub.errors import StrictDataclassError  # raised by configs of transformers
+    default = torch.get_default_dtype()
     try:
         return function(*args, **kwargs)
     except UserError:
@@ -118,6 +124,8 @@ def as_user_error(source: str, function: Callable[..., Any], *args: Any, **kwarg
         if is_out_of_memory(error) or not expected and type(error) is not Exception:
             raise
         raise UserError(f"'{source}' could not be loaded: {first_line(error)}") from error
+    finally:
+        torch.set_default_dtype(default)  # diffusers sets it while it builds, and leaves it so where that fails
 
 
 def log_loaded(what: str, source: str | Path, num_keys: int) -> None:

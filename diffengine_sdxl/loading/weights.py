@@ -77,7 +77,7 @@ def unreadable(path: Path, error: Exception) -> str:
         reason = f"would run code ('{code[1]}')" if code else 'is truncated or of another kind'
         return (f"'{path}' is a pickle that {reason}: it holds more than tensors, so it was not opened and no code in "
                 'it was run. Ask for a .safetensors file.')
-    text = first_line(error)[:200]
+    text = first_line(error).split('. ')[0][:200]  # torch goes on with advice
     text = type(error).__name__ if re.search('weights_only|safe_globals', text) else text
     return (f"'{path}' cannot be read; it is truncated or not a {path.suffix} file ({path.stat().st_size:,} bytes): "
             f'{text}')
@@ -180,20 +180,20 @@ def upcast_fp8(content: Any) -> Any:
     return content
 
 
-def keys_to_ignore(keys: Collection[Any], patterns: Sequence[str], source: str | Path) -> set[Any]:
+def keys_to_ignore(keys: Collection[Any], patterns: Sequence[str], source: str | Path, log: bool = True) -> set[Any]:
     """Return the keys of a file that match a pattern, and log how many they are.
 
     Raises:
         UserError: a pattern matches none.
     """
-    if isinstance(patterns, str):
-        raise UserError(f"ignore_keys={patterns!r} must be a list of patterns, as ['{patterns}'].")
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"ignore_keys={patterns!r} must be a list of patterns, as ['*.bias'].")
     matches = {pattern: {key for key in keys if fnmatchcase(str(key), pattern)} for pattern in patterns}
     if idle := [pattern for pattern, found in matches.items() if not found]:
         raise UserError(f"ignore_keys: '{idle[0]}' matches no key of '{source}'."
                         f'{did_you_mean(idle[0], [str(key) for key in keys])}')
     ignored = set().union(*matches.values())
-    if ignored:
+    if ignored and log:
         print_log(f"'{source}': {len(ignored)} of {len(keys)} keys are left out by ignore_keys "
                   f'({listed(sorted(ignored), 3)}).', logger='current')
     return ignored

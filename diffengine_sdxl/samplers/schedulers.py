@@ -104,6 +104,9 @@ def check_settings(cls: Any, settings: Mapping[str, Any]) -> None:
         raise UserError(f'{cls.__name__}: use_flow_sigmas and flow_prediction are for models trained by flow '
                         'matching; SDXL was not.')
     one_of(f'{cls.__name__}: prediction_type', settings.get('prediction_type', 'epsilon'), PREDICTION_TYPES)
+    betas, num = settings.get('trained_betas'), settings.get('num_train_timesteps', SDXL_CONFIG['num_train_timesteps'])
+    if betas is not None and (not isinstance(betas, Sequence) or len(betas) != num):
+        raise UserError(f'{cls.__name__}: trained_betas must be a list of {num} numbers, one for each timestep.')
     scheduler = make_scheduler(cls, {k: v for k, v in SDXL_CONFIG.items() if k in known}, settings)
     try:
         scheduler.set_timesteps(4)

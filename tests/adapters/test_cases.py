@@ -200,7 +200,13 @@ def test_a_file_that_does_not_fit_is_refused(tiny_base: Path, tmp_path: Path, ca
     state = load_file(path)
     with safe_open(path, framework='pt') as file:
         metadata = file.metadata()
-    for key in (min(state), max(state)):
+    if set(state) == {'clip_l', 'clip_g'}:
+        state['clip_l'] = state['clip_l'][:, :-1].contiguous()  # either alone is a word of one encoder
+        save_file(state, path, metadata=metadata)
+        with pytest.raises(UserError, match='31 wide for text_encoder'):
+            model.adapters['a'].load(tmp_path / 'a')
+        state = {}
+    for key in (min(state), max(state)) if state else ():
         for changed, named in (({k: v for k, v in state.items() if k != key}, key),
                                ({(f'{k}_x' if k == key else k): v for k, v in state.items()}, f'{key}_x')):
             save_file(changed, path, metadata=metadata)

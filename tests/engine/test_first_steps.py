@@ -60,6 +60,29 @@ def reentrant(runner: Any, patch: pytest.MonkeyPatch) -> None:
                 lambda *b: f(*b, **k), *a, use_reentrant=True))
 
 
+def restored(runner: Any, patch: pytest.MonkeyPatch) -> None:
+    """The weights of the beginning are copied back before each step."""
+    before = [p.detach().clone() for p in trained(runner)]
+
+    def restore(*_: Any) -> None:
+        for parameter, value in zip(trained(runner), before, strict=True):
+            parameter.data.copy_(value)
+    runner.bare_model.register_forward_pre_hook(restore)
+
+
+def half_off_in_sampling(runner: Any, patch: pytest.MonkeyPatch) -> None:
+    """Half of the layers are left out where images are made."""
+    for wrapper in wrappers(runner)[::2]:
+        forward, base = wrapper.forward, wrapper.base_layer
+        patch.setattr(wrapper, 'forward', lambda x, *a, f=forward, b=base, **k: (
+            f if torch.is_grad_enabled() else b)(x, *a, **k))
+
+
+def half_scaled_by_zero(runner: Any, patch: pytest.MonkeyPatch) -> None:
+    for wrapper in wrappers(runner)[::2]:
+        wrapper.scaling['a'] = 0.0
+
+
 def another_copy(runner: Any, patch: pytest.MonkeyPatch) -> None:
     """adapter-hub/adapters #260: the optimizer was built before the weights that compute."""
     for group in runner.optim_wrapper.optimizer.param_groups:
@@ -137,17 +160,10 @@ def no_scale(runner: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def cast_cache(runner: Any, patch: pytest.MonkeyPatch) -> None:
-    """A forward pass without gradients fills autocast's cache with weights that have none."""
-    model = runner.bare_model
-    forward = model.forward
-
-    def twice(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast('cpu', torch.bfloat16):
-            with torch.no_grad():
-                forward(*args, **kwargs)
-            return forward(*args, **kwargs)
-    patch.setattr(model, 'forward', twice)
-    patch.setattr(model, 'autocast', lambda enabled: torch.autocast('cpu', torch.bfloat16))
+    """A pass without gradients filled autocast's cache, so that casts of the weights have no graph (older torch)."""
+    for wrapper in wrappers(runner):
+        layer = wrapper.lora_B['a']
+        patch.setattr(layer, 'forward', lambda x, layer=layer: torch.nn.functional.linear(x, layer.weight.detach()))
 
 
 def zeroed(runner: Any, patch: pytest.MonkeyPatch) -> None:
@@ -293,7 +309,9 @@ FAULTS: list[tuple[Fault, dict[str, Any], str]] = [
     (other_row, WORD, 'depends on nothing'), (cached_text, TEXT, 'depends on nothing'),
     (never_read, TEXT, 'had no gradient'),
     (stale_average, LORA, 'not in the EMA'), (off_in_sampling, T2I, 'the same as without it'),
-    (lora_off_in_sampling, LORA, 'the same as without it'), (loss_cut_off, LORA, 'had no gradient')]
+    (lora_off_in_sampling, LORA, 'the same as without it'),
+    (half_off_in_sampling, LORA, '44 layers of adapter'), (half_scaled_by_zero, LORA, 'had no gradient'),
+    (restored, T2I, 'something sets them between the steps'), (loss_cut_off, LORA, 'had no gradient')]
 
 
 @pytest.mark.parametrize(('fault', 'adapter', 'words'), FAULTS)
@@ -342,13 +360,13 @@ def test_steps_without_input_do_not_count(options: dict[str, Any], tmp_path: Pat
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Most rows leave nothing to learn; no alarm, and a fault is found where the third row has something."""
     counted: list[int] = []
-    check = first_steps._check_trained
+    check = first_steps._check_watched
 
     def noted(trained: Any, runner: Any) -> None:
         counted.append(runner.iter + 1)
         check(trained, runner)
         raise DeathError
-    monkeypatch.setattr(first_steps, '_check_trained', noted)
+    monkeypatch.setattr(first_steps, '_check_watched', noted)
     run = {**tiny, **options, 'train_cfg.max_iters': 30, 'train_dataloader.batch_size': 1,
            'default_hooks.checkpoint': None}
     train(tmp_path / 'well', run)
@@ -360,6 +378,31 @@ def test_steps_without_input_do_not_count(options: dict[str, Any], tmp_path: Pat
     monkeypatch.setattr(net.adapter.body[0], 'forward', torch.no_grad()(net.adapter.body[0].forward))
     with pytest.raises(UserError, match=f'stopped at step {counted[0]}: .* had no gradient'):
         runner.train()
+
+
+@pytest.mark.parametrize(('kind', 'options'), [
+    ('lora', {'mixed_precision': 'bf16', 'param_scheduler.num_warmup_steps': 500}),
+    ('loha', {'mixed_precision': 'bf16', 'param_scheduler.num_warmup_steps': 500, 'resolution': 32}),
+    ('oft', {'mixed_precision': 'bf16', 'param_scheduler.num_warmup_steps': 500}),
+    ('controlnet', {'mixed_precision': 'fp16', 'optim_wrapper.optimizer.lr': 1e-5})], ids=str)
+def test_no_alarm_where_half_precision_rounds(kind: str, options: dict[str, Any], tmp_path: Path, tiny: dict[str, Any],
+                                              capfd: pytest.CaptureFixture[str]) -> None:
+    """Effects and gradients that are rounded to zero: a warmup in bf16, zero convolutions in fp16, a single token."""
+    run = {**tiny, 'resolution': 64, 'optim_wrapper.optimizer.lr': 1e-4, 'train_cfg.max_iters': 5,
+           'default_hooks.checkpoint': None, 'model.adapters': dict(_delete_=True, a=CASES[kind].config), **options}
+    if 'param_scheduler.num_warmup_steps' in options:
+        run['param_scheduler.name'] = 'constant_with_warmup'
+    train(tmp_path, run)
+    assert 'The first steps train all of' in capfd.readouterr().out
+
+
+def test_short_trainings_say_what_had_nothing_to_learn(tmp_path: Path, tiny: dict[str, Any],
+                                                       capfd: pytest.CaptureFixture[str]) -> None:
+    """Whose input is dropped in every row stays as it was, and a warning says so at the end."""
+    train(tmp_path, {**tiny, 'default_hooks.checkpoint': None, 'train_dataloader.dataset.transforms': [
+        *TRANSFORMS[1:3], dict(type='JointDrop', adapters=['adapter'], image=1.0, text=0.0, both=0.0),
+        *TRANSFORMS[3:]]})
+    assert "'adapter' had nothing to learn in 4 steps" in capfd.readouterr().out
 
 
 def test_processes_that_differ(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

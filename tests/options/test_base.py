@@ -63,7 +63,9 @@ def revision(world: World, hub: Path) -> None:
 
 @case('cache_dir')
 def cache_dir(world: World, hub: Path) -> None:
-    world.placeholders['CACHE'] = hub
+    rows = world.tmp / 'rows.jsonl'
+    rows.write_text(json.dumps({'image': 'a.png', 'conditioning_image': 'b.png', 'text': 'a circle'}))
+    world.placeholders['CACHE'], world.data = hub, rows
     model = world.model(**{'model.pretrained': 'some/sdxl'})
     assert model.unet.config.block_out_channels == [16, 32, 64]
     assert world.dataset().data.cache_files[0]['filename'].startswith(str(hub))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffengine_sdxl.adapters.formats import files
 from diffengine_sdxl.config.signatures import accepted, fits
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.limits import CURRENT
 from diffengine_sdxl.loading.files import WEIGHTS, read_json
 from diffengine_sdxl.loading.unet_keys import original_names
@@ -209,6 +209,8 @@ def _merged(path: Path, state: Mapping[str, Tensor], unet_state: Mapping[str, Te
             merged[key] = value
     lone = [f'{module}.{leaf}' for module, pair in factors.items() for leaf in ('up', 'down') if leaf not in pair]
     files.refuse(path, missing=lone, unknown=[m for m in factors if f'{m}.weight' not in merged])
+    if empty := [f'{module}.{leaf}' for module, pair in factors.items() for leaf in pair if not pair[leaf].numel()]:
+        raise UserError(f"'{path}' holds layers of rank 0 ({listed(empty)}), so it is no Control-LoRA.")
     for module, pair in factors.items():
         weight = merged[f'{module}.weight']
         dtype = torch.promote_types(weight.dtype, torch.float32)

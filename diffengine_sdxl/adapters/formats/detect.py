@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -47,7 +47,7 @@ _NO_ADAPTERS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 def adapter_settings(source: str, base: str | None = None, *, subfolder: str | None = None,
                      weight_name: str | None = None, revision: str | None = None,
-                     variant: str | None = None) -> dict[str, Any]:
+                     variant: str | None = None, ignore_keys: Sequence[str] = ()) -> dict[str, Any]:
     """Return the config of the adapter in `source`, without `weights`: its `type`, and what its files don't show.
 
     Only settings and the headers of weights are read, and from the hub nothing else is downloaded but the weights that
@@ -58,6 +58,7 @@ def adapter_settings(source: str, base: str | None = None, *, subfolder: str | N
         base: of the model, whose image encoder an IP-Adapter reads through if it has none of its own.
         subfolder, weight_name, revision: of `source`, as the adapters take them.
         variant: of `source`; all variants are of one kind.
+        ignore_keys: patterns of keys that are left out.
 
     Returns:
         {'type': 'LoRA'}, {'type': 'T2IAdapter'} or {'type': 'ControlNet'}.
@@ -75,7 +76,7 @@ def adapter_settings(source: str, base: str | None = None, *, subfolder: str | N
     settings = _of_folder(folder, str(source), subfolder) if is_folder else None
     if settings is None:
         path = files.find(source, NAMES, subfolder, weight_name, revision)
-        settings = _of_file(files.read(path, header_only=True))
+        settings = _of_file(files.read(path, header_only=True, ignore_keys=ignore_keys))
         if settings['type'] == 'T2IAdapter' and (name is None or weight_name):
             raise UserError(f"'{path}' is a T2I-Adapter without config.json; give the file itself as `weights` (or a "
                             'link to it on the hub), without `weight_name`.')

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffengine_sdxl.adapters.formats import peft_lora
-from diffengine_sdxl.adapters.formats.files import WeightFile
+from diffengine_sdxl.adapters.formats.files import WeightFile, refuse
 from diffengine_sdxl.adapters.formats.layer_names import Modules
 from diffengine_sdxl.adapters.formats.lora_weights import PARTS, LoRAWeights
 from diffengine_sdxl.errors import UserError
@@ -30,7 +30,10 @@ WEIGHTS, METADATA = 'pytorch_lora_weights.safetensors', 'lora_adapter_metadata'
 _OLD = {f'{old}.{side}.weight': new for old in ('lora', 'lora_linear_layer')
         for side, new in (('down', 'lora_A.weight'), ('up', 'lora_B.weight'))}
 _SUFFIXES = {**{suffix: suffix for suffix in peft_lora.SUFFIXES}, **_OLD,
-             'lora_magnitude_vector.weight': 'lora_magnitude_vector'}
+             'lora_magnitude_vector.weight': 'lora_magnitude_vector',
+             # As peft holds them in memory.
+             'lora_A.default.weight': 'lora_A.weight', 'lora_B.default.weight': 'lora_B.weight',
+             'lora_magnitude_vector.default.weight': 'lora_magnitude_vector'}
 #: The oldest keys, of the attention's processor, also in text encoders.
 _PROCESSOR = re.compile(r'\.(self_attn\.)?(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight$')
 
@@ -52,14 +55,18 @@ def read(file: WeightFile, modules: Modules, alpha: float | None = None, rslora:
         UserError: keys are unknown or missing, or the metadata is damaged or asks for what is not supported; or alpha
             is unknown.
     """
-    entries, unknown, alphas = [], [], {}
+    entries, unknown, different = [], [], []
+    alphas: dict[tuple[str, str | None], tuple[str, float]] = {}
     lone = _part_of_peft(file.tensors, modules)
     for key, tensor in file.tensors.items():
         part, name = _split(key)
         part = lone or part
         part_modules = modules.get(part, {})
         if name.endswith('.alpha') and tensor.numel() == 1:
-            alphas[part, peft_lora.in_memory(name.removesuffix('.alpha'), part_modules)] = (key, float(tensor))
+            layer = part, peft_lora.in_memory(name.removesuffix('.alpha'), part_modules)
+            other, value = alphas.setdefault(layer, (key, float(tensor)))
+            if value != float(tensor):
+                different.append(f'{other} and {key}')
             continue
         suffix = _suffix(name)
         if suffix is None:
@@ -70,13 +77,14 @@ def read(file: WeightFile, modules: Modules, alpha: float | None = None, rslora:
     known = {(e.part, e.module) for e in entries if e.module is not None}
     unknown += [key for layer, (key, _) in alphas.items() if layer not in known]
     weights = peft_lora.gather(entries, unknown, file.path)
-    metadata = _metadata(file)
+    refuse(file.path, given_under_two_names_with_different_values=different)
+    metadata, is_peft = header(file), any(peft_lora.PREFIX in key for key in file.tensors)
     for part, part_weights in weights.parts.items():
         config = {k.removeprefix(f'{part}.'): v for k, v in metadata.items() if k.startswith(f'{part}.')}
         if config:
             peft_lora.apply_config(weights, part, config, modules[part], f'{part}.')
         elif weights.kind in ('loha', 'lokr') or {(part, m) for m in part_weights.rank} - alphas.keys():
-            _assume_alpha(weights, part, lone is not None, alpha, bool(rslora))
+            _assume_alpha(weights, part, is_peft, alpha, bool(rslora))
         part_weights.alpha |= {str(m): value for (p, m), (_, value) in alphas.items() if p == part}
     return weights
 
@@ -132,7 +140,12 @@ def _newer(match: re.Match[str]) -> str:
     return f'.{layer}.lora.{side}.weight'
 
 
-def _metadata(file: WeightFile) -> Mapping[str, Any]:
+def header(file: WeightFile) -> Mapping[str, Any]:
+    """Return peft's settings in the header of a file, by 'unet.lora_alpha' and the like; {} if it has none.
+
+    Raises:
+        UserError: they are damaged.
+    """
     try:
         metadata = parse_json(file.metadata.get(METADATA, '{}'))
     except ValueError as error:

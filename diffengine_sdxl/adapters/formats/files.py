@@ -210,10 +210,13 @@ def read(path: Path, header_only: bool = False, ignore_keys: Sequence[str] = ())
         with safe_open(path, framework='pt') as file:
             metadata = dict(file.metadata() or {})
     else:
-        check_dtypes(((key, info.dtype) for key, info in read_header(path).items()), path)
+        header = read_header(path)
+        kept = header.keys() - keys_to_ignore(header, ignore_keys, path, log=False)
+        check_dtypes(((key, header[key].dtype) for key in header if key in kept), path)
         try:
             with safe_open(path, framework='pt') as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                # Those to ignore may be of a dtype that torch doesn't have.
+                tensors = {key: file.get_tensor(key) if key in kept else None for key in header}
                 metadata = dict(file.metadata() or {})
         except (SafetensorError, OSError) as error:
             raise UserError(unreadable(path, error)) from error

@@ -46,8 +46,8 @@ _SUFFIXES = {**{name: name for forms in FORMS.values() for form in forms for nam
 #: Suffixes that only these tools write, whatever a layer's name.
 _OWN_SUFFIXES = ('lora_down.weight', 'lora_up.weight', MID, 'dora_scale', 'diff', 'diff_b', *NORM)
 _FLAT = (*PREFIXES.values(), ONLY_ENCODER, 'lycoris_')
-_DOTTED = ('diffusion_model.', 'model.diffusion_model.', 'text_encoders.', 'input_blocks.', 'middle_block.',
-           'output_blocks.')
+_DOTTED = ('diffusion_model.', 'model.diffusion_model.', 'text_encoders.', 'clip_l.', 'clip_g.', 'input_blocks.',
+           'middle_block.', 'output_blocks.')
 #: Where OneTrainer and A1111 bundle a new word's vectors: 'bundle_emb.<word>.clip_l'.
 WORDS = 'bundle_emb.'
 WORD_PARTS = {'clip_l': 'text_encoder', 'clip_g': 'text_encoder_2'}

@@ -60,6 +60,7 @@ def _read_file(source: str | Path, modules: Modules, subfolder: str | None = Non
         raise UserError(f"'{path}' holds more than named tensors ({listed(others)}); it is not a LoRA.")
     words, tensors = kohya_keys.split_words(file.tensors, path)
     if kohya.is_kohya(tensors):
+        _check_other_settings(replace(file, tensors=tensors))
         return replace(kohya.read(tensors, modules, path), words=words)
     file = replace(file, tensors=tensors)
     layers = {part: {name: module for name, module in own.items() if isinstance(module, nn.Linear | nn.Conv2d)}
@@ -71,6 +72,28 @@ def _read_file(source: str | Path, modules: Modules, subfolder: str | None = Non
         return replace(peft_lora.read(file, layers, None if is_file else subfolder, path.parent if is_file else source,
                                       revision, part), words=words)
     return replace(diffusers_lora.read(file, layers, alpha, rslora), words=words)
+
+
+def _check_other_settings(file: files.WeightFile) -> None:
+    """Check that a file with some of kohya's keys has no settings of peft that its reader does not see.
+
+    Raises:
+        UserError: the base was changed with it, or its alphas would be taken for the ranks.
+    """
+    metadata = diffusers_lora.header(file)
+    config_beside = (file.path.parent / peft_lora.CONFIG).is_file()
+    names = {name for name, suffix in map(kohya_keys.split, file.tensors) if suffix == 'lora_A.weight'}
+    without_alpha = [name for name in names if f'{name}.alpha' not in file.tensors]
+    scaled = []
+    for part in PARTS:
+        config = {k.removeprefix(f'{part}.'): v for k, v in metadata.items() if k.startswith(f'{part}.')}
+        peft_lora.check_init(config.get('init_lora_weights'), str(file.path))
+        if config.get('use_rslora') or config.get('lora_alpha') != config.get('r') or config.get('alpha_pattern'):
+            scaled.append(part)
+    if without_alpha and (scaled or config_beside or any(peft_lora.PREFIX in name for name in without_alpha)):
+        raise UserError(f"'{file.path}' has keys of kohya's layout beside layers of peft's without an alpha of their "
+                        f'own ({listed(sorted(without_alpha), 3)}), so their scale is unknown. Ask for the files that '
+                        'it was made of, or for one with all alphas.')
 
 
 def _join(parts: Mapping[str, LoRAWeights], folder: Path) -> LoRAWeights:
@@ -114,18 +137,18 @@ def _check_widths(weights: LoRAWeights, name: str, tensors: Mapping[str, Tensor]
                         'of a convolution).')
 
 
-def write_lora(folder: Path, weights: LoRAWeights, modules: Modules) -> bool:
+def write_lora(folder: Path, weights: LoRAWeights, modules: Modules) -> str:
     """Write diffusers' file, a peft folder per part for what stock diffusers cannot load, or a kohya file for the rest.
 
     Returns:
-        whether stock diffusers can load it.
+        'diffusers', 'peft' or 'kohya'.
     """
-    if weights.only_in_kohya():
-        folder.mkdir(parents=True, exist_ok=True)
-        kohya.write(folder / 'lora.safetensors', weights, modules)
-        return False
-    if diffusers_lora.loads_in_stock(weights):
+    if not weights.only_in_kohya() and diffusers_lora.loads_in_stock(weights):
         diffusers_lora.write(folder, weights)
-        return True
-    peft_lora.write(folder, weights, modules)
-    return False
+        return 'diffusers'
+    if weights.kind == 'oft' or peft_lora.can_hold(weights, modules):
+        peft_lora.write(folder, weights, modules)
+        return 'peft'
+    folder.mkdir(parents=True, exist_ok=True)
+    kohya.write(folder / 'lora.safetensors', weights, modules)
+    return 'kohya'

@@ -170,7 +170,9 @@ def stamp(path: Path, fields: Mapping[str, str]) -> None:
                 **header.get('__metadata__', {}), **fields,
                 'modelspec.hash_sha256': f'0x{digest}', 'sshs_model_hash': digest}
             text = json.dumps(header, separators=(',', ':')).encode()
-            text += b' ' * (-len(text) % 8)  # tensors are mapped into memory at multiples of 8 bytes
+            # Tensors are mapped into memory, and kernels differ in the last bits by how they are aligned there: as the
+            # writer aligned them, so that weights that were loaded, trained and saved compute as before.
+            text += b' ' * ((start - 8 - len(text)) % 64)
             temporary = file.with_name(f'.{file.name}.part')
             with open(temporary, 'wb') as target:
                 target.write(len(text).to_bytes(8, 'little') + text)

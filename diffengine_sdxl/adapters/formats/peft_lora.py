@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,6 +43,8 @@ _UNSUPPORTED = ('alora_invocation_tokens', 'arrow_config', 'coft', 'fan_in_fan_o
 #: the base's weights (peft/tuners/lora/layer.py, update_layer), so that the file alone is another adapter.
 _INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 _CHANGES_BASE = {'pissa': 'PiSSA', 'olora': 'OLoRA', 'corda': 'CorDA', 'loftq': 'LoftQ', 'lora_ga': 'LoRA-GA'}
+#: A larger alpha than any float32 is none.
+MAX_ALPHA = 3e38
 #: OFT's rotation is the exact Cayley transform unless a file says that it was trained with peft's truncated series.
 _EXACT = {'use_cayley_neumann': False, 'num_cayley_neumann_terms': 5}
 
@@ -71,9 +74,16 @@ def gather(entries: Iterable[Entry], unknown: Iterable[str], source: str | Path)
     if any(e.suffix == 'lora_magnitude_vector' for e in entries):
         kind = 'dora'
     layers: dict[tuple[str, str], dict[str, Entry]] = {}
+    different: list[str] = []
     for entry in entries:
         if any(entry.suffix in form for form in FORMS[kind]):
-            layers.setdefault((entry.part, str(entry.module)), {})[entry.suffix] = entry
+            # The same tensor under two names is taken once.
+            other = layers.setdefault((entry.part, str(entry.module)), {}).setdefault(entry.suffix, entry)
+            if other.tensor.shape != entry.tensor.shape or not torch.equal(other.tensor, entry.tensor):
+                different.append(f'{other.key} and {entry.key}')
+            elif not entry.tensor.numel() or entry.tensor.dim() < 2 and entry.suffix in _AB:
+                raise UserError(f"'{source}': '{entry.key}' is of shape {list(entry.tensor.shape)}, so its layer has "
+                                'no rank. Ask for a whole file, or leave the layer out with ignore_keys.')
         else:
             unknown.append(entry.key)
     missing = []
@@ -87,7 +97,7 @@ def gather(entries: Iterable[Entry], unknown: Iterable[str], source: str | Path)
             raise UserError(f"'{source}': '{layer['lora_B.bias'].key}' is of shape "
                             f"{list(layer['lora_B.bias'].tensor.shape)}, and its lora_B has "
                             f"{list(layer['lora_B.weight'].tensor.shape)}.")
-    refuse(source, unknown=unknown, missing=missing)
+    refuse(source, unknown=unknown, missing=missing, given_under_two_names_with_different_values=different)
     if not layers:
         raise UserError(f"'{source}' holds no weights of a LoRA or of its relatives.")
     parts = {part: PartWeights() for part in PARTS if any(p == part for p, _ in layers)}
@@ -169,7 +179,7 @@ def apply_config(weights: LoRAWeights, part: str, config: Mapping[str, Any], mod
     """
     part_weights = weights.parts[part]
     names = layer_names(part_weights)
-    _check_init(config.get('init_lora_weights'), weights.source)
+    check_init(config.get('init_lora_weights'), weights.source)
     if not any(config.get(k) for k in ('exclude_modules', 'layers_to_transform')):
         lacking = _targeted(config.get('target_modules'), modules, weights.source) - set(names)
         refuse(weights.source, missing=[f'{prefix}{name}.{FORMS[weights.kind][0][0]}' for name in lacking])
@@ -181,6 +191,8 @@ def apply_config(weights: LoRAWeights, part: str, config: Mapping[str, Any], mod
                         'not supported here.')
     if config.get('lora_bias') and not _any(part_weights, 'lora_B.bias'):
         raise UserError(f"'{weights.source}' asks for lora_bias=True, and its tensors have no lora_B.bias.")
+    if config.get('use_dora') and weights.kind != 'dora':
+        raise UserError(f"'{weights.source}' asks for use_dora=True, and its tensors have no lora_magnitude_vector.")
     if weights.kind == 'oft':
         weights.options = {'use_cayley_neumann': True, 'num_cayley_neumann_terms': 5}
         weights.options |= {k: config[k] for k in weights.options if k in config}
@@ -195,14 +207,22 @@ def apply_config(weights: LoRAWeights, part: str, config: Mapping[str, Any], mod
         if shown not in (None, rank):
             raise UserError(f"The config of '{weights.source}' gives '{name}' rank {rank}, and its tensors have "
                             f'{shown}.')
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -MAX_ALPHA < alpha < MAX_ALPHA:
             raise UserError(f"The config of '{weights.source}' gives '{name}' no alpha: "
                             f'{_alpha_field(weights)}={alpha!r} must be a finite number.')
     part_weights.rank, part_weights.alpha = ranks, alphas
     weights.rslora = bool(config.get('use_rslora'))
 
 
-def _check_init(init: Any, source: str) -> None:
+def check_init(init: Any, source: str) -> None:
+    """Refuse weights that were initialized in a way that also changed the base.
+
+    Args:
+        init: `init_lora_weights` of their config. source: the file.
+
+    Raises:
+        UserError: they were, or it is not known.
+    """
     if isinstance(init, str):
         if (kind := next((_CHANGES_BASE[k] for k in _CHANGES_BASE if init.lower().startswith(k)), None)) is not None:
             raise UserError(f"'{source}' was initialized by {kind} (init_lora_weights='{init}'), which takes a part "
@@ -273,6 +293,12 @@ def _first_fitting(make: Callable[[int], Any], choices: list[int], part_weights:
     return next((make(c) for c in choices if builds(make(c), part_weights, modules)), make(choices[0]))
 
 
+def can_hold(weights: LoRAWeights, modules: Modules) -> bool:
+    """Whether peft's folders can hold the weights: they are of one kind, and one config of peft makes all shapes."""
+    return not weights.only_in_kohya() and all(builds(config(weights, part, modules[part]), own, modules[part])
+                                               for part, own in weights.parts.items())
+
+
 def builds(config: Any, part_weights: PartWeights, modules: Mapping[str, nn.Module]) -> bool:
     """Whether peft builds the tensors' shapes from a config; tried on layers without data."""
     skeleton = nn.Module()
@@ -336,12 +362,10 @@ def write(folder: Path, weights: LoRAWeights, modules: Modules) -> None:
     Raises:
         UserError: no single config of peft makes the layers' shapes.
     """
-    if only := weights.only_in_kohya():
-        raise UserError(f'A peft folder cannot hold {only}; write it as a kohya file.')
+    if not can_hold(weights, modules):
+        raise UserError(f"A peft folder cannot hold {weights.only_in_kohya() or f'this {weights.title()}'}: no single "
+                        'config of peft makes its layers. Write it as a kohya file.')
     for part, part_weights in weights.parts.items():
-        if not builds(config(weights, part, modules[part]), part_weights, modules[part]):
-            raise UserError(f'The {weights.kind} of the {part} has layers that no single config of peft makes, so a '
-                            'peft folder cannot hold it; write it as a kohya file.')
         (folder / part).mkdir(parents=True, exist_ok=True)
         peft_config = config(weights, part, modules[part])
         peft_config.inference_mode = True

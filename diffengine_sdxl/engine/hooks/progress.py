@@ -10,12 +10,21 @@ from mmengine import hooks
 from mmengine.dist import master_only
 
 from diffengine_sdxl.engine.runner import ExperimentRunner
+from diffengine_sdxl.errors import whole_number
 from diffengine_sdxl.registry import HOOKS
 
 
 @HOOKS.register_module()
 class LoggerHook(hooks.LoggerHook):
-    """Log every `interval` optimizer steps, without mmengine's extra line at the end of a pass over the data."""
+    """Log every `interval` optimizer steps, without mmengine's extra line at the end of a pass over the data.
+
+    Args:
+        interval: optimizer steps between lines.
+        kwargs: of mmengine's LoggerHook.
+    """
+
+    def __init__(self, interval: int = 10, **kwargs: Any) -> None:
+        super().__init__(interval=whole_number('default_hooks.logger.interval', interval, 1), **kwargs)
 
     def end_of_epoch(self, dataloader: Any, batch_idx: int) -> bool:
         """Return False: the data is endless, and a stream has no length."""

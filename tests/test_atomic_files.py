@@ -43,8 +43,8 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, monkeypatch
     assert (tmp_path / 'next.png').read_text() == 'whole' and (tmp_path / '.a.abcdefgh.part' / 'b').exists()
     assert len(list(tmp_path.glob('.alive.png.*.part/alive.png'))) == 1
     kill(alive)
-    atomic_files.clean(tmp_path)  # a work_dir, which has no such files of the user
-    assert os.listdir(tmp_path) == ['next.png']
+    atomic_files.clean(tmp_path)
+    assert not list(tmp_path.glob('.alive.png.*')) and (tmp_path / '.notes.part').read_text() == 'mine'
 
 
 def test_an_old_folder_comes_back(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_old_folder_comes_back(tmp_path: Path) -> None:
     for name in ('.old', 'step1'):
         (part / name).mkdir(parents=True)
         (part / name / name).touch()
-    atomic_files.clean(tmp_path, others=False)
+    atomic_files.clean(tmp_path)
     assert os.listdir(tmp_path) == ['step1'] and os.listdir(tmp_path / 'step1') == ['.old']
     with pytest.raises(FileNotFoundError), atomic_files.replacing(tmp_path / 'step1'):
         pass  # nothing is written, so that nothing can be moved in

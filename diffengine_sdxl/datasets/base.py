@@ -111,7 +111,7 @@ class MapDataset(SampleBuilder, Dataset[Sample]):
         """Return the sample of a draw; a plain number is that row in epoch 0 with seed 0.
 
         Raises:
-            BadImageError: an image is unreadable and `on_bad_image` is 'raise'.
+            BadImageError: an image is unreadable, or a strip too long to be scaled, and `on_bad_image` is 'raise'.
             UserError: no row is readable, or a transform refuses the sample.
         """
         draw = item if isinstance(item, Draw) else Draw(int(item), 0, 0)
@@ -120,9 +120,7 @@ class MapDataset(SampleBuilder, Dataset[Sample]):
         for num_skipped in range(len(self)):
             index = (draw.index + num_skipped) % len(self)
             try:
-                sample = self.load(index, draw)
+                return self.transform(self.load(index, draw), self.key(index), draw, num_skipped)
             except BadImageError as error:
                 self.handle_bad_image(self.key(index), error)
-                continue
-            return self.transform(sample, self.key(index), draw, num_skipped)
         raise UserError(f'None of the {len(self)} rows of {self.source} has a readable image.')

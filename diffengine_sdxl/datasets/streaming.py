@@ -90,11 +90,9 @@ class HFStream(HFRows, IterableDataset[Sample]):
             index, epoch, cells = read_ahead[num_skipped]
             draw = Draw(index, epoch, self.seed)
             try:
-                sample = self.read(cells, str(index), draw)
+                return self.transform(self.read(cells, str(index), draw), str(index), draw, num_skipped)
             except BadImageError as error:
                 self.handle_bad_image(str(index), error)
-                continue
-            return self.transform(sample, str(index), draw, num_skipped)
         raise UserError(f"{MAX_BAD_ROWS} consecutive rows of '{self.source}' have no readable image.")
 
     def rows(self) -> Iterator[StreamedRow]:

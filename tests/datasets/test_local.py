@@ -270,3 +270,46 @@ def test_conditions_of_one_name(tmp_path: Path) -> None:
         CaptionFolder(tmp_path / 'd', tmp_path / 'c', default_caption='')
     draw(tmp_path / 'c/a.webp')
     assert CaptionFolder(tmp_path / 'd', tmp_path / 'c', default_caption='').condition_paths == [tmp_path / 'c/a.webp']
+
+
+def test_absurd_metadata_ends_quickly(rows: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Huge files, values without end, patterns and references that expand are refused."""
+    draw(tmp_path / 'many' / 'a.png')
+    write(tmp_path / 'many' / 'metadata.jsonl', '{"file_name": "a.png", "text": "x"}\n' * 20_000)
+    assert len(rows(tmp_path / 'many')) == 20_000
+    pattern, aliases = '/'.join(['**'] * 20) + '/zzz', 'a0: &a0 [x]\n' + ''.join(
+        f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]\n' for i in range(1, 10))
+    draw(tmp_path.joinpath('deep', *'abcdefghijklmnopqrst', 'a.png'))
+    for text, message in ((f'---\nconfigs:\n- config_name: default\n  data_files: "{pattern}"\n---', 'no file'),
+                          (f'---\n{aliases}configs:\n- config_name: *a9\n---', 'must be texts; one is a list')):
+        write(tmp_path / 'deep' / 'README.md', text)
+        with pytest.raises(UserError, match=message):
+            rows(tmp_path / 'deep')
+    monkeypatch.setattr(limits.CURRENT, 'metadata_bytes', 2**12)
+    with pytest.raises(UserError, match='limits.metadata_bytes'):
+        rows(tmp_path / 'many')
+    (tmp_path / 'many' / 'metadata.jsonl').unlink()
+    hf.Dataset.from_dict({'file_name': ['a.png'] * 10_000}).to_parquet(tmp_path / 'many' / 'metadata.parquet')
+    with pytest.raises(UserError, match='limits.metadata_bytes'):
+        rows(tmp_path / 'many')
+    write(tmp_path / 'nested.jsonl', '{"image": ' + '[' * 100_000 + ']' * 100_000 + '}\n')  # Arrow's parser crashes
+    with pytest.raises(UserError, match='nested more than 5000 deep'):
+        rows(tmp_path / 'nested.jsonl')
+
+
+def test_names_that_are_too_long(rows: Open, tmp_path: Path) -> None:
+    for build in (rows, CaptionFolder):
+        with pytest.raises(UserError):
+            build('a' * 300)
+    write(tmp_path / 'a.jsonl', json.dumps({'image': '::'.join(['zip://a'] * 5000) + '::p.zip'}))
+    with pytest.raises(UserError, match='cannot be read'):
+        rows(tmp_path / 'a.jsonl')[0]
+
+
+def test_a_strip_may_be_passed_over(tmp_path: Path) -> None:
+    for name, size in (('a', (1, 800)), ('b', (8, 8))):
+        Image.new('RGB', size).save(tmp_path / f'{name}.png')
+    options: dict[str, Any] = dict(default_caption='', transforms=[dict(type='Resize', size=1024)])
+    with pytest.raises(UserError, match=r"Sample 'a\.png': An image of 800 x 1, scaled"):
+        CaptionFolder(tmp_path, **options)[0]
+    assert CaptionFolder(tmp_path, on_bad_image='skip', **options)[0]['key'] == 'b.png'

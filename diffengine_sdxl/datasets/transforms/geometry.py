@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.errors import UserError, error_prefix, one_of
+from diffengine_sdxl.datasets.image_files import BadImageError
+from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.images import check_pixels
 from diffengine_sdxl.registry import TRANSFORMS
 
@@ -107,8 +108,10 @@ class Resize:
         image = main_image(sample)
         if 'canvas_size' in sample:
             raise UserError("Resize must stand before Crop: SDXL's time ids locate the crop in the resized image.")
-        with error_prefix(f"Sample '{sample.get('key')}': ", unless='Sample '):
+        try:
             height, width = covering(image.height, image.width, self.size)
+        except UserError as error:  # a strip; `on_bad_image` may pass it over
+            raise BadImageError(f"Sample '{sample.get('key')}': {error}") from error
         for key, other in images_in(sample).items():
             if not _same_aspect(other, image):
                 raise UserError(f"'{key}' of sample '{sample.get('key')}' is {other.height} x {other.width} and its "

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.models.sdxl import SDXL
-from diffengine_sdxl.testing.single_file import Tensors, put, unet_resnet, write
+from diffengine_sdxl.testing.single_file import Tensors, encoder_tensors, put, write
 
 #: What says where an adapter's weights come from.
 LOCATION = ('weights', 'subfolder', 'weight_name', 'revision', 'variant')
@@ -58,26 +58,12 @@ def write_original_controlnet(path: Path, source: str | Path, prefix: str = 'con
 
 def original_controlnet(net: Any) -> Tensors:
     """Return a ControlNet's tensors under the names of cldm.ControlNet, where every input block has an output."""
-    out: Tensors = {}
+    out = encoder_tensors(net)
     embedding = net.controlnet_cond_embedding
     for number, conv in enumerate((embedding.conv_in, *embedding.blocks, embedding.conv_out)):
         put(out, f'input_hint_block.{2 * number}', conv)  # an activation between each two
-    put(out, 'input_blocks.0.0', net.conv_in)
-    number = 1
-    for level in net.down_blocks:
-        for index, resnet in enumerate(level.resnets):
-            unet_resnet(out, f'input_blocks.{number}.0', resnet)
-            if hasattr(level, 'attentions'):
-                put(out, f'input_blocks.{number}.1', level.attentions[index])
-            number += 1
-        if level.downsamplers:
-            put(out, f'input_blocks.{number}.0.op', level.downsamplers[0].conv)
-            number += 1
     for number, conv in enumerate(net.controlnet_down_blocks):
         put(out, f'zero_convs.{number}.0', conv)
-    unet_resnet(out, 'middle_block.0', net.mid_block.resnets[0])
-    put(out, 'middle_block.1', net.mid_block.attentions[0])
-    unet_resnet(out, 'middle_block.2', net.mid_block.resnets[1])
     put(out, 'middle_block_out.0', net.controlnet_mid_block)
     for number, name in ((0, 'linear_1'), (2, 'linear_2')):
         put(out, f'time_embed.{number}', getattr(net.time_embedding, name))

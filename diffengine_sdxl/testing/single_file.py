@@ -31,12 +31,12 @@ def unet_resnet(out: Tensors, name: str, block: Any) -> None:
     put(out, f'{name}.skip_connection', block.conv_shortcut)
 
 
-def unet_tensors(unet: Any) -> Tensors:
-    """openaimodel.UNetModel: one list of input blocks, one of output blocks, each block a sequence of layers."""
+def encoder_tensors(net: Any) -> Tensors:
+    """The input blocks and the middle block of a UNet, or of a ControlNet, which has no others."""
     out: Tensors = {}
-    put(out, 'input_blocks.0.0', unet.conv_in)
+    put(out, 'input_blocks.0.0', net.conv_in)
     number = 1
-    for level in unet.down_blocks:
+    for level in net.down_blocks:
         for index, resnet in enumerate(level.resnets):
             unet_resnet(out, f'input_blocks.{number}.0', resnet)
             if hasattr(level, 'attentions'):
@@ -45,9 +45,15 @@ def unet_tensors(unet: Any) -> Tensors:
         if level.downsamplers:
             put(out, f'input_blocks.{number}.0.op', level.downsamplers[0].conv)
             number += 1
-    unet_resnet(out, 'middle_block.0', unet.mid_block.resnets[0])
-    put(out, 'middle_block.1', unet.mid_block.attentions[0])
-    unet_resnet(out, 'middle_block.2', unet.mid_block.resnets[1])
+    unet_resnet(out, 'middle_block.0', net.mid_block.resnets[0])
+    put(out, 'middle_block.1', net.mid_block.attentions[0])
+    unet_resnet(out, 'middle_block.2', net.mid_block.resnets[1])
+    return out
+
+
+def unet_tensors(unet: Any) -> Tensors:
+    """openaimodel.UNetModel: one list of input blocks, one of output blocks, each block a sequence of layers."""
+    out = encoder_tensors(unet)
     number = 0
     for level in unet.up_blocks:
         for index, resnet in enumerate(level.resnets):

@@ -103,9 +103,8 @@ def described(hint: Any) -> str:
     """Return in words what `fits` an annotation: 'a list of texts, or None'."""
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        # None first: what follows may be a list of something else.
-        parts = sorted(arguments, key=lambda part: part is not NoneType)
-        return ' or '.join(dict.fromkeys(filter(None, map(described, parts))))
+        text = ' or '.join(dict.fromkeys(filter(None, map(described, (a for a in arguments if a is not NoneType)))))
+        return text + ('' if NoneType not in arguments else '; or None' if ', each' in text else ' or None')
     if kind is Literal:
         return ' or '.join(map(repr, arguments))
     if kind in WORDS:

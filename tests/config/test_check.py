@@ -35,7 +35,7 @@ def test_values_of_an_annotation(hint: Any, good: list[Any], bad: list[Any]) -> 
 
 
 def test_annotations_in_words() -> None:
-    assert described(int | Sequence[str] | None) == 'a whole number or a list, each entry a text or None'
+    assert described(int | Sequence[str] | None) == 'a whole number or a list, each entry a text; or None'
     assert described(Literal['raise', 'skip']) == "'raise' or 'skip'" and described(str | Path) == 'a text or a path'
     assert described(Mapping[str, float]) == 'a dict, each value a finite number'
 

@@ -129,7 +129,7 @@ def test_a_reference_in_a_list() -> None:
     (['model.sampler+=3'], "--cfg-options 'model.sampler+=...' appends to a list, and model.sampler is {"),
     (['nosuch+=3'], "the config has no key 'nosuch'"), (['custom_hook+=3'], "Did you mean 'custom_hooks'"),
     (['model.nosuch+=3'], "model (SDXL) has no key 'nosuch'"), (['+=3'], "--cfg-options '+=3' must have the form"),
-    (['custom_hooks+=EMAHook'], "custom_hooks=['EMAHook'] must be None or a list, each entry a dict."),
+    (['custom_hooks+=EMAHook'], "custom_hooks=['EMAHook'] must be a list, each entry a dict; or None."),
     (['custom_hooks+=dict(type=EmaHook)'], "Did you mean 'EMAHook'"),
     (['custom_hooks+=dict(type=EMAHook,decai=1)'], "Did you mean 'decay'"),
     ([f'{GUIDANCES}.0=5'], f'{GUIDANCES}=[5] must be a list, each entry a dict.'),

@@ -188,8 +188,10 @@ def test_intervals_and_workers_may_change(tmp_path: Path, tiny: dict[str, Any], 
 def test_files_of_a_killed_run_are_removed(tmp_path: Path, tiny: dict[str, Any]) -> None:
     """Half-written files of a killed process are removed, and an export without a checkpoint is made again."""
     train(tmp_path, tiny, die_at=3)
-    (tmp_path / '.step4.pth.abc.part').write_bytes(b'half')
-    (tmp_path / '.step4.abc.part').mkdir()
+    for name in ('step4.pth', 'step4'):
+        part = tmp_path / f'.{name}.abcd1234.part'
+        part.mkdir()
+        (part / name).write_bytes(b'half')
     shutil.copytree(tmp_path / 'step2', tmp_path / 'step4')
     with open(tmp_path / 'curves.jsonl', 'a') as file:
         file.write('{"step": 3, "lo')

@@ -34,8 +34,7 @@ def import_custom_modules(custom_imports: Any, folders: Sequence[Path]) -> list[
     if not isinstance(custom_imports, Mapping) or custom_imports.keys() - keys:
         raise UserError(f'custom_imports={custom_imports!r} must be a dict of {", ".join(sorted(keys))}.')
     imports = custom_imports.get('imports') or []
-    if not isinstance(imports, str) and not (isinstance(imports, list | tuple) and all(
-            isinstance(name, str) for name in imports)):
+    if not isinstance(imports, str | list | tuple):
         raise UserError(f'custom_imports.imports={imports!r} must be the name of a module, or a list of names.')
     found = []
     for name in [imports] if isinstance(imports, str) else imports:

@@ -76,7 +76,8 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
     names = weight_files(listing, variant)
     if not names and (others := [name for name in listing if name.endswith('.safetensors')]):
         raise UserError(f"'{shown}' has no weights " + (f"of variant '{variant}'" if variant else 'without a variant')
-                        + f' (it has {listed(sorted(others), 3)}). Set `variant` to that of a file.')
+                        + f' (it has {listed(sorted(others), 3)}). '
+                        + ('Omit `variant`, or name another.' if variant else 'Set `variant`.'))
     if any(name.endswith('.bin') for name in names):
         kwargs['use_safetensors'] = False  # else diffusers logs an error before it falls back to them
     if header := read_headers(folder, names, shown):

@@ -1,6 +1,7 @@
 """Strict loading: every key of a file is used and every weight of a model is loaded, or the file is refused."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +18,8 @@ from diffengine_sdxl.loading.component_checks import check_settings, read_header
 from diffengine_sdxl.loading.files import weight_files
 from diffengine_sdxl.loading.weights import check_finite, keys_to_ignore
 
+#: The weights of a model, also in a variant.
+_VARIANT = re.compile(r'(diffusion_pytorch_model|model)(\..+)?\.safetensors')
 #: Prefix of sources in this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
 SHIPPED = 'diffengine_sdxl::'
 
@@ -74,7 +77,7 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
     folder = path / (subfolder or '')
     listing = as_user_error(shown, os.listdir, folder) if folder.is_dir() else []
     names = weight_files(listing, variant)
-    if not names and (others := [name for name in listing if name.endswith('.safetensors')]):
+    if not names and (others := [name for name in listing if _VARIANT.fullmatch(name)]):
         raise UserError(f"'{shown}' has no weights " + (f"of variant '{variant}'" if variant else 'without a variant')
                         + f' (it has {listed(sorted(others), 3)}). '
                         + ('Omit `variant`, or name another.' if variant else 'Set `variant`.'))

@@ -20,6 +20,8 @@ from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.structures import Batch, UNetCall
 
 Tensors = dict[str, Tensor]
+#: A scale at which the change of a weight by 1e-7 is seen in bf16.
+LARGE_SCALE = 2.0**17
 #: File of the weights of a kind that has no format of its own.
 NAME = 'adapter.safetensors'
 

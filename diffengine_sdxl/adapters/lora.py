@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.adapters import lora_layers
-from diffengine_sdxl.adapters.base import Adapter, Tensors
+from diffengine_sdxl.adapters.base import LARGE_SCALE, Adapter, Tensors
 from diffengine_sdxl.adapters.changed_layer import ChangedLayer
 from diffengine_sdxl.adapters.formats import peft_lora
 from diffengine_sdxl.adapters.formats.files import refuse
@@ -318,7 +318,7 @@ class LoRA(Adapter):
         if self.method == 'oft' or self._gate is not True:
             return []
         scale, idle = self.scale, list[str]()
-        self.scale = scale * 2.0**17  # a change by 1e-7 is seen in bf16
+        self.scale = scale * LARGE_SCALE
         try:
             for part, name, wrapper in self._all_wrappers():
                 layer, weights = wrapper.get_base_layer(), lora_layers.weights(wrapper, self.name)

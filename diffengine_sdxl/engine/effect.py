@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.adapters.base import Adapter
+from diffengine_sdxl.adapters.base import LARGE_SCALE, Adapter
 from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Batch
-
-#: A scale at which the change of a weight by 1e-7 is seen in bf16.
-LARGE = 2.0**17
 
 
 @torch.no_grad()
@@ -75,7 +72,7 @@ def _has_no_effect(model: SDXL, batch: Batch, name: str) -> bool:
     """Return whether adapter `name` changes nothing at a large scale either: half precision may round it away."""
     adapter, scale = model.adapters[name], model.adapters[name].scale
     try:
-        adapter.scale = scale * LARGE
+        adapter.scale = scale * LARGE_SCALE
     except UserError:  # a kind of scales 0 and 1 (OFT): not known
         return False
     try:

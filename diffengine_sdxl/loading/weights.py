@@ -132,7 +132,7 @@ def check_dtypes(header: Iterable[tuple[str, torch.dtype | str]], source: str | 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str | Path, loaded_as: torch.dtype | None = None
                  ) -> None:
-    """Check that no weight is NaN or infinite; one pass over the data (0.1 s a GB), without a copy.
+    """Check that no weight is NaN or infinite; one pass over the data, without a copy.
 
     Args:
         tensors: name and value of each; what is not floating, empty or on the meta device is passed over.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Mapping
@@ -77,6 +78,15 @@ def start_processes(launcher: str, dist_cfg: Mapping[str, Any] | None = None) ->
         raise UserError(f"--launcher {launcher}: process {rank} of {world_size} cannot join the group at "
                         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} with backend '{backend}': "
                         f'{first_line(error)}') from error
+    # Else the group's threads end with the interpreter, which now and then aborts a process that has done its work.
+    atexit.register(leave_processes)
+
+
+def leave_processes() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _refuse_several() -> None:

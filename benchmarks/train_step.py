@@ -1,10 +1,14 @@
-"""A training step of the runner over a bare PyTorch loop on the same model and batches, in pairs in one process.
+"""A training step of the runner over a plain loop, in pairs in one process, on a tiny SDXL.
 
-python benchmarks/train_step.py [--pairs 15] [--block 5]     times, and in two more processes the rise of memory
+python benchmarks/train_step.py [--pairs 15] [--block 5]     over a bare loop on the same model and batches: times, and
+                                                             in two more processes the rise of memory
+python benchmarks/train_step.py recipe [--kinds t2i lora]    over what diffusers' example scripts do in a step, from the
+                                                             same latents and embeddings
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +30,11 @@ def build(folder: Path) -> Any:
         'train_dataloader.batch_size': 4, 'train_cfg.max_iters': 100000, 'default_hooks.samples': None,
         'default_hooks.checkpoint.interval': 100000, 'optim_wrapper.accumulative_counts': 1})
     cfg.work_dir = str(folder / 'run')
-    runner = RUNNERS.build(cfg)
+    return begin(RUNNERS.build(cfg))
+
+
+def begin(runner: Any) -> Any:
+    """Do what `runner.train()` does before its first step."""
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
@@ -80,6 +88,76 @@ def measure_time(pairs: int, block: int) -> None:
           f'{min(r[2] for r in rows):.3f} | {max(r[2] for r in rows):.3f} |')
 
 
+def measure_recipe(kind: str, pairs: int, block: int, size: int = 4, warm_up: int = 6) -> dict[str, Any]:
+    """Time blocks of the runner and of diffusers' recipe in turn, after checking that both have the same loss.
+
+    Returns:
+        kind, ours and theirs (seconds of a step), ratio (median of pairs), low, high (its quartiles), losses.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from gpu_steps import build_recipe, loader
+    from workbench import Workbench
+    rows: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        # Wide enough for a step of 50 ms or more.
+        base = Workbench(folder, 'cpu', tiny=True, precision='no', resolution=128, channels=(32, 64, 128))
+        recipe = build_recipe(base, kind)  # first: a copy of the UNet before our layers are in it
+        with base.runner(base.config(kind, size, 10**6)) as built:
+            runner = begin(built)
+            losses = compare(runner, recipe)
+            ours, theirs = iter(runner.train_dataloader), loader(base, kind, size)
+            for _ in range(warm_up):  # the guard of the first steps
+                runner.train_loop.run_iter(ours)
+            for index in range(pairs + 1):
+                seconds = {}
+                for name in ('ours', 'theirs') if index % 2 else ('theirs', 'ours'):
+                    begun = time.process_time()
+                    for _ in range(block):
+                        if name == 'ours':
+                            runner.train_loop.run_iter(ours)
+                        else:
+                            recipe.step(next(theirs))
+                    seconds[name] = (time.process_time() - begun) / block
+                if index:  # the first pair warms up
+                    rows.append((seconds['ours'], seconds['theirs']))
+    low, middle, high = statistics.quantiles([a / b for a, b in rows], n=4)
+    return {'kind': kind, 'ours': statistics.median(a for a, _ in rows), 'losses': losses, 'ratio': middle, 'low': low,
+            'theirs': statistics.median(b for _, b in rows), 'high': high}
+
+
+def compare(runner: Any, recipe: Any) -> tuple[float, float]:
+    """Give the recipe our weights and one batch with our noise and timesteps; return both losses."""
+    model = runner.bare_model
+    if recipe.network is not None:
+        recipe.network.load_state_dict(next(iter(model.adapters.values())).net.state_dict())
+    else:
+        with torch.no_grad():
+            for parameter in (p for owned in model.trainables().values() for _, p in owned):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)  # or a fresh LoRA would change nothing
+            own = dict(model.unet.named_parameters())
+            for name, parameter in recipe.unet.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(own[name.replace('.default.', '.style.')])
+    collated = next(iter(runner.train_dataloader))
+    batch = model.data_preprocessor(collated, True)['inputs']
+    with torch.no_grad():
+        ours = float(model(batch, mode='loss')['loss'])
+        inputs = {'latents': batch.latents, 'text_embeds': batch.text_embeds, 'pooled': batch.pooled,
+                  'time_ids': batch.time_ids, **batch.conditions}
+        theirs = float(recipe.loss(inputs, collated['drawn']['noise'], collated['drawn']['timestep']))
+    assert abs(ours - theirs) < 1e-5 * abs(theirs), f'the losses differ: {ours}, {theirs}'
+    return ours, theirs
+
+
+def print_recipe(kinds: list[str], pairs: int, block: int) -> None:
+    """Print a row for each kind."""
+    print("| | runner | diffusers' recipe | ratio (median of pairs) | quartiles |\n|---|---|---|---|---|")
+    for kind in kinds:
+        row = measure_recipe(kind, pairs, block)
+        print(f'| {kind}, step, CPU time | {row["ours"] * 1e3:.1f} ms | {row["theirs"] * 1e3:.1f} ms | '
+              f'{row["ratio"]:.3f} | {row["low"]:.3f} to {row["high"]:.3f} |', flush=True)
+
+
 def status(key: str) -> float:
     """A line of /proc/self/status, in MiB."""
     line = next(x for x in Path('/proc/self/status').read_text().splitlines() if x.startswith(key))
@@ -118,7 +196,9 @@ def measure_memory(steps: int, repeats: int) -> None:
 
 def main() -> None:
     """Parse and measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('mode', nargs='?', default='bare', choices=('bare', 'recipe'))
+    parser.add_argument('--kinds', nargs='+', default=['t2i', 'lora'], choices=('t2i', 'lora'))
     parser.add_argument('--pairs', type=int, default=15)
     parser.add_argument('--block', type=int, default=5)
     parser.add_argument('--steps', type=int, default=30)
@@ -128,6 +208,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.memory_of:
         memory_of(args.memory_of, args.steps)
+        return
+    if args.mode == 'recipe':
+        print_recipe(args.kinds, args.pairs, args.block)
         return
     measure_time(args.pairs, args.block)
     measure_memory(args.steps, args.repeats)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from diffengine_sdxl.errors import UserError, listed, one_of
@@ -31,18 +32,19 @@ def set_backend(unet: Any, backend: str) -> None:
     """
     one_of('attention', backend, BACKENDS)
     if backend == 'xformers':
-        processors = [unet.get_submodule(name).processor for name in cross_attention_names(unet)[:1]]
-        users = list(processors[0].users) if processors and isinstance(processors[0], ImagePrompts) else []
-        for user in users:
-            release(unet, user)
+        attentions = [unet.get_submodule(name) for name in cross_attention_names(unet)]
+        prompted = [(a, a.processor) for a in attentions if isinstance(a.processor, ImagePrompts)]
+        for attention, processor in prompted:
+            attention.set_processor(processor.former)
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
             raise UserError("attention='xformers' needs the package xformers and a GPU that it supports; install "
                             f"it (pip install xformers) or set attention='sdpa' ({error}).") from error
         finally:
-            for user in users:
-                use_image_prompts(unet, user)
+            for attention, processor in prompted:
+                processor.former = attention.processor
+                attention.set_processor(processor)
 
 
 def cross_attention_names(unet: Any) -> list[str]:
@@ -89,6 +91,7 @@ class ProbedAttention:
 
     def __init__(self, name: str, former: Any, probes: AttentionProbes, identity: bool) -> None:
         self.name, self.former, self.probes, self.identity = name, former, probes, identity
+        self.recorded = name in probes.recorded  # compiled code would depend on a name that the call reads
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  attention_mask: Tensor | None = None) -> Any:
@@ -97,7 +100,7 @@ class ProbedAttention:
         assert encoder_hidden_states is None and attention_mask is None and attn.norm_q is None
         assert attn.group_norm is None and attn.spatial_norm is None and not attn.residual_connection
         assert attn.rescale_output_factor == 1
-        if self.name in self.probes.recorded:
+        if self.recorded:
             assert self.probes.anchor is not None
             self.probes.maps[self.name] = _received_attention(attn, hidden_states[self.probes.anchor])
         if not self.identity:
@@ -126,22 +129,55 @@ def plain_layer(layer: Any) -> Any:
     return layer
 
 
-def use_image_prompts(unet: Any, user: str) -> None:
-    """Let the cross-attentions read image tokens until every user has called `release`."""
+@dataclass
+class ImageLayers:
+    """One adapter's keys and values in one cross-attention.
+
+    Attributes:
+        to_k, to_v: project tokens to keys and values.
+        weight: of the block in which the attention lies, a key of `ImageTokens.scales`.
+        copies: the weights of to_k and to_v in the UNet's dtype, of the last call, where they are stored in another;
+            gradients flow through them. All calls of a step see equal copies, also a pass that is recomputed.
+    """
+
+    to_k: nn.Linear
+    to_v: nn.Linear
+    weight: float = 1.0
+    copies: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Return what computes keys and values."""
+        return self.copies or (self.to_k.weight, self.to_v.weight)
+
+
+def use_image_prompts(unet: Any, user: str, layers: Mapping[str, ImageLayers]) -> str:
+    """Let the cross-attentions read image tokens until every user has called `release`.
+
+    Args:
+        user: an adapter's name.
+        layers: by the names of the cross-attentions in which its tokens act.
+
+    Returns:
+        The key for ImageTokens and `release`: `user`, marked if another model's adapter on this UNet has that name.
+    """
     for name in cross_attention_names(unet):
         attention = unet.get_submodule(name)
         if not isinstance(attention.processor, ImagePrompts):
-            attention.set_processor(ImagePrompts(name, attention.processor))
-        attention.processor.users.append(user)
+            attention.set_processor(ImagePrompts(attention.processor))
+        while user in attention.processor.layers:  # in none or in all of them
+            user += "'"
+        attention.processor.layers[user] = layers.get(name)
+    return user
 
 
 def release(unet: Any, user: str) -> None:
     """Undo one `use_image_prompts`; the last one restores the former processors, the same objects."""
     for name in cross_attention_names(unet):
         attention = unet.get_submodule(name)
-        if isinstance(attention.processor, ImagePrompts) and user in attention.processor.users:
-            attention.processor.users.remove(user)
-            if not attention.processor.users:
+        if isinstance(attention.processor, ImagePrompts):
+            attention.processor.layers.pop(user, None)
+            if not attention.processor.layers:
                 attention.set_processor(attention.processor.former)
 
 
@@ -153,22 +189,28 @@ class ImagePrompts:
     Source: Ye et al. 2023, IP-Adapter, section 3.2.2; bitwise diffusers' IPAdapterAttnProcessor2_0. Without image
     tokens for this layer, the former processor computes.
 
+    It does not know the name of its attention, nor does a call: code compiled for one block fits all blocks.
+
     Args:
-        name: of the cross-attention, the key of its layers and scales in ImageTokens.
         former: the processor that it replaces.
     """
 
-    def __init__(self, name: str, former: Any) -> None:
-        self.name, self.former, self.users = name, former, list[str]()
+    def __init__(self, former: Any) -> None:
+        self.former = former
+        #: User -> its layers here; None where its tokens do not act.
+        self.layers: dict[str, ImageLayers | None] = {}
 
     def __call__(self, attn: Any, hidden_states: Tensor,
                  encoder_hidden_states: Tensor | tuple[Tensor, list[ImageTokens]] | None = None,
                  attention_mask: Tensor | None = None) -> Any:
         """[B, L, C] to [B, L, C]; the text is [B, S, D]."""
-        images: list[ImageTokens] = []
+        images: list[tuple[ImageTokens, ImageLayers]] = []
         if isinstance(encoder_hidden_states, tuple):
-            encoder_hidden_states, images = encoder_hidden_states
-            images = [image for image in images if self.name in image.scale]
+            encoder_hidden_states, tokens = encoder_hidden_states
+            for image in tokens:
+                layers = self.layers.get(image.user)
+                if layers is not None:
+                    images.append((image, layers))
         if not images:
             return self.former(attn, hidden_states, encoder_hidden_states, attention_mask)
         # What SDXL's cross-attentions never have.
@@ -177,24 +219,24 @@ class ImagePrompts:
         query = _heads(attn.to_q(hidden_states), attn.heads)
         key, value = (_heads(layer(encoder_hidden_states), attn.heads) for layer in (attn.to_k, attn.to_v))
         hidden = _attend(query, key, value)
-        for image in images:
-            hidden = self._add(hidden, query, image, attn.heads)
+        for image, layers in images:
+            hidden = _add_image(hidden, query, image, layers, attn.heads)
         return attn.to_out[1](attn.to_out[0](hidden))
 
-    def _add(self, hidden: Tensor, query: Tensor, image: ImageTokens, heads: int) -> Tensor:
-        def attend(tokens: Tensor) -> Tensor:
-            # A trained layer is fp32 in a half-precision base; autocast, if enabled, casts it back.
-            key, value = (_heads(layers[self.name](tokens.to(layers[self.name].weight.dtype)), heads).to(query.dtype)
-                          for layers in (image.to_k, image.to_v))
-            return _attend(query, key, value)
 
-        scale = image.scale[self.name]
-        if image.mask is None:
-            return hidden + _scaled(scale, attend(image.tokens))
-        for i in range(image.tokens.shape[1]):
-            mask = _resize_mask(image.mask[:, i], hidden.shape[1]).to(hidden.dtype)
-            hidden = hidden + _scaled(scale, attend(image.tokens[:, i]) * mask)
-        return hidden
+def _add_image(hidden: Tensor, query: Tensor, image: ImageTokens, layers: ImageLayers, heads: int) -> Tensor:
+    def attend(tokens: Tensor) -> Tensor:
+        key, value = (_heads(functional.linear(tokens.to(weight.dtype), weight), heads).to(query.dtype)
+                      for weight in layers.weights)
+        return _attend(query, key, value)
+
+    scale = image.scales[layers.weight]
+    if image.mask is None:
+        return hidden + _scaled(scale, attend(image.tokens))
+    for i in range(image.tokens.shape[1]):
+        mask = _resize_mask(image.mask[:, i], hidden.shape[1]).to(hidden.dtype)
+        hidden = hidden + _scaled(scale, attend(image.tokens[:, i]) * mask)
+    return hidden
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -208,9 +250,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(len(out), -1, out.shape[1] * out.shape[3]).to(query.dtype)
 
 
-def _scaled(scale: float | Tensor, x: Tensor) -> Tensor:
-    """Multiply in at least fp32 and cast back: an fp32 tensor of scales would promote x."""
-    return (scale * x).to(x.dtype)
+def _scaled(scale: Tensor, x: Tensor) -> Tensor:
+    """Multiply in at least fp32 and cast back: fp32 scales of rows would promote x."""
+    return (x * scale).to(x.dtype)  # in this order: the CPU's kernel rounds a first factor to bf16
 
 
 def _resize_mask(mask: Tensor, num_queries: int) -> Tensor:

@@ -21,6 +21,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError, first_line, one_of
+from diffengine_sdxl.structures import send
 
 PREDICTION_TYPES = ('epsilon', 'v_prediction', 'sample')
 #: Those of diffusers' DDPMScheduler.
@@ -58,6 +59,9 @@ class NoiseSchedule:
         self.config = dict(config or {})
         self._moved: dict[torch.device, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_moved': {}}  # a worker of the data loader takes no tensors of a GPU
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], prediction_type: str | None = None,
                     zero_terminal_snr: bool = False) -> NoiseSchedule:
@@ -93,7 +97,7 @@ class NoiseSchedule:
         """
         device = t.device if like is None else like.device
         if device not in self._moved:
-            self._moved[device] = self.alphas_cumprod.to(device)
+            self._moved[device] = send(self.alphas_cumprod, device)
         values = self._between(t.to(device), self._moved[device])
         if like is None:
             return values

@@ -99,7 +99,6 @@ class Model(Denoiser, Protocol):
     null_prompt: str
     adapters_disabled: bool
     text_trains: bool
-    text_mixed: bool
     text_adapted: bool
     prompt_cache: dict[Any, tuple[Tensor, Tensor]] | None
 

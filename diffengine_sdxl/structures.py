@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Batch:
         text_2, negative_text, negative_text_2, negative_time_ids: as above, for the second encoder and for
             the unconditional branch; None: as the first, and not set.
         conditions: adapter.condition_key -> tensor [B, ...]; a conditioning image is [B, 3, H, W] in [0, 1].
-        drop: name -> bool [B]; rows whose 'text' or adapter input is replaced by its null.
+        drop: name -> bool [B] on the CPU; rows whose 'text' or adapter input is replaced by its null.
         weight: [B] factor of each sample's loss; mask: factor of the loss of each pixel, [B, 1, H, W], or of each
             latent, [B, 1, h, w].
         size: height and width of the images to generate, in pixels; None: that of the images or conditions.
@@ -58,6 +59,8 @@ class Batch:
         prompt_syntax: how the texts are written, 'plain' or 'compel'.
         clip_skip: layers of the text encoders that `text` skips besides the last one; None as 0.
         num_skipped: unreadable images that the data set skipped to fill this batch.
+        drawn: what the loader's worker drew for the objective, by the names in its `draw`; {}: nothing, as outside of
+            training.
     """
 
     text: list[str]
@@ -82,6 +85,7 @@ class Batch:
     prompt_syntax: str = 'plain'
     clip_skip: int | None = None
     num_skipped: int = 0
+    drawn: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -123,7 +127,7 @@ class Conditioning:
 
 def where(drop: Tensor, null: Tensor, value: Tensor) -> Tensor:
     """Return rows of `null` where `drop` (bool [B]) is set, else rows of `value`, without arithmetic on either."""
-    return torch.where(drop.view(-1, *[1] * (value.dim() - 1)), null, value)
+    return torch.where(send(drop, value.device).view(-1, *[1] * (value.dim() - 1)), null, value)
 
 
 @dataclass
@@ -131,18 +135,17 @@ class ImageTokens:
     """One IP-Adapter's image tokens in one call of the UNet; read by the processors of `attention`.
 
     Attributes:
+        user: whose they are: the key of its layers in each processor, from `attention.use_image_prompts`.
         tokens: [B, n, T, D], n images of T tokens.
-        to_k, to_v: name of a cross-attention ('down_blocks.1.attentions.0.transformer_blocks.0.attn2') -> the linear
-            layer that projects tokens to its keys or values.
-        scale: name of a cross-attention -> a number, or [B, 1, 1]; where the name is missing, the tokens do not act.
+        scales: weight of a block -> the scale there, that weight included: [B, 1, 1]; or [] fp64 on the CPU, which
+            as a second factor is read like a Python float, bitwise, but whose value compiled code does not depend on.
         mask: [B, n, H, W] in [0, 1], where in the output each image acts; None: everywhere, with the tokens of all
             images in one attention.
     """
 
+    user: str
     tokens: Tensor
-    to_k: Mapping[str, Any]
-    to_v: Mapping[str, Any]
-    scale: Mapping[str, float | Tensor]
+    scales: Mapping[float, Tensor]
     mask: Tensor | None = None
 
 
@@ -197,10 +200,22 @@ class UNetCall:
         """Return 1 for rows whose step lies inside `active_range` (both bounds included), else 0, [B]; None: all do."""
         if tuple(active_range) == (0, 1):
             return None
-        inside = (self.progress[:, 0] >= active_range[0]) & (self.progress[:, 1] <= active_range[1])
+        inside = self._inside(active_range)
         if bool(inside.all()) and not self.training:
             return None
-        return inside.to(device=self.sample.device, dtype=torch.promote_types(self.sample.dtype, torch.float32))
+        return send(inside, self.sample.device).to(torch.promote_types(self.sample.dtype, torch.float32))
+
+    def skips(self, scale: float, active_range: tuple[float, float]) -> bool:
+        """Return whether an adapter changes nothing and need not compute: its scale is 0, or no row is active.
+
+        Never in training. Decided on the CPU, so that nothing waits for the device.
+        """
+        inactive = tuple(active_range) != (0, 1) and not bool(self._inside(active_range).any())
+        return not self.training and (scale == 0 or inactive)
+
+    def _inside(self, active_range: tuple[float, float]) -> Tensor:
+        """Return which rows' steps lie inside `active_range`, bool [B] on the CPU."""
+        return (self.progress[:, 0] >= active_range[0]) & (self.progress[:, 1] <= active_range[1])
 
     def add_residuals(self, features: Sequence[Tensor]) -> None:
         """Add feature maps after each down block and the mid block (T2I-Adapter); those of several adapters sum.
@@ -224,10 +239,10 @@ class UNetCall:
         """
         self._control = _sum(self._control, [f.to(self.sample.dtype) for f in (*down, mid)], 'control features')
 
-    def add_image_tokens(self, name: str, images: ImageTokens) -> None:
-        """Let the UNet's cross-attentions also attend to the image tokens of adapter `name` (IP-Adapter)."""
-        assert name not in self._images, f"image tokens of '{name}' were added twice to one call of the UNet"
-        self._images[name] = replace(images, tokens=images.tokens.to(self.sample.dtype))
+    def add_image_tokens(self, images: ImageTokens) -> None:
+        """Let the UNet's cross-attentions also attend to the image tokens of an adapter (IP-Adapter)."""
+        assert images.user not in self._images, f"image tokens of '{images.user}' were added twice to one call"
+        self._images[images.user] = replace(images, tokens=images.tokens.to(self.sample.dtype))
 
     def add_text(self, text: Tensor | None = None, pooled: Tensor | None = None) -> None:
         """Add offsets to the prompt's embeddings; those of several adapters sum.
@@ -322,13 +337,46 @@ def _shifted(embeds: Tensor, offsets: Sequence[Tensor]) -> Tensor:
     return (embeds + sum(offsets)).to(embeds.dtype) if offsets else embeds
 
 
-def to_device(batch: Batch, device: torch.device | str, non_blocking: bool = True) -> Batch:
-    """Return a copy with its tensors on `device`; epoch and seed, the keys of draws, stay on the CPU."""
-    def move(value: Any) -> Any:
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return `tensor` on `device`; on CUDA by way of pinned memory, as the host waits for any other copy."""
+    if not tensor.is_cuda and torch.device(device).type == 'cuda' and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+#: What the host reads in a training step: in its own memory that waits for nothing.
+ON_HOST = ('epoch', 'seed', 'drop', 'drawn.timestep')
+
+
+Data = TypeVar('Data', 'Batch', Mapping[str, Any])
+
+
+def to_device(data: Data, device: torch.device | str) -> Data:
+    """Return a copy of a Batch, or of what was collated for one, with its tensors on `device`, but for `ON_HOST`."""
+    def move(name: str, value: Any) -> Any:
+        if name in ON_HOST:
+            return value
         if isinstance(value, Tensor):
-            return value.to(device, non_blocking=non_blocking)
+            return send(value, device)
         if isinstance(value, Start):
-            return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
-        return {k: move(v) for k, v in value.items()} if isinstance(value, Mapping) else value
-    stay = {'epoch', 'seed'}
-    return replace(batch, **{f.name: move(getattr(batch, f.name)) for f in fields(batch) if f.name not in stay})
+            return replace(value, **{f.name: move('start', getattr(value, f.name)) for f in fields(value)})
+        return {k: move(f'{name}.{k}', v) for k, v in value.items()} if isinstance(value, Mapping) else value
+    if isinstance(data, Batch):
+        return replace(data, **{f.name: move(f.name, getattr(data, f.name)) for f in fields(data)})
+    return {name: move(name, value) for name, value in data.items()}
+
+
+def as_floats(pixels: Tensor, centred: bool = False) -> Tensor:
+    """Turn pixels of 8 bits into fp32 in [0, 1], or in [-1, 1] if `centred`; another tensor is returned as it is.
+
+    By a table from the CPU, so that all devices give the same bits: CUDA rounds a division by 255 otherwise.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return _levels(centred, pixels.device).index_select(0, pixels.flatten().int()).view(pixels.shape)
+
+
+@cache
+def _levels(centred: bool, device: torch.device) -> Tensor:
+    levels = torch.arange(256, dtype=torch.float32).div(255)
+    return send(levels.sub(0.5).div(0.5) if centred else levels, device)

@@ -55,8 +55,15 @@ def pytest_configure() -> None:
         OtherKernels().__enter__()  # for good: what fixtures compute belongs to it
 
 
+#: Files of a few long tests, in which packages are installed and commands run. They come first, so that at the end no
+#: worker waits for another that has just begun one (with --no-loadscope-reorder).
+FIRST = ('test_install.py', 'test_commands.py', 'test_docs.py', 'test_command_inputs.py', 'test_export_command.py',
+         'test_checkpoint.py', 'test_resume.py', 'test_test_command.py')
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what makes no claim, where `--bitwise` asks for that."""
+    """Put long files first; leave out what makes no claim, where `--bitwise` asks for that."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if config.getoption('--bitwise'):
         kept = [item for item in items if claims(item.path, getattr(item, 'originalname', item.name))]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])

@@ -10,6 +10,7 @@ from runs import train, weights
 
 from diffengine_sdxl import config
 from diffengine_sdxl.config_files import installed_configs
+from diffengine_sdxl.engine import run_identity
 from diffengine_sdxl.testing import write_tiny_image_encoder
 
 TRAINED = {
@@ -34,7 +35,20 @@ def parts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_are_here() -> None:
     """Those of other folders have tests of their own."""
     elsewhere = ('infer', 't2i_adapter', 'shapes', 'tiny')
-    assert {p.stem for p in installed_configs() if p.parent.name not in elsewhere} == {*TRAINED}
+    there = {p.stem for p in installed_configs() if p.parent.name not in elsewhere}
+    assert there == {*TRAINED, 'stable_diffusion_xl_lora_12gb'}
+
+
+@pytest.mark.parametrize(('name', 'of'), [
+    ('lora_12gb', 'lora_text_to_image'), ('t2i_adapter_12gb', 't2i_adapter_fill50k')])
+def test_the_configs_for_12_gb_differ_in_memory_only(name: str, of: str) -> None:
+    """They train on the same samples, one at a time."""
+    small, shipped = (config.resolve(config.load(f'stable_diffusion_xl_{one}')) for one in (name, of))
+    assert small.speed.checkpointing == 'full' and small.train_dataloader.batch_size == 1
+    assert run_identity.differences(*(run_identity.identity(one) for one in (shipped, small))) == [
+        'split.batch_size was 2, is now 1',
+        f'split.accumulative_counts was {shipped.optim_wrapper.accumulative_counts}, is now '
+        f'{2 * shipped.optim_wrapper.accumulative_counts}']
 
 
 @pytest.mark.parametrize('name', TRAINED)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.attention import (
+    ImageLayers,
     ImagePrompts,
     block_scales,
     cross_attention_names,
@@ -44,20 +45,30 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def prompt(num_images: int, scale: float | Tensor, seed: int, mask: Tensor | None = None, batch: int = 2,
-           name: str = NAME) -> ImageTokens:
-    """Return `num_images` of 4 tokens, with layers for keys and values."""
+Prompt = tuple[ImageTokens, ImageLayers]
+
+
+def prompt(num_images: int, scale: float | Tensor, seed: int, mask: Tensor | None = None, batch: int = 2) -> Prompt:
+    """Return `num_images` of 4 tokens of a user of its own, with its layers in a block of weight 0.5."""
     with rng.fork('layers', seed):
-        to_k, to_v = (nn.Linear(24, 32, bias=False).requires_grad_(False) for _ in range(2))
-    return ImageTokens(numbers(batch, num_images, 4, 24, seed=seed), {name: to_k}, {name: to_v}, {name: scale}, mask)
+        layers = ImageLayers(*(nn.Linear(24, 32, bias=False).requires_grad_(False) for _ in range(2)), weight=0.5)
+    scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+    return ImageTokens(f'user {seed}', numbers(batch, num_images, 4, 24, seed=seed), {0.5: scale}, mask), layers
 
 
-def stock(attention: Attention, images: list[ImageTokens], hidden: Tensor, text: Tensor, masks: Any = None) -> Tensor:
+def ours(attention: Attention, prompts: list[Prompt], hidden: Tensor, text: Tensor, former: Any = None) -> Tensor:
+    """Our processor with the layers of these users, called with their tokens."""
+    processor = ImagePrompts(former)
+    processor.layers = {image.user: layers for image, layers in prompts}
+    return processor(attention, hidden, (text, [image for image, _ in prompts]))
+
+
+def stock(attention: Attention, prompts: list[Prompt], hidden: Tensor, text: Tensor, masks: Any = None) -> Tensor:
     """diffusers' own processor with our layers."""
-    processor = IPAdapterAttnProcessor2_0(32, 24, tuple(4 for _ in images), [i.scale[NAME] for i in images])
-    processor.to_k_ip = nn.ModuleList([i.to_k[NAME] for i in images])
-    processor.to_v_ip = nn.ModuleList([i.to_v[NAME] for i in images])
-    return processor(attention, hidden, (text, [i.tokens for i in images]), ip_adapter_masks=masks)
+    processor = IPAdapterAttnProcessor2_0(32, 24, tuple(4 for _ in prompts), [float(i.scales[0.5]) for i, _ in prompts])
+    processor.to_k_ip = nn.ModuleList([layers.to_k for _, layers in prompts])
+    processor.to_v_ip = nn.ModuleList([layers.to_v for _, layers in prompts])
+    return processor(attention, hidden, (text, [i.tokens for i, _ in prompts]), ip_adapter_masks=masks)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
@@ -66,31 +77,31 @@ def test_several_image_prompts_are_bitwise_diffusers(attention: Attention, maske
     """Three adapters of 1, 2 and 1 images, of other scales; with masks in two of them."""
     regions = (numbers(1, 3, 96, 64, seed=7) > 0).float()
     masks = [regions[:, :1], regions[:, 1:], None] if masked else [None] * 3
-    images = [prompt(n, s, i, None if mask is None else mask.expand(2, -1, -1, -1))
-              for i, ((n, s), mask) in enumerate(zip([(1, 1.0), (2, 0.7), (1, -0.3)], masks, strict=True))]
+    prompts = [prompt(n, s, i, None if mask is None else mask.expand(2, -1, -1, -1))
+               for i, ((n, s), mask) in enumerate(zip([(1, 1.0), (2, 0.7), (1, -0.3)], masks, strict=True))]
     hidden, text = numbers(2, 12 * 8, 32, seed=8).to(dtype), numbers(2, 7, 24, seed=9).to(dtype)
     attention.to(dtype)
-    for image in images:
+    for image, layers in prompts:
         image.tokens = image.tokens.to(dtype)
-        for layer in (*image.to_k.values(), *image.to_v.values()):
+        for layer in (layers.to_k, layers.to_v):
             layer.to(dtype)
-    ours = ImagePrompts(NAME, None)(attention, hidden, (text, images))
-    expected = stock(attention, images, hidden, text, masks if masked else None)
-    assert ours.dtype == dtype and torch.equal(ours, expected)
-    assert not torch.allclose(ours, AttnProcessor2_0()(attention, hidden, text), atol=1e-2)
+    out = ours(attention, prompts, hidden, text)
+    expected = stock(attention, prompts, hidden, text, masks if masked else None)
+    assert out.dtype == dtype and torch.equal(out, expected)
+    assert not torch.allclose(out, AttnProcessor2_0()(attention, hidden, text), atol=1e-2)
 
 
 def test_rows_may_have_scales_and_masks_of_their_own(attention: Attention) -> None:
     """[B, 1, 1] scales and [B, n, H, W] masks: each row as in a batch of its own."""
     mask, scale = torch.rand(2, 2, 64, 96, generator=torch.Generator().manual_seed(1)), torch.tensor([0.0, 0.75])
-    image = prompt(2, scale.view(2, 1, 1), 3, mask)
+    image, layers = prompt(2, scale.view(2, 1, 1), 3, mask)
     hidden, text = numbers(2, 8 * 12, 32, seed=4), numbers(2, 7, 24, seed=5)
-    ours = ImagePrompts(NAME, None)(attention, hidden, (text, [image]))
+    out = ours(attention, [(image, layers)], hidden, text)
     for row in range(2):
-        single = ImageTokens(image.tokens[row:row + 1], image.to_k, image.to_v, {NAME: float(scale[row])})
-        expected = stock(attention, [single], hidden[row:row + 1], text[row:row + 1], [mask[row:row + 1]])
-        torch.testing.assert_close(ours[row:row + 1], expected, rtol=1e-6, atol=1e-6)  # another batch size
-    assert torch.equal(ours[:1], ImagePrompts(NAME, AttnProcessor2_0())(attention, hidden, (text, []))[:1])
+        single = ImageTokens('one', image.tokens[row:row + 1], {0.5: scale[row]})
+        expected = stock(attention, [(single, layers)], hidden[row:row + 1], text[row:row + 1], [mask[row:row + 1]])
+        torch.testing.assert_close(out[row:row + 1], expected, rtol=1e-6, atol=1e-6)  # another batch size
+    assert torch.equal(out[:1], ours(attention, [], hidden, text, AttnProcessor2_0())[:1])
 
 
 @pytest.mark.parametrize('size', [(1024, 1024), (832, 1216), (1344, 768), (96, 160), (48, 80), (40, 72)])
@@ -102,15 +113,15 @@ def test_a_mask_falls_on_the_right_queries(attention: Attention, size: tuple[int
     image = prompt(1, 1.0, 0, mask, batch=1)
     for level in range(3):
         hidden, text = numbers(1, height * width, 32, seed=level), numbers(1, 7, 24, seed=9)
-        ours = ImagePrompts(NAME, AttnProcessor2_0())(attention, hidden, (text, [image]))
+        out = ours(attention, [image], hidden, text)
         plain = AttnProcessor2_0()(attention, hidden, text)
         small = functional.interpolate(mask, (height, width), mode='bicubic')[0].flatten(1)
-        untouched = (ours == plain).all(-1)
+        untouched = (out == plain).all(-1)
         assert torch.equal(untouched, small == 0) and untouched.any() and not untouched.all()
         if size[0] % 32 == size[1] % 32 == 0:
             theirs = IPAdapterMaskProcessor.downsample(mask[:, 0], 1, height * width, 32)[..., 0]
             assert torch.equal(theirs, small)
-            assert torch.equal(ours, stock(attention, [image], hidden, text, [mask]))
+            assert torch.equal(out, stock(attention, [image], hidden, text, [mask]))
         height, width = (height + 1) // 2, (width + 1) // 2
 
 
@@ -123,30 +134,30 @@ def test_without_image_prompts_the_former_processor_computes(unet: Any) -> None:
         'text_embeds': numbers(2, 32), 'time_ids': torch.full((2, 6), 64.0)})
     text = numbers(2, 77, 64)
     expected = unet(**call, encoder_hidden_states=text).sample
-    use_image_prompts(unet, 'a')
+    use_image_prompts(unet, 'user 0', {})
     assert torch.equal(unet(**call, encoder_hidden_states=text).sample, expected)
-    elsewhere = prompt(1, 1.0, 0, name='nowhere')
-    assert torch.equal(unet(**call, encoder_hidden_states=(text, [elsewhere])).sample, expected)
+    nowhere, _ = prompt(1, 1.0, 0)
+    assert torch.equal(unet(**call, encoder_hidden_states=(text, [nowhere])).sample, expected)
     assert {n for n, p in unet.attn_processors.items() if isinstance(p, ImagePrompts)} == {
         n for n in formers if n.endswith('attn2.processor')}
-    release(unet, 'a')
+    release(unet, 'user 0')
     assert unet.get_submodule(NAME).processor is slow
     unet.get_submodule(NAME).set_processor(formers[f'{NAME}.processor'])
     assert all(p is formers[n] for n, p in unet.attn_processors.items())
 
 
 def test_processors_go_with_their_last_user(unet: Any) -> None:
-    """A name used twice counts twice; an unknown one changes nothing; no reference to the UNet is kept."""
+    """A name used twice gives two keys; an unknown one changes nothing; no reference to the UNet is kept."""
     formers = dict(unet.attn_processors)
-    for user in ('a', 'b', 'b'):
-        use_image_prompts(unet, user)
-    for user in ('a', 'nobody', 'b'):
-        release(unet, user)
+    keys = [use_image_prompts(unet, user, {}) for user in ('a', 'b', 'b')]
+    assert keys[:2] == ['a', 'b'] and len(set(keys)) == 3
+    for key in (keys[0], 'nobody', keys[1]):
+        release(unet, key)
         assert isinstance(unet.get_submodule(NAME).processor, ImagePrompts)
-    release(unet, 'b')
+    release(unet, keys[2])
     assert all(p is formers[n] for n, p in unet.attn_processors.items())
     other = tiny_unet()
-    use_image_prompts(other, 'a')
+    use_image_prompts(other, 'a', {})
     gone = weakref.ref(other)
     del other
     gc.collect()
@@ -160,13 +171,15 @@ class Kernel(AttnProcessor2_0):
 def test_a_backend_is_set_beneath_image_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """They stay, with the backend's processor below; a backend that is not installed changes nothing."""
     unet = tiny_unet()
-    use_image_prompts(unet, 'a')
+    _, layers = prompt(1, 1.0, 0)
+    use_image_prompts(unet, 'a', {NAME: layers})
     monkeypatch.setattr(unet, 'enable_xformers_memory_efficient_attention', lambda: unet.set_attn_processor(Kernel()))
     set_backend(unet, 'xformers')
     processors = unet.attn_processors
     assert {n.rpartition('.attn')[2][0]: type(p) for n, p in processors.items()} == {'1': Kernel, '2': ImagePrompts}
-    assert all(isinstance(p.former, Kernel) and p.users == ['a'] for p in processors.values()
+    assert all(isinstance(p.former, Kernel) and list(p.layers) == ['a'] for p in processors.values()
                if isinstance(p, ImagePrompts))
+    assert unet.get_submodule(NAME).processor.layers == {'a': layers}
 
     def missing() -> None:
         raise ModuleNotFoundError('no xformers')

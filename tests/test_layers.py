@@ -16,7 +16,7 @@ CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 # From the ground up; the modules of one storey don't import each other. A folder stands for all files in it.
 STOREYS = (
     ('errors',),
-    ('limits',),
+    ('limits', 'speed'),
     ('atomic_files', 'config_files', 'field_names', 'literals', 'versions', 'registry', 'rng', 'structures', 'images'),
     ('noise_schedule', 'attention', 'settings', 'shapes'),
     ('protocols', 'request'),

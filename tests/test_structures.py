@@ -9,7 +9,7 @@ from parity import images, make_batch
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.structures import Batch, Conditioning, ImageTokens, UNetCall, to_device, where
+from diffengine_sdxl.structures import Batch, Conditioning, ImageTokens, UNetCall, as_floats, to_device, where
 
 
 def conditioning(num: int, start: float = 0.0, **kwargs: Any) -> Conditioning:
@@ -144,7 +144,7 @@ def test_no_offset_is_the_prompt() -> None:
     assert torch.equal(one.kwargs()['encoder_hidden_states'], one.text)
     assert torch.equal(one.kwargs()['added_cond_kwargs']['text_embeds'], one.pooled)
     one.add_text(torch.ones(1, 1, 6))
-    one.add_image_tokens('a', ImageTokens(torch.zeros(2, 1, 4, 6), {}, {}, {}))
+    one.add_image_tokens(ImageTokens('a', torch.zeros(2, 1, 4, 6), {}))
     moved, images = one.kwargs()['encoder_hidden_states']
     assert torch.equal(moved, (one.text.float() + 1).bfloat16()) and len(images) == 1
 
@@ -158,13 +158,28 @@ def test_offsets_that_do_not_fit(text: Any, pooled: Any, words: str) -> None:
         call().add_text(*(None if shape is None else torch.zeros(shape) for shape in (text, pooled)))
 
 
+def test_pixels_become_floats_by_a_table() -> None:
+    """All 256 values are bitwise torchvision's `to_tensor` and `normalize`, on any device; floats are left alone."""
+    pixels = torch.arange(256).byte().view(1, 1, 16, 16).expand(2, 3, -1, -1)
+    expected = pixels.float().div(255)
+    assert torch.equal(as_floats(pixels), expected)
+    assert torch.equal(as_floats(pixels, centred=True), expected.sub(0.5).div(0.5))
+    on_device = as_floats(pixels.to('meta'), centred=True)
+    assert on_device.is_meta and on_device.shape == pixels.shape and on_device.dtype == torch.float32
+    assert as_floats(expected, centred=True) is expected
+
+
 def test_to_device() -> None:
-    """Every tensor moves, also in dicts, except the keys of draws; the batch itself is unchanged."""
-    batch = make_batch(2, drop={'text': torch.tensor([True, False])}, weight=torch.ones(2), mask=torch.ones(2, 1, 8, 8))
-    moved = to_device(batch, 'meta')
+    """Every tensor moves, also in dicts, except what the host reads; the batch itself is unchanged."""
+    batch = make_batch(2, drop={'text': torch.tensor([True, False])}, weight=torch.ones(2), mask=torch.ones(2, 1, 8, 8),
+                       drawn={'noise': torch.ones(2, 4, 8, 8), 'timestep': torch.tensor([1, 2])})
+    moved, collated = to_device(batch, 'meta'), to_device(vars(batch), 'meta')
+    assert {name for name, value in moved.drawn.items() if value.is_meta} == {'noise'}
+    assert Batch(**collated).drawn['noise'].is_meta and not collated['drop']['text'].is_meta  # before it is packed, too
     for name in ('time_ids', 'img', 'weight', 'mask'):
         assert getattr(moved, name).device.type == 'meta' and getattr(batch, name).device.type == 'cpu'
-    assert moved.conditions['conditioning_image'].device.type == moved.drop['text'].device.type == 'meta'
+    assert moved.conditions['conditioning_image'].device.type == 'meta'
+    assert moved.drop['text'].device.type == 'cpu'
     assert moved.epoch.device.type == moved.seed.device.type == 'cpu'
     assert moved.text == batch.text and moved.key == batch.key and len(moved) == 2
     assert Batch.names() == {f.name for f in fields(Batch)} >= {'img', 'text', 'time_ids', 'key', 'epoch', 'seed'}

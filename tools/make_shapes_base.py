@@ -94,12 +94,14 @@ def take_vae(export: Path, folder: Path, num_images: int = 2048) -> None:
     from diffusers import AutoencoderKL
 
     from diffengine_sdxl.datasets import Shapes, collate
+    from diffengine_sdxl.models.data_preprocessor import images_to_floats
     vae = AutoencoderKL.from_pretrained(export / 'pipeline' / 'vae')
     data = Shapes(length=num_images, conditioning=None, split='scale',
                   transforms=[{'type': 'ComputeTimeIds'}, {'type': 'PackInputs'}])
     with torch.no_grad():
-        latents = torch.cat([vae.encode(collate([data[i] for i in range(start, min(start + 64, num_images))])['img'])
-                             .latent_dist.mean for start in range(0, num_images, 64)])
+        batches = (images_to_floats(collate([data[i] for i in range(start, min(start + 64, num_images))]))
+                   for start in range(0, num_images, 64))
+        latents = torch.cat([vae.encode(batch['img']).latent_dist.mean for batch in batches])
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
     vae.save_pretrained(str(folder / 'vae'))
     print(f'scaling_factor {vae.config.scaling_factor}; means of the channels, scaled: '

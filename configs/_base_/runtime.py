@@ -18,5 +18,7 @@ log_processor = dict(type='LogProcessor', by_epoch=False)
 log_level = 'INFO'
 randomness = dict(seed=None)
 env_cfg = dict(cudnn_benchmark=False, allow_tf32=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
+# 'auto' is off on a CPU; what it became on a GPU stands in the table that opens the training (docs/configs.md).
+speed = dict(compile='auto', checkpointing='auto', base_dtype='auto')
 load_from = None
 resume = False

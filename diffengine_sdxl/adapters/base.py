@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -139,8 +139,15 @@ class Adapter(nn.Module):
         """Return the layers of the base that it should change and doesn't, as they compute in sampling."""
         return []
 
-    def parameters_in(self, part: str) -> Iterable[nn.Parameter]:
-        """Return those of the module's own parameters that compute within a call of `part` ('unet', ...)."""
+    def to_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Store its weights in the base's half-precision `dtype`, once and for all: for images, not for training."""
+        self.to(dtype)
+
+    def constants(self) -> Any:
+        """Return what its parts in the base compute with besides inputs and weights, for CUDA graphs of the UNet.
+
+        Numbers and strings, which a graph holds as they are; a tensor among them means that no graph can be used.
+        """
         return ()
 
     def new_tokens(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:

@@ -101,10 +101,12 @@ class ControlNet(ControlAdapter):
             _copy_encoder(model.unet, self.net)
         self.diffusers_call = f"{type(self.net).__name__}.from_pretrained('{{out}}')"
         set_backend(self.net, model.attention)
+        in_base = {name: m for name, m in model.unet.named_modules() if hasattr(m, 'gradient_checkpointing')}
+        self._checkpointed = [(m, in_base[name]) for name, m in self.net.named_modules() if name and name in in_base]
 
     def detach(self, model: AdapterHost) -> None:
         """Drop the network, which is all there is."""
-        del self.net, self._unet
+        del self.net, self._unet, self._checkpointed
 
     def read_image(self, image: Image.Image | Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
         """Return the control image, [C, H, W]; of a network that reads one channel, the image's brightness.
@@ -145,9 +147,9 @@ class ControlNet(ControlAdapter):
         if tuple(image.shape[-2:]) != (height, width):
             raise UserError(f"'{self.condition_key}' of adapter '{self.name}' must have the output's size ({height} x "
                             f'{width}); it is {image.shape[-2]} x {image.shape[-1]}.')
-        scale = self._fixed_scale(call, len(call.sample))
-        if not call.training and not torch.as_tensor(scale).any():
+        if call.skips(self.scale, self.active_range):
             return  # a pass costs a third of a UNet
+        scale = self._fixed_scale(call, len(call.sample))
         controlled = tensors.get('controlled')
         if controlled is None or controlled.all():
             call.add_control(*self._run(call, image, scale))
@@ -274,10 +276,11 @@ class ControlNet(ControlAdapter):
                ('rgb', 'bgr') if num is None else ('rgb',))
 
     def _sync_checkpointing(self) -> None:
-        """Recompute activations if the base does; the model enables that after all adapters are attached."""
-        base, own = (net.down_blocks[0].gradient_checkpointing for net in (*self._unet, self.net))
-        if base != own:
-            self.net.enable_gradient_checkpointing() if base else self.net.disable_gradient_checkpointing()
+        """Recompute activations where the base does; the model enables that after all adapters are attached."""
+        if any(own.gradient_checkpointing != base.gradient_checkpointing for own, base in self._checkpointed):
+            self.net.enable_gradient_checkpointing()
+            for own, base in self._checkpointed:
+                own.gradient_checkpointing = base.gradient_checkpointing
 
 
 def _control_type(value: Any) -> int | None:

@@ -25,6 +25,7 @@ from diffengine_sdxl.loading.files import WEIGHTS, read_json
 from diffengine_sdxl.loading.single_file import is_single_file
 from diffengine_sdxl.loading.strict import as_user_error, load_pretrained, shipped
 from diffengine_sdxl.protocols import AdapterHost
+from diffengine_sdxl.structures import send
 
 #: Pixels of a side of the images that an encoder may read.
 MAX_SIDE = 4096
@@ -120,7 +121,7 @@ class FrozenImageEncoder(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize [N, 3, S, S] in [0, 1], and cast it to the encoder's dtype."""
-        mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
+        mean, std = (send(torch.tensor(v, dtype=pixels.dtype), pixels.device).view(-1, 1, 1)
                      for v in (self.preprocessing.mean, self.preprocessing.std))
         return ((pixels - mean) / std).to(self.net.dtype)
 

@@ -14,7 +14,7 @@ from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.loading.strict import load_pretrained, shipped
 from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
-from diffengine_sdxl.structures import Batch
+from diffengine_sdxl.structures import Batch, send
 
 #: Of CLIP's image processor (Radford et al. 2021).
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -78,7 +78,7 @@ class ImageEncoder(Adapter):
             pixels = functional.interpolate(pixels, scaled, mode='bicubic', antialias=True).clamp(0, 1)
         top, left = ((side - size) // 2 for side in pixels.shape[-2:])
         pixels = pixels[..., top:top + size, left:left + size]
-        mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+        mean, std = (send(torch.tensor(v, dtype=pixels.dtype), pixels.device).view(1, 3, 1, 1) for v in (MEAN, STD))
         embeds: Tensor = self.net(((pixels - mean) / std).to(self.net.dtype)).image_embeds
         return embeds
 

@@ -6,7 +6,7 @@ tencent-ailab/IP-Adapter's (see `formats.ip_adapter`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffengine_sdxl.adapters import precision
 from diffengine_sdxl.adapters.base import Adapter, Tensors
 from diffengine_sdxl.adapters.formats import files
 from diffengine_sdxl.adapters.formats import ip_adapter as layout
@@ -27,7 +28,14 @@ from diffengine_sdxl.adapters.frozen_image_encoder import (
     share_encoder,
 )
 from diffengine_sdxl.adapters.image_projection import NUM_TOKENS, image_projection
-from diffengine_sdxl.attention import block_scales, cross_attention_names, plain_layer, release, use_image_prompts
+from diffengine_sdxl.attention import (
+    ImageLayers,
+    block_scales,
+    cross_attention_names,
+    plain_layer,
+    release,
+    use_image_prompts,
+)
 from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.images import clip_pixels
 from diffengine_sdxl.loading.strict import log_loaded
@@ -146,25 +154,22 @@ class IPAdapter(Adapter):
                                               for name in self.layers) for layer in ('to_k', 'to_v'))
         if self.weights is not None:
             self._fill(path, tensors)
-        use_image_prompts(model.unet, self.name)
+        self._acting = {name: ImageLayers(to_k, to_v, self.block_scales[name])
+                        for name, to_k, to_v in zip(self.layers, self.to_k, self.to_v, strict=True)
+                        if name in self.block_scales}
+        self._user = use_image_prompts(model.unet, self.name, self._acting)
 
     def detach(self, model: AdapterHost) -> None:
         """Restore the base's attention processors; drop the image encoder if no other adapter uses it."""
-        release(model.unet, self.name)
+        release(model.unet, self._user)
         release_encoder(model, self.encoder, self.name)
-        del self.projector, self.to_k, self.to_v, self._encoder
+        del self.projector, self.to_k, self.to_v, self._acting, self._encoder
 
     def trainables(self) -> list[nn.Parameter]:
         """Return the projection, and the keys and values of the blocks in which it acts."""
         if not self.trainable:
             return []
-        acting = [p for name, *layers in zip(self.layers, self.to_k, self.to_v, strict=True)
-                  if name in self.block_scales for layer in layers for p in layer.parameters()]
-        return [*self.projector.parameters(), *acting]
-
-    def parameters_in(self, part: str) -> Iterable[nn.Parameter]:
-        """Return the keys and values for the UNet."""
-        return [*self.to_k.parameters(), *self.to_v.parameters()] if part == 'unet' else ()
+        return [*self.projector.parameters(), *self._acting_weights()]
 
     def read_image(self, image: Image.Image | Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
         """Return images as the image encoder takes them, [n, 3, S, S] in [0, 1], whatever the output's `size`."""
@@ -200,7 +205,7 @@ class IPAdapter(Adapter):
         return {'tokens': tokens.unflatten(0, embeds.shape[:2]), **{k: v for k, v in tensors.items() if k == 'mask'}}
 
     def contribute(self, call: UNetCall, tensors: Tensors) -> None:
-        """Add the tokens with their layers and scales.
+        """Add the tokens with their scales; the processors have the layers.
 
         Raises:
             UserError: the mask hasn't the output's size.
@@ -210,19 +215,32 @@ class IPAdapter(Adapter):
         if mask is not None and tuple(mask.shape[-2:]) != size:
             raise UserError(f"The mask '{self.mask_key}' of adapter '{self.name}' is {mask.shape[-2]} x "
                             f"{mask.shape[-1]}; it must have the output's size, {size[0]} x {size[1]}.")
-        scale = self._fixed_scale(call, len(call.sample))
-        if isinstance(scale, Tensor):
-            scale = scale.view(-1, 1, 1)
         # Training multiplies by any scale, 0 too, so that the graph is always the same.
-        if not call.training and not (bool(scale.any()) if isinstance(scale, Tensor) else scale):
+        if call.skips(self.scale, self.active_range):
             return
-        scales = {name: scale if weight == 1 else scale * weight for name, weight in self.block_scales.items()}
-        to_k, to_v = self._layers_by_name()
-        call.add_image_tokens(self.name, ImageTokens(tensors['tokens'], to_k, to_v, scales, mask))
+        scale = self._fixed_scale(call, len(call.sample))
+        scale = scale.view(-1, 1, 1) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+        scales = {weight: scale * weight for weight in set(self.block_scales.values())}
+        self._copy_weights(call.sample.dtype)
+        call.add_image_tokens(ImageTokens(self._user, tensors['tokens'], scales, mask))
 
-    def _layers_by_name(self) -> Iterator[dict[str, nn.Module]]:
-        """Yield to_k and to_v, each by the name of its cross-attention."""
-        return (dict(zip(self.layers, layers, strict=True)) for layers in (self.to_k, self.to_v))
+    def _acting_weights(self) -> list[nn.Parameter]:
+        """Return the keys and values of the blocks in which it acts."""
+        return [p for acting in self._acting.values() for layer in (acting.to_k, acting.to_v)
+                for p in layer.parameters()]
+
+    def _copy_weights(self, dtype: torch.dtype) -> None:
+        """Give the processors keys and values in the UNet's dtype, if they are stored in another."""
+        for layers in self._acting.values():
+            layers.copies = None  # before new ones take memory
+        weights = self._acting_weights()
+        if weights[0].dtype != dtype:
+            copies = precision.cast(weights, dtype)
+            if not torch.is_grad_enabled():  # a pass of a training step may be recomputed with these
+                copies = tuple(copy.requires_grad_(weight.requires_grad)
+                               for copy, weight in zip(copies, weights, strict=True))
+            for layers, *pair in zip(self._acting.values(), copies[::2], copies[1::2], strict=True):
+                layers.copies = pair[0], pair[1]
 
     def add_to_pipeline(self, stock: Any) -> None:
         """Add an image prompt with its projection, keys and values; masks and images are arguments of the call.
@@ -246,7 +264,7 @@ class IPAdapter(Adapter):
             crop_size={'height': how.size, 'width': how.size}, resample=Image.Resampling[how.resample.upper()],
             image_mean=list(how.mean), image_std=list(how.std))
         scale = {name: self.scale if weight == 1 else self.scale * weight for name, weight in self.block_scales.items()}
-        to_k, to_v = self._layers_by_name()
+        to_k, to_v = (dict(zip(self.layers, layers, strict=True)) for layers in (self.to_k, self.to_v))
         stock.add_image_prompt(self.name, net, extractor, self.projector, to_k, to_v, scale)
 
     def save(self, folder: str | Path) -> None:

@@ -32,10 +32,11 @@ from diffengine_sdxl.adapters.formats.files import refuse
 from diffengine_sdxl.adapters.formats.layer_names import Modules
 from diffengine_sdxl.adapters.formats.lora import read_lora, write_lora
 from diffengine_sdxl.adapters.formats.lora_weights import MIXED, PARTS, TITLES, LoRAWeights, PartWeights
-from diffengine_sdxl.adapters.lora_checks import check_arguments, check_loaded
-from diffengine_sdxl.adapters.lora_inject import inject_weights
+from diffengine_sdxl.adapters.lora_checks import check_arguments, check_blocks, check_factors, check_loaded, describe
+from diffengine_sdxl.adapters.lora_function import ComputeCopies
+from diffengine_sdxl.adapters.lora_inject import inject_weights, stored_dtype
 from diffengine_sdxl.adapters.lora_words import Words
-from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import Batch, UNetCall
@@ -97,6 +98,7 @@ class LoRA(Adapter):
         self._parts: dict[str, nn.Module] = {}
         #: part -> name of the layer -> wrapper.
         self._wrappers: dict[str, dict[str, Any]] = {}
+        self._copies = ComputeCopies([], '', False)
         #: Ranks and alphas of each part, without tensors.
         self._ranks: dict[str, PartWeights] = {}
         super().__init__(None, weights, trainable, scale, active_range, ignore_keys)
@@ -133,7 +135,7 @@ class LoRA(Adapter):
             raise UserError(f"'{self.name}' cannot name a LoRA: it is reserved by torch's ParameterDict.")
         self._parts = {part: getattr(model, part) for part in PARTS if getattr(model, part) is not None}
         modules = self._plain_layers(norms=True)
-        self._check_blocks(modules)
+        check_blocks(self.blocks, modules, self.name)
         if self.weights is None:
             loaded = self._fresh(model, modules)
         else:
@@ -156,16 +158,9 @@ class LoRA(Adapter):
         # The penultimate layer of the first text encoder is read; later layers never get a gradient.
         self._never_read = {(part, name) for part, name, _ in self._all_wrappers()
                             if model.never_read(part, f'{name}.')}
-        self.attach_point = self._where()
+        self.attach_point = describe(self._wrappers, self._ranks, self.rslora)
+        self._copies = ComputeCopies([*self._wrappers.get('unet', {}).values()], self.name, self.trainable)
         self._apply_scale()
-
-    def _where(self) -> str:
-        """Return how many layers it changes and by which alpha / rank, if not 1: '560 layers of unet, x 0.25-1'."""
-        factors = [own.alpha[name] / (math.sqrt(rank) if self.rslora else rank)
-                   for own in self._ranks.values() for name, rank in own.rank.items() if name in own.alpha]
-        limits = [f'{factor:.3g}' for factor in dict.fromkeys((min(factors), max(factors)))] if factors else ['1']
-        text = f'{len(list(self._all_wrappers()))} layers of {", ".join(self._wrappers)}'
-        return text if limits == ['1'] else f'{text}, x {"-".join(limits)}'
 
     def _plain_layers(self, norms: bool = False) -> dict[str, dict[str, nn.Module]]:
         """Return part -> name -> layer of the base, without wrappers; norms too if asked."""
@@ -203,14 +198,6 @@ class LoRA(Adapter):
 
     def _block_scale(self, part: str, name: str) -> float:
         return float((self._block(part, name) or {}).get('scale', 1.0))
-
-    def _check_blocks(self, modules: Modules) -> None:
-        names = [f'{part}.{name}.' for part, layers in modules.items() for name in layers]
-        for block in self.blocks:
-            if not any(name.startswith(f'{block}.') for name in names):
-                starts = {'.'.join(name.split('.')[:n]) for name in names for n in range(2, 7)}
-                raise UserError(f"blocks['{block}'] of adapter '{self.name}' is not the beginning of a layer's name."
-                                f'{did_you_mean(block, sorted(starts))}')
 
     def _check_loaded(self, loaded: LoRAWeights, modules: Modules, model: AdapterHost) -> None:
         """Refuse weights that contradict the arguments."""
@@ -251,6 +238,8 @@ class LoRA(Adapter):
                 # In peft's and so in diffusers' order of operations.
                 rank = math.sqrt(own.rank[name]) if self.rslora else own.rank[name]
                 wrapper.scaling[self.name] = scale * own.alpha[name] / rank
+            wrapper.copies = None
+        self._copies.stale = True
 
     def encode(self, batch: Batch) -> Tensors:
         """Return nothing: the adapter acts within the base's layers.
@@ -268,16 +257,29 @@ class LoRA(Adapter):
 
         Nothing else changes it within a step, so gradient checkpointing recomputes what it computed.
         """
-        rows = call.gate(self.active_range)
-        if rows is None:
-            gate: bool | Tensor = True
-        elif not call.training and not bool(rows.any()):
-            gate = False
-        else:
-            gate = rows.bool()
+        gate: bool | Tensor = False
+        if not call.skips(1.0, self.active_range):
+            rows = call.gate(self.active_range)
+            gate = True if rows is None else rows.bool()
         if isinstance(gate, Tensor) or gate is not self._gate:
             self._gate = gate
             self._apply_scale()
+        if gate is not False:
+            self._copies.refresh()
+
+    def to_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Store its weights in the dtypes of the layers that they change; an OFT's in fp32."""
+        for _, _, wrapper in self._all_wrappers():
+            stored = stored_dtype(wrapper.get_base_layer(), precise=hasattr(wrapper, 'oft_R'))
+            for parameter in lora_layers.weights(wrapper, self.name).values():
+                parameter.data = parameter.data.to(stored)
+            lora_layers.set_precision(wrapper, self.name)
+        self._copies.changing = False
+        self._apply_scale()
+
+    def constants(self) -> Any:
+        """Return its scale, and where its active range is open."""
+        return self.scale, self._disabled, self._gate
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -387,14 +389,9 @@ class LoRA(Adapter):
         refuse(source, unknown=sorted(new.keys() - current.keys()), missing=sorted(current.keys() - new.keys()),
                of_another_rank=[k for k in current if k in new and current[k].numel() != new[k].numel()])
         if self.method != 'oft':
-            theirs, ours = ({f'{part}.{name}': own.alpha[name] / (math.sqrt(rank) if rslora else rank)
-                             for part, own in parts.items() for name, rank in own.rank.items()}
-                            for parts, rslora in ((loaded.parts, loaded.rslora), (self._ranks, self.rslora)))
-            if differing := [name for name in ours if not math.isclose(ours[name], theirs[name], rel_tol=1e-6)]:
-                name = differing[0]
-                raise UserError(f"'{source}' scales '{name}' ({len(differing)} in all) by alpha / rank = "
-                                f"{theirs[name]:g}; adapter '{self.name}' by {ours[name]:g}. Set the file's alpha.")
+            check_factors(loaded, self._ranks, self.rslora, source, self.name)
         self.words.load(loaded.words, source)
         with torch.no_grad():
             for key, parameter in current.items():
                 parameter.copy_(new[key].reshape(parameter.shape))
+        self._apply_scale()  # drops compute copies

@@ -1,15 +1,15 @@
-"""Checks of a LoRA's arguments, alone and against the weights that it loads."""
+"""Checks of a LoRA's arguments, alone and against the weights that it loads; and what it says of itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from diffengine_sdxl.adapters.formats import peft_lora
 from diffengine_sdxl.adapters.formats.layer_names import Modules
-from diffengine_sdxl.adapters.formats.lora_weights import KINDS, PARTS, LoRAWeights
-from diffengine_sdxl.errors import UserError, one_of
+from diffengine_sdxl.adapters.formats.lora_weights import KINDS, PARTS, LoRAWeights, PartWeights
+from diffengine_sdxl.errors import UserError, did_you_mean, one_of
 
 
 def check_arguments(kind: str, init: bool | str, rank: Any, alpha: Any, dropout: Any, parts: Sequence[str] | None,
@@ -87,3 +87,42 @@ def check_loaded(requested: Mapping[str, Any], loaded: LoRAWeights, modules: Mod
             config = peft_lora.config(loaded, part, modules[part], block_size=size)
             if not peft_lora.builds(config, own, modules[part]):
                 compare('rank', size, 'blocks of another size')
+
+
+def check_blocks(blocks: Iterable[str], modules: Modules, adapter: str) -> None:
+    """Refuse keys of `blocks` that are not the beginning of a layer's full name.
+
+    Raises:
+        UserError: which one, and what is close.
+    """
+    names = [f'{part}.{name}.' for part, layers in modules.items() for name in layers]
+    for block in blocks:
+        if not any(name.startswith(f'{block}.') for name in names):
+            starts = {'.'.join(name.split('.')[:n]) for name in names for n in range(2, 7)}
+            raise UserError(f"blocks['{block}'] of adapter '{adapter}' is not the beginning of a layer's name."
+                            f'{did_you_mean(block, sorted(starts))}')
+
+
+def check_factors(loaded: LoRAWeights, ranks: Mapping[str, PartWeights], rslora: bool, source: object, adapter: str
+                  ) -> None:
+    """Refuse weights whose alpha / rank is not that of the layers attached, `ranks`.
+
+    Raises:
+        UserError: which layer's.
+    """
+    theirs, ours = ({f'{part}.{name}': own.alpha[name] / (math.sqrt(rank) if root else rank)
+                     for part, own in parts.items() for name, rank in own.rank.items()}
+                    for parts, root in ((loaded.parts, loaded.rslora), (ranks, rslora)))
+    if differing := [name for name in ours if not math.isclose(ours[name], theirs[name], rel_tol=1e-6)]:
+        name = differing[0]
+        raise UserError(f"'{source}' scales '{name}' ({len(differing)} in all) by alpha / rank = "
+                        f"{theirs[name]:g}; adapter '{adapter}' by {ours[name]:g}. Set the file's alpha.")
+
+
+def describe(wrappers: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, PartWeights], rslora: bool) -> str:
+    """Return how many layers a LoRA changes and by which alpha / rank, if not 1: '560 layers of unet, x 0.25-1'."""
+    factors = [own.alpha[name] / (math.sqrt(rank) if rslora else rank)
+               for own in ranks.values() for name, rank in own.rank.items() if name in own.alpha]
+    limits = [f'{factor:.3g}' for factor in dict.fromkeys((min(factors), max(factors)))] if factors else ['1']
+    text = f'{sum(map(len, wrappers.values()))} layers of {", ".join(wrappers)}'
+    return text if limits == ['1'] else f'{text}, x {"-".join(limits)}'

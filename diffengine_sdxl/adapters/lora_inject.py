@@ -27,8 +27,11 @@ def inject_weights(module: nn.Module, part: str, weights: LoRAWeights, modules: 
     wrappers: dict[str, Any] = {}
     for group in weights.by_kind():
         if part in group.parts:
-            dtypes = {name: _dtype(layer, precise=trainable or group.kind == 'oft') for name, layer in modules.items()}
+            precise = trainable or group.kind == 'oft'
+            dtypes = {name: stored_dtype(layer, precise) for name, layer in modules.items()}
             wrappers |= _inject(module, part, group, modules, adapter, dropout, init, dtypes)
+    for wrapper in wrappers.values():
+        lora_layers.set_precision(wrapper, adapter)
     return wrappers if weights.kind != MIXED else lora_layers.layers(module, adapter)
 
 
@@ -54,7 +57,7 @@ def _inject(module: nn.Module, part: str, group: LoRAWeights, modules: Mapping[s
     return wrappers
 
 
-def _dtype(layer: Any, precise: bool) -> torch.dtype:
+def stored_dtype(layer: Any, precise: bool) -> torch.dtype:
     """Return a layer's dtype, or fp32: for what trains, and for peft's OFT, which has no inverse in half precision."""
     weight = layer.weight
     assert isinstance(weight, Tensor)

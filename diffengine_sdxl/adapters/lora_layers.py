@@ -17,12 +17,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffengine_sdxl.adapters import lora_function
 from diffengine_sdxl.adapters.changed_layer import NORMS, ChangedLayer
+from diffengine_sdxl.adapters.precision import autocast
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.structures import where
 
 #: The layers of SDXL that peft can wrap.
 LAYERS = (nn.Linear, nn.Conv2d)
+
+
+class Wrapper:
+    """What wrappers of all kinds do before they compute as their own class; a base class in front of that one.
+
+    The forward is the class's and knows neither the wrapper nor its layer by name, so torch.compile traces it once for
+    all blocks.
+
+    Attributes:
+        rows: bool [B], on which rows of x it acts, B being the first dimension; None: on all.
+        plain_lora: whether it is a LoRA of a linear layer, without decomposition and bias.
+        mixed: whether its weights have another dtype than the layer's, which is half precision.
+        copies: A and s B of the current call in the layer's dtype, see `lora_function`; None: cast them in the layer.
+    """
+
+    base_layer: Any
+    rows: Tensor | None
+    plain_lora: bool
+    mixed: bool
+    copies: tuple[Tensor, Tensor] | None
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute; an inactive one returns the layer's output unchanged, in its dtype."""
+        names = self.active_adapters
+        if not names:
+            inactive: Tensor = self.base_layer(x, *args, **kwargs)
+            return inactive
+        if self.plain_lora and len(names) == 1 and not self.merged and lora_function.used_on(self.weight):
+            a, b = self.copies or _cast_weights(self, names[0])
+            dropout = self.lora_dropout[names[0]]
+            active = dropout if dropout.training and not isinstance(dropout, nn.Identity) else None
+            return lora_function.lora_linear(self.base_layer, x, a, b, self.rows, active)
+        if self.mixed:
+            # Only here: autocast around the whole component would compute all its norms in fp32 on a GPU.
+            with autocast(x.device.type, self.weight.dtype):
+                output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            output = output.to(self.weight.dtype)
+        else:
+            output = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return output if self.rows is None else where(self.rows, output, self.base_layer(x, *args, **kwargs))
+
+    def __reduce__(self: Any) -> Any:
+        """Copy and pickle without the compute copies; the class is made anew."""
+        return _rebuild, (type(self).__mro__[2],), {**self.__dict__, 'copies': None}
+
+
+@functools.cache
+def _wrapper_class(kind: Any) -> Any:
+    """Return the class of a kind of wrapper with the forward of `Wrapper`, by the same name."""
+    return type(kind.__name__, (Wrapper, kind), {})
+
+
+def _rebuild(kind: Any) -> Any:
+    cls = _wrapper_class(kind)
+    return cls.__new__(cls)
+
+
+def _cast_weights(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    a, b, dtype = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.weight.dtype
+    return a.to(dtype), (b * wrapper.scaling[adapter]).to(dtype)
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -146,8 +208,13 @@ def inject_changes(part: nn.Module, adapter: str, changes: Mapping[str, Mapping[
 
 
 def _nest(part: nn.Module, name: str, wrapper: Any, adapter: str, below: nn.Module | None) -> None:
-    """Switch a new wrapper's dropout off and put it around `below`; None if peft has placed it already."""
-    wrapper.rows, wrapper.forward = None, functools.partial(_forward, wrapper)
+    """Make a new wrapper a `Wrapper` without dropout, around `below`; None if peft has placed it already."""
+    from peft.tuners import lora
+    kind: Any = type(wrapper)
+    wrapper.__class__ = _wrapper_class(kind)
+    wrapper.rows, wrapper.copies, wrapper.mixed = None, None, False
+    wrapper.plain_lora = isinstance(wrapper, lora.Linear) and not wrapper.lora_variant and not any(
+        wrapper.lora_bias.values())
     set_training(wrapper, adapter, False)  # new modules are in training mode
     if below is not None:
         wrapper.base_layer = below
@@ -184,15 +251,10 @@ def set_active(wrapper: Any, adapter: str, active: bool) -> None:
     wrapper._active_adapter = [adapter] if active else []
 
 
-def _forward(wrapper: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replace a wrapper's forward: an inactive one returns the layer's output unchanged, in its dtype.
-
-    With `rows` (bool [B]), the adapter acts on these rows only, whatever its kind; B is the first dimension of x.
-    """
-    if not wrapper.active_adapters:
-        return wrapper.base_layer(x, *args, **kwargs)
-    output = type(wrapper).forward(wrapper, x, *args, **kwargs)
-    return output if wrapper.rows is None else where(wrapper.rows, output, wrapper.base_layer(x, *args, **kwargs))
+def set_precision(wrapper: Any, adapter: str) -> None:
+    """Note whether the adapter's weights have another dtype than the wrapper's layer, which is half precision."""
+    dtype = wrapper.weight.dtype
+    wrapper.mixed = dtype in lora_function.HALF and any(p.dtype != dtype for p in weights(wrapper, adapter).values())
 
 
 def weights(wrapper: Any, adapter: str) -> dict[str, nn.Parameter]:

@@ -120,9 +120,10 @@ class T2IAdapter(ControlAdapter):
             raise UserError(f"'{self.condition_key}' of adapter '{self.name}' must have the output's size ({height} x "
                             f'{width}); its features are {size} instead of {expected}.')
         scale = self._fixed_scale(call, len(features[0]))
-        # In fp32, then back: an fp32 scale would promote bf16 features and the UNet fails on them.
-        call.add_residuals([(feature.float() if feature.dtype.itemsize < 4 else feature) * scale
-                            for feature in features])
+        if isinstance(scale, Tensor) or scale != 1:
+            # In fp32, then back: an fp32 scale would promote bf16 features and the UNet fails on them.
+            features = [(feature.float() if feature.dtype.itemsize < 4 else feature) * scale for feature in features]
+        call.add_residuals(features)
 
     def add_to_pipeline(self, stock: Any) -> None:
         """Add the network; its scale and the end of its active range become arguments of the pipeline's call.

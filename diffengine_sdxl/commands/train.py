@@ -9,7 +9,7 @@ from diffengine_sdxl.errors import UserError
 
 STOPPED = 'Stopped. Add --resume to continue from the last checkpoint.'
 OUT_OF_MEMORY = ('A smaller train_dataloader.batch_size with more optim_wrapper.accumulative_counts, '
-                 'model.gradient_checkpointing=True or a smaller resolution may help.')
+                 'speed.checkpointing=full or a smaller resolution may help.')
 
 
 def run(args: Any, cleanup: Any) -> None:

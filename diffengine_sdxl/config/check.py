@@ -16,6 +16,7 @@ from diffengine_sdxl.field_names import training_hint
 from diffengine_sdxl.limits import check_limits
 from diffengine_sdxl.registry import SCOPE, NamedRegistry
 from diffengine_sdxl.request import OPTIONS, Request
+from diffengine_sdxl.speed import check_settings
 
 #: Path in a config -> the registry of the type there; '*' matches one part of the path.
 PLACES: list[tuple[str, NamedRegistry]] = [
@@ -46,7 +47,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
          'resume': bool | str | None, 'find_unused_parameters': bool, 'launcher': Literal['none', 'pytorch', 'slurm',
                                                                                           'mpi'],
          'log_level': int | Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'],
-         'limits': Mapping[str, float] | None},
+         'limits': Mapping[str, float] | None, 'speed': Mapping[str, str] | None},
     'randomness': {'seed': int | None, 'deterministic': bool, 'diff_rank_seed': bool},
     'env_cfg': {'cudnn_benchmark': bool, 'mp_cfg': Mapping[str, Any], 'dist_cfg': Mapping[str, Any] | None,
                 'resource_limit': int, 'allow_tf32': bool},
@@ -88,6 +89,7 @@ def check(config: Config) -> None:
     if plain.get('infer_cfg') is not None:
         _check_infer_cfg(plain['infer_cfg'])
     check_limits(plain.get('limits') or {})
+    check_settings(plain.get('speed') or {})
 
 
 def _check_infer_cfg(node: Any) -> None:

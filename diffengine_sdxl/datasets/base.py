@@ -16,8 +16,8 @@ from diffengine_sdxl.registry import SCOPE, TRANSFORMS
 
 Sample = dict[str, Any]
 """The dict made of a row. Before the transforms: img, conditioning_image, ... RGB images; text str; key str (the row's
-identity in its source); epoch, seed, num_skipped int. After them: img float32 [3, H, W] in [-1, 1]; conditions float32
-[3, H, W] in [0, 1]; time_ids float32 [6]."""
+identity in its source); epoch, seed, num_skipped int. After them: img and conditions uint8 [3, H, W], or float32 in
+[-1, 1] and in [0, 1] from transforms of a user's own; time_ids float32 [6]."""
 
 OnBadImage = Literal['raise', 'skip']
 Transform = Callable[[Sample], Sample]

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from diffengine_sdxl.datasets.base import MapDataset, Sample, Transforms
@@ -24,7 +23,7 @@ ROWS, ORIGIN = 'rows.jsonl', 'origin.json'
 
 @DATASETS.register_module()
 class CachedLatents(MapDataset):
-    """Rows of a cache: 'latents' [4, h, w], 'time_ids' [6], every condition [C, H, W] in [0, 1], and texts.
+    """Rows of a cache: 'latents' [4, h, w], 'time_ids' [6], conditions as uint8 [C, H, W], and texts.
 
     A row of the first pass keeps the key of its source, so its noise and timesteps are those of the uncached run.
     Random transforms and the VAE's draw are those of the first epoch, in every epoch.
@@ -94,8 +93,7 @@ class CachedLatents(MapDataset):
         tensors, row = self._open[path], index - (self.ends[shard - 1] if shard else 0)
         sample: Sample = {k: v for k, v in self.rows[index].items() if k != 'key'}
         for name in list(tensors.keys()):
-            value = tensors.get_slice(name)[row]
-            sample[name] = value.float() / 255 if value.dtype == torch.uint8 else value
+            sample[name] = tensors.get_slice(name)[row]
         return sample
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,3 +1,11 @@
 """Training and evaluation: the runner, its loops, optimizers, hooks, checkpoints and exports."""
 
-from . import eval_loop, hooks, lr_schedulers, optim, runner, train_loop  # noqa: F401  (fill the registries)
+from . import (  # noqa: F401  (fill the registries)
+    eval_loop,
+    hooks,
+    lr_schedulers,
+    optim,
+    optimizers,
+    runner,
+    train_loop,
+)

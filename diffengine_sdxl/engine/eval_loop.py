@@ -21,6 +21,7 @@ from diffengine_sdxl.engine import report
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, one_of, whole_number
 from diffengine_sdxl.images import to_pil
+from diffengine_sdxl.models.data_preprocessor import images_to_floats
 from diffengine_sdxl.models.generate import IMAGE_SETS
 from diffengine_sdxl.registry import LOOPS, SCOPE
 from diffengine_sdxl.samplers.sampler import output_size
@@ -162,13 +163,13 @@ class EvalLoop(BaseLoop):
     def run_iter(self, index: int, data: Mapping[str, Any]) -> list[report.SheetRow]:
         """Make the images of one batch for every seed and pass them to the metrics; return the contact sheet's rows."""
         self._hook('before_{}_iter', batch_idx=index, data_batch=data)
-        batch, outputs = self._batch(data), []
+        batch, outputs, floats = self._batch(data), [], images_to_floats(data)
         for seed in self.seeds:
             inputs = replace(batch, seed=torch.full((len(batch),), seed, dtype=torch.int64))
             samples = self.runner.bare_model(inputs, mode='predict', image_sets=self.image_sets)
             for sample in samples:
                 sample['images'] = {image_set: image.cpu() for image_set, image in sample['images'].items()}
-            self.evaluator.process(data_samples=samples, data_batch=data)
+            self.evaluator.process(data_samples=samples, data_batch=floats)
             outputs.append(samples)
         self._hook('after_{}_iter', batch_idx=index, data_batch=data,
                    outputs=[sample for samples in outputs for sample in samples])

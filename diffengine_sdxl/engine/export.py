@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,12 @@ def _check_pipeline(model: SDXL, folder: Path) -> None:
 
 
 def manifest(runner: ExperimentRunner, step: int, contents: list[str]) -> dict[str, Any]:
-    """Return what an export was made from: base, data set, resolved config, versions, seed, git commit, step."""
+    """Return what an export was made from: base, data set, resolved config and speed, versions, seed, commit, step."""
     config = to_plain(runner.resolved)
     config.pop('visualizer', None)  # tracker settings may contain account names
     model = config.get('model') or {}
     return {'step': step, 'contents': contents, 'ema': runner.ema is not None, 'seed': runner.seed,
+            'speed': asdict(runner.speed), 'measured': runner.measured,
             'base': {key: model.get(key) for key in ('pretrained', 'unet', 'vae', 'revision', 'variant')},
             'dataset': (config.get('train_dataloader') or {}).get('dataset'),
             'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'git_commit': git_commit(),

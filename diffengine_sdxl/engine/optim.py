@@ -1,16 +1,12 @@
-"""Optimizers, the wrapper that steps them, and parameter groups.
+"""The wrapper that steps the optimizer, and parameter groups.
 
 An iteration is one optimizer step of `accumulative_counts` micro-batches.
-
-Optimizers by name, besides all of torch.optim: `AdamW8bit` (bitsandbytes), `Prodigy` (prodigyopt), `Adafactor`
-(transformers, with relative steps; torch's own is `TorchAdafactor`, as mmengine names it).
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,58 +19,12 @@ from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
 
-def _third_party(module: str, name: str, package: str) -> Callable[..., Optimizer]:
-    """Import the optimizer class `module.name`.
+def decides_on_device(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether the device itself shall leave out a step whose gradients are not finite.
 
-    Raises:
-        UserError: the package is not installed, or lacks the class.
+    So on an accelerator, whose queue would run empty while the host waits for their norm.
     """
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"optimizer type='{name}' needs the package {package}, which cannot be imported ({error}). "
-                        f"Install it with `pip install {package}`, or choose another optimizer, such as type='AdamW'."
-                        ) from error
-
-
-@OPTIMIZERS.register_module()
-def AdamW8bit(params: Any, **kwargs: Any) -> Optimizer:  # noqa: N802
-    """AdamW with 8-bit states (Dettmers et al. 2022, arXiv 2110.02861), of bitsandbytes.
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
-    return _third_party('bitsandbytes.optim', 'AdamW8bit', 'bitsandbytes')(params, **kwargs)
-
-
-@OPTIMIZERS.register_module()
-def Prodigy(params: Any, **kwargs: Any) -> Optimizer:  # noqa: N802
-    """AdamW that finds its own learning rate (Mishchenko & Defazio 2023, arXiv 2306.06101), of prodigyopt; keep lr=1.
-
-    All parameter groups must share one lr, or have lr=0.
-
-    Raises:
-        UserError: prodigyopt is not installed.
-    """
-    return _third_party('prodigyopt', 'Prodigy', 'prodigyopt')(params, **kwargs)
-
-
-@OPTIMIZERS.register_module()
-def Adafactor(params: Any, lr: float | None = None, **kwargs: Any) -> Optimizer:  # noqa: N802
-    """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) of transformers.
-
-    With lr=None its steps are relative to the weights and no schedule applies. With an lr, here or in a parameter
-    group, `relative_step` defaults to False (in transformers to True, which then refuses the lr).
-
-    Raises:
-        UserError: this version of transformers has none, or an lr is combined with relative_step=True.
-    """
-    params = list(params)
-    has_lr = lr is not None or any(isinstance(p, dict) and p.get('lr') is not None for p in params)
-    kwargs.setdefault('relative_step', not has_lr)
-    if has_lr and kwargs['relative_step']:
-        raise UserError("optimizer type='Adafactor' takes either an lr or relative_step=True, not both.")
-    return _third_party('transformers', 'Adafactor', 'transformers')(params, lr=lr, **kwargs)
+    return bool(parameters) and all(p.device.type != 'cpu' for p in parameters)
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -83,6 +33,17 @@ class StepOptimWrapper(OptimWrapper):
 
     Call `update_params(loss)` for every micro-batch, after a forward pass inside `optim_context(model)` (which makes
     DDP synchronize gradients in the last micro-batch only). The model enters autocast itself.
+
+    With fused Adam or AdamW on an accelerator the host never waits: the optimizer's kernel leaves out a step whose
+    gradients are not finite, and all later ones, until the run stops because the host has read that step's `reports`.
+    Under 'fp16' it leaves out steps that overflow, and all once the loss scale is too small. Schedules go on in steps
+    left out, on every device: the host learns of them too late.
+
+    Attributes:
+        on_device: whether it is so. Then pass what came of `reports` to `arrived`, and losses to `stop_if`.
+        skipped: whether the last step changed nothing: a bool, or fp32 0 or 1 on the device.
+        reports: scalars of the last step on the device: 'grad_norm', and under 'fp16' 'loss_scale'.
+        group_norms: the norms of the gradients of each parameter group, on the device.
 
     Args:
         optimizer: holds fp32 parameters if `mixed_precision` is 'fp16'.
@@ -114,8 +75,15 @@ class StepOptimWrapper(OptimWrapper):
         self.base_param_settings = None
         self.set_grads_to_none = set_grads_to_none
         self.loss_scaler: torch.amp.GradScaler | None = None
+        parameters = self._parameters()
+        self.on_device = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and all(
+            group['fused'] for group in optimizer.param_groups) and decides_on_device(parameters)
+        self.skipped: bool | Tensor = False
+        self.reports: dict[str, Tensor] = {}
+        self.group_norms: dict[str, Tensor] = {}
+        #: fp32 1 from the first step on that stops the run.
+        self._stopped = torch.zeros((), device=parameters[0].device) if self.on_device else torch.zeros(())
         if mixed_precision == 'fp16':
-            parameters = self._parameters()
             if any(p.dtype == torch.float16 for p in parameters):
                 raise UserError("mixed_precision='fp16' needs the trained weights in fp32: their gradients cannot be "
                                 "unscaled in fp16. Set the dtype of the trained parts to 'float32'.")
@@ -163,46 +131,107 @@ class StepOptimWrapper(OptimWrapper):
     def step(self, **kwargs: Any) -> None:
         """Clip the gradients and step the optimizer.
 
-        The norm is read back before the step, even without clipping: one pass over the gradients and one device sync
-        per iteration, so that weights and checkpoints never silently become NaN.
+        The norm is taken before the step, even without clipping: one pass over the gradients, so that weights and
+        checkpoints never silently become NaN. It is read back here, unless `on_device`.
 
         Raises:
-            FloatingPointError: a gradient is not finite; weights and optimizer state are unchanged. Under 'fp16': the
-                loss scale has fallen below `MIN_LOSS_SCALE`.
+            FloatingPointError: see `arrived`; not here if `on_device`.
         """
         if self.loss_scaler is not None:
             self.loss_scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        if math.isfinite(norm):
-            self.message_hub.update_scalar('train/grad_norm', norm)
-        elif self.loss_scaler is None:
-            raise FloatingPointError(f'The gradients of {self._not_finite()} are not finite (norm {norm}); '
-                                     'no weight was changed.')
+        if self.on_device:
+            self._step_on_device(**kwargs)
+            return
+        self._check_norm(self._clip(), self._not_finite)
         if self.loss_scaler is None:
             self.optimizer.step(**kwargs)
             return
         self.loss_scaler.step(self.optimizer, **kwargs)
+        before = self.loss_scaler.get_scale()
         self.loss_scaler.update()
         scale = self.loss_scaler.get_scale()
+        self.skipped = scale < before
+        self._check_scale(scale, self._not_finite)
+
+    def _step_on_device(self, **kwargs: Any) -> None:
+        """Clip and step; the kernel changes nothing, the optimizer's count of steps included, if `found_inf` is 1."""
+        self.group_norms = {}
+        for i, group in enumerate(self.optimizer.param_groups):
+            if grads := [p.grad for p in group['params'] if p.grad is not None]:
+                self.group_norms[str(group.get('name', i))] = self._norm(grads)
+        total = torch.linalg.vector_norm(torch.stack(list(self.group_norms.values())), self._norm_type)
+        self._limit(total)
+        self.reports = {'grad_norm': total}
+        optimizer: Any = self.optimizer
+        skipped = torch.maximum(self._stopped, (~torch.isfinite(total)).float())
+        # torch.amp's contract with fused optimizers; GradScaler.step would not know of the other reasons to stop.
+        optimizer.grad_scale, optimizer.found_inf = None, skipped
+        optimizer.step(**kwargs)
+        self.skipped = skipped
+        if self.loss_scaler is None:
+            self._stopped = skipped
+            return
+        self.loss_scaler.update()
+        scaler: Any = self.loss_scaler
+        self.reports['loss_scale'] = scaler._scale  # `get_scale` would wait
+        self._stopped = torch.maximum(self._stopped, (scaler._scale < self.MIN_LOSS_SCALE).float())
+
+    def stop_if(self, bad: Tensor) -> None:
+        """Change nothing from now on if `bad` (bool, one number on the device; the same in all processes)."""
+        self._stopped = torch.maximum(self._stopped, bad.float())
+        self.skipped = torch.maximum(torch.as_tensor(self.skipped), bad.float())
+
+    def arrived(self, reports: Mapping[str, float], group_norms: Mapping[str, float]) -> None:
+        """Log a step's norm and loss scale, `reports` and `group_norms` of it having come from the device.
+
+        Raises:
+            FloatingPointError: a gradient was not finite; weights and optimizer state are as before the step. Under
+                'fp16': the loss scale has fallen below `MIN_LOSS_SCALE`.
+        """
+        def bad() -> str:
+            return ', '.join(repr(name) for name, norm in group_norms.items() if not math.isfinite(norm))
+        if reports:
+            self._check_norm(reports['grad_norm'], bad)
+        if 'loss_scale' in reports:
+            self._check_scale(reports['loss_scale'], bad)
+
+    def _check_norm(self, norm: float, bad: Callable[[], str]) -> None:
+        """Log the norm; `bad` names the groups that are not finite."""
+        if math.isfinite(norm):
+            self.message_hub.update_scalar('train/grad_norm', norm)
+        elif self.loss_scaler is None:
+            raise FloatingPointError(f'The gradients of {bad()} are not finite (norm {norm}); no weight was changed.')
+
+    def _check_scale(self, scale: float, bad: Callable[[], str]) -> None:
         self.message_hub.update_scalar('train/loss_scale', scale)
         if scale < self.MIN_LOSS_SCALE:
-            raise FloatingPointError(f'The gradients of {self._not_finite() or "all parameters"} overflow at every '
-                                     f'loss scale down to {scale:.1e}; no weight has changed since.')
+            raise FloatingPointError(f'The gradients of {bad() or "all parameters"} overflow at every loss scale down '
+                                     f'to {scale:.1e}; no weight has changed since.')
+
+    @property
+    def _norm_type(self) -> float:
+        return float((self.clip_grad_kwargs or {}).get('norm_type', 2.0))
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        foreach = (self.clip_grad_kwargs or {}).get('foreach')
+        return torch.nn.utils.get_total_norm(grads, self._norm_type, foreach=foreach)
 
     def _clip(self) -> float:
-        """Clip the gradients if configured; return their norm before clipping."""
+        """Clip the gradients if configured and finite; return their norm before clipping."""
+        total = self._norm([p.grad for p in self._parameters() if p.grad is not None])
+        norm = float(total)
+        if math.isfinite(norm):
+            self._limit(total)
+        return norm
+
+    def _limit(self, total: Tensor) -> None:
+        """Clip the gradients, whose norm is `total`, if configured, without reading anything back."""
         arguments = dict(self.clip_grad_kwargs or {})
         parameters = [p for p in self._parameters() if p.grad is not None]
-        by_norm = 'max_norm' in arguments
-        norm_type = arguments.get('norm_type', 2.0) if by_norm else 2.0
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type,
-                                              foreach=arguments.get('foreach'))
-        norm = float(total)
-        if math.isfinite(norm) and by_norm:
+        if 'max_norm' in arguments:
             torch.nn.utils.clip_grads_with_norm_(parameters, arguments['max_norm'], total, arguments.get('foreach'))
-        elif math.isfinite(norm) and arguments:
+        elif arguments:
             torch.nn.utils.clip_grad_value_(parameters, **arguments)
-        return norm
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group['params']]
@@ -241,7 +270,10 @@ class StepOptimWrapper(OptimWrapper):
         if saved != current:
             raise UserError(f'The optimizer state was saved for {saved}, in this order, and cannot be loaded for '
                             f'{current}: resume with the adapters and trained parts that the run started with.')
-        self.optimizer.load_state_dict(state)
+        # How this machine computes a step is not the run's: fused on an accelerator, else not.
+        groups = [{**group, **{key: own[key] for key in ('foreach', 'fused') if key in own}}
+                  for group, own in zip(state['param_groups'], self.optimizer.param_groups, strict=True)]
+        self.optimizer.load_state_dict({**state, 'param_groups': groups})
         if self.loss_scaler is not None and state_dict.get('loss_scaler'):
             self.loss_scaler.load_state_dict(state_dict['loss_scaler'])
 
@@ -278,6 +310,8 @@ class AdapterOptimWrapperConstructor:
         host: Any = model
         kind = str(settings.pop('type', None))
         groups = self.param_groups(getattr(host, 'module', host))
+        if kind in ('Adam', 'AdamW') and decides_on_device([p for group in groups for p in group['params']]):
+            settings.setdefault('fused', not settings.get('foreach') and not settings.get('differentiable'))
         try:
             optimizer = OPTIMIZERS.get(kind)(groups, **settings)
         except UserError:

@@ -1,7 +1,7 @@
 """The identity of a run: its model, objective, data, samples per step and seed.
 
-Its length, intervals and workers may change, and how the samples of a step are split into processes, batches and
-accumulation.
+Its length, intervals and workers may change, how the samples of a step are split into processes, batches and
+accumulation, and `speed`, except for a quantized base, which is another computation.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffengine_sdxl.engine import branches, work_dir_lock
 from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.loading import checkpoint
+from diffengine_sdxl.speed import QUANTIZED
 
 FILE = 'run.json'
 #: Keys of the model's config that change no result of training.
@@ -32,7 +33,9 @@ IGNORED_MODEL_KEYS = ('gradient_checkpointing', 'attention', 'cache_dir', 'sampl
 def identity(config: Config) -> dict[str, Any]:
     """Return the part of a resolved config that a resumed run must share."""
     data, wrapper = config.get('train_dataloader') or {}, config.get('optim_wrapper') or {}
+    base_dtype = (config.get('speed') or {}).get('base_dtype')
     return to_plain({
+        **({'speed': {'base_dtype': base_dtype}} if base_dtype in QUANTIZED else {}),
         'model': {k: v for k, v in (config.get('model') or {}).items() if k not in IGNORED_MODEL_KEYS},
         'train_dataloader': {
             'dataset': {k: v for k, v in (data.get('dataset') or {}).items() if k != 'cache_dir'},

@@ -22,8 +22,8 @@ def run_summary(runner: ExperimentRunner) -> str:
     """
     optimizer = {key: value for key, value in runner.resolved.optim_wrapper.optimizer.items() if key != 'lr'}
     rows = {'data': _data(runner), 'batch': _batch(runner), 'steps': _steps(runner), 'optimizer': _call(optimizer),
-            'lr': _learning_rates(runner), 'precision': _precision(runner), 'device': _device(runner),
-            'seed': str(runner.seed), 'work_dir': runner.work_dir}
+            'lr': _learning_rates(runner), 'precision': _precision(runner), 'speed': _speed(runner),
+            'device': _device(runner), 'seed': str(runner.seed), 'work_dir': runner.work_dir}
     if runner.val_loop is not None:
         rows['validation'] = f'val/step<N>.json {every(runner.val_interval, at_end=True)}'
     for hook in runner.hooks:
@@ -90,6 +90,11 @@ def _precision(runner: ExperimentRunner) -> str:
     tf32 = ', TF32' if torch.backends.cuda.matmul.allow_tf32 else ''
     dtypes = dict.fromkeys(_name(p.dtype) for parameters in model.trainables().values() for _, p in parameters)
     return f'{autocast}{scaled}{tf32}; what trains is stored in {", ".join(dtypes)}'
+
+
+def _speed(runner: ExperimentRunner) -> str:
+    exact = ', deterministic kernels' if torch.are_deterministic_algorithms_enabled() else ''
+    return f'{runner.speed}{exact}'
 
 
 def _name(dtype: torch.dtype) -> str:

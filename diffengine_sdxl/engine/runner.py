@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from diffengine_sdxl import limits
 from diffengine_sdxl.config.overrides import DEFAULT_HOOKS
 from diffengine_sdxl.config.references import resolve
 from diffengine_sdxl.datasets import KeyedSampler
-from diffengine_sdxl.engine import branches, run_identity, work_dir_lock
+from diffengine_sdxl.engine import branches, complete, determinism, run_identity, speed_choice, work_dir_lock
 from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.errors import UserError, first_line, whole_number
 from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.loading.trained import load_trained
+from diffengine_sdxl.models import measured
+from diffengine_sdxl.models.apply_speed import apply_speed
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import DATASETS, PARAM_SCHEDULERS, RUNNERS, SCOPE
+from diffengine_sdxl.speed import Speed
 
 
 @RUNNERS.register_module()
@@ -44,7 +47,8 @@ class ExperimentRunner(Runner):
         """Resolve the config, claim the work_dir, determine the seed, and build the runner.
 
         Raises:
-            UserError: the work_dir belongs to another run or is in use, or a part of the config cannot be built.
+            UserError: the work_dir belongs to another run or is in use, `speed` asks for what cannot be done here, or a
+                part of the config cannot be built.
         """
         from mmengine.registry import init_default_scope
         cfg = copy.deepcopy(cfg)
@@ -52,8 +56,9 @@ class ExperimentRunner(Runner):
         init_default_scope(cfg.default_scope)
         resolved = resolve(cfg)
         limits.set_limits(resolved.get('limits') or {})
-        _fill_loops(resolved)
-        _check_complete(resolved)
+        complete.fill_loops(resolved)
+        complete.check_complete(resolved)
+        speed = speed_choice.checked(resolved)
         seed = run_identity.claim(resolved)
         randomness = {**(resolved.get('randomness') or {}), 'seed': seed}
         resolved.randomness = randomness
@@ -70,7 +75,7 @@ class ExperimentRunner(Runner):
         except BaseException:
             work_dir_lock.release(resolved.work_dir)
             raise
-        runner.resolved = resolved
+        runner.resolved, runner.speed, runner.measured, runner._kernels = resolved, speed, {}, ExitStack()
         return runner
 
     optim_wrapper: Any
@@ -78,6 +83,14 @@ class ExperimentRunner(Runner):
     _has_loaded: bool
     #: The config with every reference resolved; manifests record it.
     resolved: Config
+    #: The config's `speed`; what became of it once the weights are loaded.
+    speed: Speed
+    #: What was chosen by measuring this device, by name; plain values. Checkpoints keep it, and a resumed run takes it.
+    measured: dict[str, Any]
+    #: Holds the order of attention kernels for as long as the run trains.
+    _kernels: ExitStack
+    #: What the resumed run's `speed` had become.
+    _recorded_speed: dict[str, str] | None = None
     #: The EMAHook, which sets itself.
     ema: Any = None
     #: The weights that `load_checkpoint` loaded, for people, and their step if it is known.
@@ -100,6 +113,7 @@ class ExperimentRunner(Runner):
     @contextmanager
     def exported_weights(self) -> Iterator[None]:
         """Give the model the weights that are exported and sampled, the EMA's if there is an EMA; then swap back."""
+        self.settle()
         if self.ema is None:
             yield
             return
@@ -108,6 +122,21 @@ class ExperimentRunner(Runner):
             yield
         finally:
             self.ema.swap()
+
+    def settle(self) -> None:
+        """Wait for the values of the steps done and check them (`StepLoop.flush`): before anything reads the weights.
+
+        Raises:
+            UserError: a gradient or a loss of theirs is not finite.
+        """
+        if hasattr(self._train_loop, 'flush'):  # built, and ours
+            self._train_loop.flush()
+
+    def set_randomness(self, seed: int, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
+        """Seed the global random states; `deterministic` allows kernels only that give equal bits every time."""
+        if deterministic:
+            determinism.enable()
+        super().set_randomness(seed, diff_rank_seed, deterministic)
 
     def setup_env(self, env_cfg: dict) -> None:
         """Set up the environment; `env_cfg.allow_tf32` allows TF32."""
@@ -145,6 +174,7 @@ class ExperimentRunner(Runner):
             # Newer torch renames broadcast_buffers; older torch lacks the new name.
             warnings.simplefilter('ignore', FutureWarning)
             return MMDistributedDataParallel(module=model, device_ids=ids, broadcast_buffers=False,
+                                             gradient_as_bucket_view=True,  # else gradients lie in memory twice
                                              find_unused_parameters=self.cfg.get('find_unused_parameters', False))
 
     def _init_model_weights(self) -> None:
@@ -185,7 +215,8 @@ class ExperimentRunner(Runner):
         """
         if not isinstance(dataloader, dict):
             return dataloader
-        dataloader = {'collate_fn': {'type': f'{SCOPE}.collate'}, **copy.deepcopy(dataloader)}
+        dataloader = {'collate_fn': {'type': f'{SCOPE}.collate'}, 'pin_memory': torch.cuda.is_available(),
+                      **copy.deepcopy(dataloader)}
         most = 16 + 4 * (os.cpu_count() or 1)
         if (dataloader.get('num_workers') or 0) > most:
             raise UserError(f'num_workers={dataloader["num_workers"]} must be at most {most} on this machine.')
@@ -236,10 +267,12 @@ class ExperimentRunner(Runner):
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs, after `iter + 1` steps."""
+        self.settle()
         return {
             'meta': {'step': self.iter + 1, 'position': self.train_loop.position, 'seed': self.seed,
                      'samples_per_iter': self.train_loop.samples_per_iter,
-                     'identity': run_identity.identity(self.resolved)},
+                     'identity': run_identity.identity(self.resolved),
+                     'speed': speed_choice.record(self.speed, self.bare_model.device), 'measured': self.measured},
             'state_dict': dict(self.bare_model.state_dict()),
             'optimizer': self.optim_wrapper.state_dict(),
             'param_schedulers': [s.state_dict() for s in self.param_schedulers or []],
@@ -259,15 +292,32 @@ class ExperimentRunner(Runner):
     def train(self) -> nn.Module:
         """Train to the end; return the model. Then other processes may train in the work_dir."""
         try:
-            return super().train()
+            with determinism.named_kernels(), self._kernels:
+                return super().train()
         finally:
             work_dir_lock.release(self.work_dir)
 
     def load_or_resume(self) -> None:
-        """Resume from the checkpoint that `resume` names or the work_dir's latest; else start, from `load_from`."""
+        """Resume from the checkpoint that `resume` names or the work_dir's latest; else start, from `load_from`.
+
+        Then let the model compute as `speed` says.
+        """
         if self._has_loaded:
             return
         self._has_loaded = True
+        self._load_or_resume()
+        steps = 0 if self._train_loop is None else self.max_iters - self.iter
+        self.speed, line = speed_choice.choose(self.speed, self.resolved, self.bare_model, steps, self._recorded_speed)
+        if line is not None:
+            self.logger.warning(line)
+        if steps and not self.measured:
+            self.measured = on_main_process(lambda: speed_choice.measure(self.resolved, self.bare_model))
+        if self.measured:
+            self.logger.info(f'Measured on this device: {self.measured}.')
+        self._kernels.enter_context(measured.applied(self.bare_model.unet, self.measured))
+        apply_speed(self.bare_model, self.speed)
+
+    def _load_or_resume(self) -> None:
         if self._resume:
             path = self._resume if isinstance(self._resume, str) else checkpoint.latest(self.work_dir)
             if path is not None:
@@ -303,6 +353,8 @@ class ExperimentRunner(Runner):
         for scheduler, stored in zip(self.param_schedulers or [], state['param_schedulers'], strict=True):
             scheduler.load_state_dict(stored)
         self.train_loop.start_at(meta['step'], meta['position'])
+        # Checkpoints of earlier versions have neither.
+        self._recorded_speed, self.measured = meta.get('speed'), dict(meta.get('measured') or {})
         for name, stored in state['log_scalars'].items():
             self.message_hub.log_scalars[name] = checkpoint.restore_buffer(stored)
         self.call_hook('after_load_checkpoint', checkpoint=state)
@@ -322,48 +374,3 @@ class ExperimentRunner(Runner):
         step = f', step {self.loaded_step}' if self.loaded_step else ''
         self.loaded = f"'{filename}'{step}{', EMA weights' if is_ema else ''}"
         self.logger.info(f'Loaded weights from {self.loaded}.')
-
-
-#: The default types of `val_cfg` and `test_cfg`.
-LOOP_TYPES = {'val': 'ValLoop', 'test': 'TestLoop'}
-
-
-def _fill_loops(config: Config) -> None:
-    """Fill in `val_cfg` and `test_cfg`, or their types."""
-    for mode, loop in LOOP_TYPES.items():
-        if config.get(f'{mode}_cfg') is not None or config.get(f'{mode}_dataloader') is not None:
-            config[f'{mode}_cfg'] = {'type': loop, **(config.get(f'{mode}_cfg') or {})}
-
-
-def _check_complete(config: Config) -> None:
-    """Check that the config has all parts that its loops need.
-
-    Raises:
-        UserError: one is missing.
-    """
-    if config.get('model') is None:
-        raise UserError('The config has no `model`.')
-    if config.get('work_dir') is None:
-        raise UserError('The config has no `work_dir`; pass --work-dir.')
-    is_sdxl = config.model.get('type') == 'SDXL'
-    if config.get('train_cfg') is not None:
-        if is_sdxl and not config.model.get('objective'):
-            raise UserError('The config trains, but model.objective is not set.')
-        for key in ('train_dataloader', 'optim_wrapper'):
-            if config.get(key) is None:
-                raise UserError(f'The config trains, but has no `{key}`.')
-        if config.train_cfg.get('val_interval') is not None and config.get('val_dataloader') is None:
-            raise UserError('train_cfg.val_interval is set, but the config has no `val_dataloader`; add one '
-                            '(docs/evaluation.md), or set val_interval=None.')
-    elif alone := [key for key in ('train_dataloader', 'optim_wrapper') if config.get(key) is not None]:
-        raise UserError(f'The config has `{alone[0]}`, but no `train_cfg`; a training needs '
-                        "dict(type='StepLoop', max_iters=...).")
-    for mode in LOOP_TYPES:
-        keys = [f'{mode}_dataloader', f'{mode}_evaluator']
-        present = [key for key in (*keys, f'{mode}_cfg') if config.get(key) is not None]
-        missing = [key for key in keys if not config.get(key)]
-        if present and missing:
-            raise UserError(f'The config has `{present[0]}`, but no `{missing[0]}`; an evaluation needs '
-                            f'`{keys[0]}` and `{keys[1]}` (docs/evaluation.md), or neither.')
-        if present and is_sdxl and not config.model.get('sampler'):
-            raise UserError(f'The config has `{keys[0]}`, but model.sampler, which makes the images, is not set.')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.runner import BaseLoop
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.engine.deferred import DeferredValues
 from diffengine_sdxl.engine.eval_loop import ValLoop, shut_down_workers
 from diffengine_sdxl.engine.main_process import on_main_process
+from diffengine_sdxl.engine.prefetch import ahead, draw_in_workers
 from diffengine_sdxl.engine.run_summary import run_summary
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, whole_number
@@ -30,6 +32,9 @@ class StepLoop(BaseLoop):
     global random state of a micro-batch depends on (seed, iteration, micro-batch, rank) only, so no checkpoint
     stores it.
 
+    Where the optimizer leaves out bad steps on the device (`StepOptimWrapper.on_device`), losses and the norm of step
+    n are read, checked and logged in step n + 1, or by `flush`. Else in step n.
+
     Args:
         max_iters: optimizer steps.
         max_epochs: passes over the data, used if `max_iters` is None.
@@ -45,8 +50,10 @@ class StepLoop(BaseLoop):
     def __init__(self, runner: ExperimentRunner, dataloader: Any, max_iters: int | None = None,
                  max_epochs: int | None = None, val_interval: int | None = None) -> None:
         super().__init__(runner, dataloader)
+        draw_in_workers(self.dataloader, runner.bare_model)
         self.val_interval = _count('val_interval', val_interval)
         self._iter, self._position, self.num_skipped, self._num_scalars = 0, 0, 0, 0
+        self._values = DeferredValues()
         self._max_iters = self._length(_count('max_iters', max_iters), _count('max_epochs', max_epochs))
 
     def _length(self, max_iters: int | None, max_epochs: int | None) -> int:
@@ -99,14 +106,17 @@ class StepLoop(BaseLoop):
         self._begin_validation()
         # Once, not before every iteration as in mmengine: it walks all modules.
         runner.model.train()
-        batches = iter(self.dataloader) if self._iter < self._max_iters else iter(())
+        loaded = iter(self.dataloader) if self._iter < self._max_iters else iter(())
+        batches = ahead(loaded, runner.bare_model.device)
         try:
             while self._iter < self._max_iters:
                 self.run_iter(batches)
                 if self._validates():
+                    self.flush()
                     runner.val_loop.run()
+            self.flush()
         finally:
-            shut_down_workers(batches)
+            shut_down_workers(loaded)
         if self.num_skipped:
             runner.logger.warning(f'{self.num_skipped} unreadable images were skipped.')
         runner.call_hook('after_train_epoch')
@@ -135,7 +145,7 @@ class StepLoop(BaseLoop):
             UserError: a gradient is not finite; no weight has changed. Or a loss without a gradient is not finite;
                 no file of this step is written.
         """
-        runner, logs, batch = self.runner, [], None
+        runner, wrapper, logs, batch = self.runner, self.runner.optim_wrapper, [], None
         for micro in range(runner.accumulative_counts):
             batch = next(batches)
             if micro == 0:
@@ -143,25 +153,57 @@ class StepLoop(BaseLoop):
             self.num_skipped += int(batch.get('num_skipped', 0))
             rng.seed_all(runner.seed, 'iteration', self._iter, micro, get_rank())
             try:
-                logs.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper))
+                logs.append(runner.model.train_step(batch, optim_wrapper=wrapper))
             except FloatingPointError as error:
-                raise self._not_finite(self._mean([*logs, runner.bare_model.last_losses]), str(error)) from error
-        outputs = self._mean(logs)
-        if not all(math.isfinite(v) for v in outputs.values()):
-            raise self._not_finite(outputs, 'the loss is not finite')
+                losses = self._mean([*logs, runner.bare_model.last_losses])
+                raise self._not_finite(self._iter + 1, dict(zip(losses, torch.stack([*losses.values()]).tolist(),
+                                                                strict=True)), str(error)) from error
+        losses = self._mean(logs)
+        if wrapper.on_device:
+            # All processes have the same means, so they stop in the same step.
+            wrapper.stop_if(~torch.isfinite(torch.stack([*losses.values()])).all())
+        self._values.push(self._iter + 1, losses, wrapper.reports, wrapper.group_norms)
+        outputs: Mapping[str, Any] = losses
+        for step, (values, *reports) in self._values.pop(keep=int(wrapper.on_device)):
+            self._arrived(step, values, *reports)
+            outputs = losses if wrapper.on_device else values
         self._position += self.samples_per_iter
         runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=batch, outputs=outputs)
         self._bound_scalars()
         self._iter += 1
 
-    def _mean(self, logs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Average over micro-batches and processes, with one transfer from the device."""
+    def flush(self) -> None:
+        """Wait for the values of the steps done; check and log them. Call it in all processes.
+
+        Raises:
+            UserError: see `run_iter`.
+        """
+        for step, values in self._values.pop():
+            self._arrived(step, *values)
+
+    def _arrived(self, step: int, losses: dict[str, float], reports: dict[str, float],
+                 group_norms: dict[str, float]) -> None:
+        """Check what is known of `step` now; log it by calling the hooks' `after_step_values(runner, step, losses)`.
+
+        Raises:
+            UserError: see `run_iter`.
+        """
+        try:
+            self.runner.optim_wrapper.arrived(reports, group_norms)
+        except FloatingPointError as error:
+            raise self._not_finite(step, losses, str(error)) from error
+        if not all(math.isfinite(v) for v in losses.values()):
+            raise self._not_finite(step, losses, 'the loss is not finite')
+        self.runner.call_hook('after_step_values', step=step, losses=losses)
+
+    def _mean(self, logs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Average over micro-batches and processes; fp64, on the device."""
         names = list(logs[0])
         values = torch.stack([torch.stack([log[n].detach().double() for n in names]) for log in logs]).mean(dim=0)
         all_reduce(values, op='mean')
-        return dict(zip(names, values.tolist(), strict=True))
+        return dict(zip(names, values.unbind(), strict=True))
 
-    def _not_finite(self, outputs: dict[str, float], reason: str) -> UserError:
+    def _not_finite(self, step: int, losses: dict[str, float], reason: str) -> UserError:
         runner, last = self.runner, checkpoint.latest(self.runner.work_dir)
         rate = runner.resolved.optim_wrapper.optimizer.get('lr')
         options = [f'load_from={last}'] if last else []
@@ -170,8 +212,8 @@ class StepLoop(BaseLoop):
                     f'optim_wrapper.optimizer.lr={rate / 10:g}']
         command = f'--work-dir {shlex.quote(f"{runner.work_dir}_again")} --cfg-options {shlex.join(options)}'
         return UserError(
-            f'Training stopped at step {self._iter + 1}: {reason.rstrip(".")}. Loss parts: '
-            f'{", ".join(f"{name}={value:.6g}" for name, value in outputs.items())}. '
+            f'Training stopped at step {step}: {reason.rstrip(".")}. Loss parts: '
+            f'{", ".join(f"{name}={value:.6g}" for name, value in losses.items())}. '
             + (f"The last good checkpoint is '{last}'; start a new run from it." if last else
                'No checkpoint was saved yet; start again.')
             + f' Try a smaller learning rate, clip_grad, or bf16 instead of fp16: without --resume, with {command}')

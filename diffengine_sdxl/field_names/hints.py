@@ -14,7 +14,7 @@ from diffengine_sdxl.field_names.training import TRAINING
 
 _TRAINING, _SAMPLING = by_name(TRAINING), by_name(SAMPLING)
 #: What sampling overrides in a config begins with; the rest are settings of a request.
-OVERRIDES = ('model.', 'refiner.pretrained=', 'infer_cfg.', 'mixed_precision=')
+OVERRIDES = ('model.', 'refiner.pretrained=', 'infer_cfg.', 'mixed_precision=', 'speed.')
 
 
 def training_hint(name: str, value: object = None) -> str:

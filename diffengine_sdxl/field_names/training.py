@@ -18,7 +18,9 @@ TRAINING: Topics = {
             'parses its option and does not use it.'),
         'cache_dir': Place('model.cache_dir=<CACHE> train_dataloader.dataset.cache_dir=<CACHE>',
                            'Models and data apart; the script has one for both.'),
-        'gradient_checkpointing': Place('model.gradient_checkpointing=<True>'),
+        'gradient_checkpointing': Place(
+            'model.gradient_checkpointing=<True>', 'The same as `speed.checkpointing=full`; by default a GPU does as '
+            'much of it as its memory asks for.'),
         'enable_xformers_memory_efficient_attention xformers': Place(
             'model.attention=xformers', "Needs the package xformers; the default is torch's own attention (`sdpa`)."),
         'sdpa': Place('model.attention=sdpa', 'The default.'),
@@ -28,7 +30,9 @@ TRAINING: Topics = {
             'optimizer wrapper follow.'),
         'amp': Place('mixed_precision=fp16'),
         'no_half_vae': Place('model.dtype.vae=float32', 'The default, whatever `mixed_precision` says.'),
-        'full_bf16 full_fp16 fp8_base fp8_base_unet': Place(
+        'fp8_base fp8_base_unet': Place(
+            'speed.base_dtype=fp8', 'Needs torchao and a GPU of compute capability 8.9 or more; `int8` runs anywhere.'),
+        'full_bf16 full_fp16': Place(
             '', 'Not built in: what trains is stored in fp32, the rest as `mixed_precision` says.'),
         'allow_tf32': Place('env_cfg.allow_tf32=<True>'),
         'prediction_type': Place('model.prediction_type=<v_prediction>', "Default: the base's."),
@@ -39,8 +43,11 @@ TRAINING: Topics = {
         'max_token_length weighted_captions': Place(
             '', 'Not built in while training: captions are read as plain text, to 77 tokens. Images take weights and '
             'prompts of any length, with `prompt_syntax=compel`.'),
-        'torch_compile dynamo_backend blocks_to_swap cpu_offload_checkpointing lowram highvram fused_backward_pass '
-        'opt_channels_last': Place('', 'Not built in. Less memory: `model.gradient_checkpointing=True`.'),
+        'torch_compile dynamo_backend': Place(
+            'speed.compile=blocks', "The UNet's blocks, by Inductor; the default on a GPU from 200 steps on."),
+        'blocks_to_swap cpu_offload_checkpointing lowram highvram fused_backward_pass': Place(
+            '', 'Not built in. Less memory: `speed.checkpointing=full`, `speed.base_dtype=int8` (docs/configs.md).'),
+        'opt_channels_last': Place('', 'Nothing to set: the layout is chosen on the GPU.'),
         'do_edm_style_training v2': Place('', "Not built in: bases are SDXL's, with its own noise schedule."),
         'use_safetensors disable_mmap_load_safetensors save_model_as': Place(
             '', 'Nothing to choose: safetensors are read where there are any, and always written.'),

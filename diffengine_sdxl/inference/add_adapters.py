@@ -1,14 +1,17 @@
-"""Add adapters to a config by name and file: the infer command's `--adapter`, and `SDXLInferencer(adapters=...)`."""
+"""Adapters of an inferencer: added to its config by name and file, loaded anew in place, scaled for one request."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from diffengine_sdxl.config.signatures import accepted
 from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import ADAPTERS
 
 #: Keys of an adapter that locate its file within `weights`.
@@ -54,6 +57,39 @@ def add_adapter(cfg: Config, name: str, settings: Mapping[str, Any]) -> None:
         reads = {'condition_key': name} if 'condition_key' in known else {}
         given = {**reads, 'trainable': False, **given}
     cfg.model.adapters = ConfigDict({**adapters, name: given})
+
+
+def load_adapter(model: SDXL, cfg: Config, name: str, source: str | Path) -> None:
+    """Load other weights into an adapter of `model`, in place, and name them in `cfg`.
+
+    Raises:
+        UserError: there is no such adapter, or they do not fit it.
+    """
+    if name not in model.adapters:
+        raise UserError(f"There is no adapter '{name}' to load '{source}' into; there are "
+                        f'{", ".join(model.adapters) or "none"}.{did_you_mean(name, list(model.adapters))}')
+    model.adapters[name].load(source)
+    settings = {key: value for key, value in cfg.model.adapters[name].items() if key not in LOCATORS}
+    cfg.model.adapters[name] = ConfigDict({**settings, 'weights': str(source)})
+
+
+@contextmanager
+def adapter_settings(model: SDXL, scales: Mapping[str, float], active_ranges: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, adapters have these scales and active ranges.
+
+    Raises:
+        UserError: there is no such adapter, or it rejects the value.
+    """
+    with ExitStack() as stack:
+        for attribute, values in (('scale', scales), ('active_range', active_ranges)):
+            for name, value in values.items():
+                if name not in model.adapters:
+                    raise UserError(f"{attribute}s: there is no adapter '{name}'; there are "
+                                    f'{", ".join(model.adapters) or "none"}.')
+                adapter = model.adapters[name]
+                stack.callback(setattr, adapter, attribute, getattr(adapter, attribute))
+                setattr(adapter, attribute, value)
+        yield
 
 
 def dict_at(node: Mapping[str, Any], key: str) -> Mapping[str, Any]:

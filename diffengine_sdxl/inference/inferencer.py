@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +20,19 @@ from diffengine_sdxl.errors import UserError, first_line, one_of, whole_number
 from diffengine_sdxl.field_names import method_hint
 from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.inference import stages
-from diffengine_sdxl.inference.add_adapters import add_adapter
+from diffengine_sdxl.inference.add_adapters import adapter_settings, add_adapter, load_adapter
 from diffengine_sdxl.inference.call_arguments import seeds_of, split_prompts
 from diffengine_sdxl.inference.stages import Stage
 from diffengine_sdxl.limits import set_limits
 from diffengine_sdxl.loading.trained import apply_weights, load_trained, use_exported
+from diffengine_sdxl.models.apply_speed import apply_speed
 from diffengine_sdxl.models.image_inputs import MaskCrop, cached_urls, crop_of
 from diffengine_sdxl.models.request_batch import request_batch, size_of
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import INFERENCERS, MODELS
 from diffengine_sdxl.request import OF_SAMPLER, OPTIONS, SCORES, Request
 from diffengine_sdxl.samplers.sampler import check_size
+from diffengine_sdxl.speed import Speed
 
 if TYPE_CHECKING:
     from diffengine_sdxl.inference.offload import SequentialOffloadHook
@@ -98,6 +101,8 @@ class SDXLInferencer:
         self.cfg = cfg
         self.defaults, options = split_infer_cfg(cfg)
         self.device = _device(device)
+        speed = Speed.of(cfg.get('speed'), cfg.model)
+        speed.check(self.device, cfg.model, training=False, offload=bool(options.get('offload')))
         seed = int((cfg.get('randomness') or {}).get('seed') or 0)
         self.model: SDXL = MODELS.build({'seed': seed, **cfg.model, 'objective': None}).eval()
         if path is not None:
@@ -107,6 +112,9 @@ class SDXLInferencer:
             self.refiner = self._build_refiner(seed)
         for model in self.models:
             model.requires_grad_(False)
+            if (dtype := model.unet_weight.dtype).itemsize < 4:  # what trained in fp32 makes images as an export does
+                for adapter in model.adapters.values():
+                    adapter.to_compute_dtype(dtype)
             # As diffusers' enable_vae_tiling, for encoding too.
             model.vae.use_tiling = bool(options.get('vae_tiling'))
             model.vae.use_slicing = bool(options.get('vae_slicing'))
@@ -117,6 +125,10 @@ class SDXLInferencer:
         else:
             for model in self.models:
                 model.to(self.device)
+        #: What the config's `speed` became.
+        self.speed = speed.resolve(self.device.type, self.model.unet_weight.dtype)
+        for model in self.models:
+            apply_speed(model, self.speed)
 
     def __getattr__(self, name: str) -> Any:
         """Answer what diffusers' pipelines have and this class does not."""
@@ -128,6 +140,17 @@ class SDXLInferencer:
             refiner.sampler = copy.copy(self.model.sampler)
             vars(refiner.sampler).update(dict.fromkeys(('strength', 'denoising_start', 'denoising_end')))
         return refiner
+
+    def load_adapter(self, name: str, source: str | Path) -> None:
+        """Give an adapter other weights of the same shapes, in place: what is compiled or captured stays.
+
+        Args:
+            source: a folder or file of its kind, also one that it was not built with.
+
+        Raises:
+            UserError: there is no such adapter; or they do not fit: for a LoRA its layers, ranks and alpha / rank.
+        """
+        load_adapter(self.model, self.cfg, name, source)
 
     @property
     def models(self) -> list[SDXL]:
@@ -263,7 +286,7 @@ class SDXLInferencer:
         """
         first, second = inputs.first, inputs.second
         try:
-            with _adapter_settings(self.model, inputs.scales, inputs.active_ranges):
+            with adapter_settings(self.model, inputs.scales, inputs.active_ranges):
                 latents: Tensor = first.sampler(first.model, first.batch, on_step) if second is None else stages.run(
                     first, second, on_step)
             if latent:
@@ -348,22 +371,3 @@ def _sampler_settings(request: Request) -> dict[str, Any]:
 
 def _count(images: Any) -> int:
     return len(images) if isinstance(images, list | tuple) else int(images is not None)
-
-
-@contextmanager
-def _adapter_settings(model: SDXL, scales: Mapping[str, float], active_ranges: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, adapters have these scales and active ranges.
-
-    Raises:
-        UserError: there is no such adapter, or it rejects the value.
-    """
-    with ExitStack() as stack:
-        for attribute, values in (('scale', scales), ('active_range', active_ranges)):
-            for name, value in values.items():
-                if name not in model.adapters:
-                    raise UserError(f"{attribute}s: there is no adapter '{name}'; there are "
-                                    f'{", ".join(model.adapters) or "none"}.')
-                adapter = model.adapters[name]
-                stack.callback(setattr, adapter, attribute, getattr(adapter, attribute))
-                setattr(adapter, attribute, value)
-        yield

@@ -33,7 +33,7 @@ __all__ = ['MODULES', 'TOKENIZERS', 'load_components', 'module_class']
 def load_components(pretrained: str | None, vae: str | None, config: str | None, tokenizer: str | None,
                     dtypes: Mapping[str, torch.dtype], seed: int, shared: Mapping[str, Any] | None = None,
                     unet: str | None = None, revision: str | None = None, variant: str | None = None,
-                    cache_dir: str | None = None) -> dict[str, Any]:
+                    cache_dir: str | None = None, half: torch.dtype | None = None) -> dict[str, Any]:
     """Load unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers and scheduler config of a base.
 
     Also 'null_prompt': what the base's pipeline uses for an absent prompt, if its index says so.
@@ -44,7 +44,9 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         vae, unet: folder, hub id or single file of another VAE or UNet; None uses the base's own.
         config: folder of component configs for a single file or for random weights; None means SDXL base 1.0's.
         tokenizer: folder or hub id of other tokenizers; None uses the base's own.
-        dtypes: component name -> dtype of its weights.
+        dtypes: component name -> dtype of its weights; without 'vae' that depends on the VAE.
+        half: dtype of such a VAE if it does not overflow in fp16 (`force_upcast` False in its config, as that of
+            madebyollin/sdxl-vae-fp16-fix); one that does (SDXL's own) is in fp32, and so is any if `half` is None.
         shared: components of another model, used as they are.
         revision, variant, cache_dir: of the hub; `revision` and `variant` are the base's. Another UNet or VAE is loaded
             in a variant if it has no other weights.
@@ -53,7 +55,8 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         UserError: something is missing, is not SDXL, or cannot be downloaded.
     """
     pretrained, unet, vae, config, tokenizer = map(shipped, (pretrained, unet, vae, config, tokenizer))
-    shared = dict(shared or {})
+    half = None if 'vae' in dtypes else half
+    shared, dtypes = dict(shared or {}), {'vae': torch.float32, **dtypes}
     others = {name: source for name, source in (('unet', unet), ('vae', vae)) if source and name not in shared}
     skip = {*shared, *others}
     if pretrained is None:
@@ -76,6 +79,8 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         for name in TOKENIZERS:
             parts[name] = _load_tokenizer(name, folder, tokenizer)
     _check_tokenizers(parts, str(tokenizer or pretrained or config))
+    if half is not None and not parts['vae'].config.force_upcast:
+        dtypes['vae'] = half
     for name in MODULES:
         if parts.get(name) is not None and name not in shared and parts[name].dtype != dtypes[name]:
             parts[name].to(dtypes[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ from diffengine_sdxl.loading.weights import TensorInfo, check_dtypes, read_heade
 MAX_TIMESTEPS = 100_000
 #: Tensors of a model that is built without weights of its own; SDXL's UNet has 1,680.
 MAX_TENSORS = 4_000
+#: What `check_settings` has built: class, settings, and their bounds. A model that is loaded again takes half the time.
+_BUILT: set[tuple[Any, str, int, int]] = set()
 
 
 def read_headers(folder: Path, names: Collection[str], shown: str) -> dict[str, TensorInfo]:
@@ -81,9 +84,12 @@ def check_settings(cls: Any, folder: Path, shown: str, header: Mapping[str, Tens
     num_values = (int(limits.CURRENT.model_parameters) if header is None else
                   2 * sum(math.prod(info.shape) for info in header.values()) + 2**20)
     num_tensors = MAX_TENSORS if header is None else 2 * len(header) + 1000
+    if (built := (cls, json.dumps(config, sort_keys=True), num_tensors, num_values)) in _BUILT:
+        return
     # Other faults are the loader's to tell; some models cannot be built on the meta device.
     with _bounded(num_tensors, num_values, shown, header is not None), suppress(Exception), torch.device('meta'):
         _build(cls, config, folder)
+    _BUILT.add(built)
 
 
 def _build(cls: Any, config: Mapping[str, Any], folder: Path) -> None:

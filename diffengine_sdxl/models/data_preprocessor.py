@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.registry import MODELS
-from diffengine_sdxl.structures import Batch, to_device
+from diffengine_sdxl.structures import Batch, as_floats, to_device
 
 #: Required fields of a Batch -> what adds them to a sample.
 SOURCES = {'text': 'a caption', 'time_ids': 'ComputeTimeIds among the transforms',
@@ -20,9 +20,16 @@ class BatchPreprocessor(BaseDataPreprocessor):
     """Give the model `{'inputs': Batch, 'data_samples': None}`, the Batch on its device."""
 
     def forward(self, data: Mapping[str, Any] | Batch, training: bool = False) -> dict[str, Any]:
-        """Pack `data`, unless it is a Batch, and move it."""
-        batch = data if isinstance(data, Batch) else pack(data)
-        return {'inputs': to_device(batch, self.device), 'data_samples': None}
+        """Move `data`; there, unless it is a Batch, turn its images into floats and pack it."""
+        if isinstance(data, Batch):
+            return {'inputs': to_device(data, self.device), 'data_samples': None}
+        return {'inputs': pack(images_to_floats(to_device(data, self.device))), 'data_samples': None}
+
+
+def images_to_floats(collated: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn images of 8 bits, [B, C, H, W], into fp32: 'img' in [-1, 1], conditions in [0, 1]; nothing else changes."""
+    return {name: as_floats(value, centred=name == 'img') if isinstance(value, Tensor) and value.dim() == 4 else value
+            for name, value in collated.items()}
 
 
 def pack(collated: Mapping[str, Any]) -> Batch:

@@ -24,9 +24,8 @@ MAX_CACHED_ROWS = 64
 class PromptMixin:
     """The state and the public methods of SDXL for prompts."""
 
-    #: Whether gradients pass through the text encoders; whether they compute with weights of several dtypes; whether an
-    #: adapter changes their outputs.
-    text_trains = text_mixed = text_adapted = False
+    #: Whether gradients pass through the text encoders; whether an adapter changes their outputs.
+    text_trains = text_adapted = False
     #: Embeddings by prompts, oldest first; None outside of `cached_prompts`.
     prompt_cache: dict[Any, tuple[Tensor, Tensor]] | None = None
 
@@ -196,15 +195,13 @@ def embed(model: Model, first: Sequence[str], second: Sequence[str], syntax: str
 
 def _embed(model: Model, first: Sequence[str], second: Sequence[str], syntax: str, num_chunks: int,
            clip_skip: int | None) -> tuple[Tensor, Tensor]:
-    # Without adapters, compute as a model that has none: their fp32 weights don't count.
     trains = any(part in model.trainable_parts for part in ENCODERS)
-    mixed = trains if model.adapters_disabled else model.text_mixed
     encoders = _text_encoders(model)
     # As in diffusers, a refiner's only encoder, the second one, reads the first prompt.
     prompts = [first, second][:len(encoders)]
     if model.prompt_cache is not None:  # inference; captions of a training may teach new words
         _warn_of_unread_words(model, prompts, encoders, syntax)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and model.text_trains), model.autocast(mixed):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.text_trains), model.autocast(trains):
         if syntax == 'plain':
             return encode_prompts(prompts, encoders, clip_skip)
         return encode_weighted(prompts, encoders, num_chunks)

@@ -12,6 +12,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.adapters.precision import autocast
 from diffengine_sdxl.attention import probed, set_backend
 from diffengine_sdxl.errors import UserError, error_prefix, one_of, whole_number
 from diffengine_sdxl.loading import base as loading
@@ -43,9 +44,11 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         adapters: name -> config of an adapter; None as a config removes the adapter.
         objective, sampler: configs of the training objective and of the sampler.
         trainable: components that train, of unet, vae, text_encoder, text_encoder_2; the others are frozen.
-        mixed_precision: 'no', 'fp16' or 'bf16': dtype of frozen weights, and of autocast for what trains.
+        mixed_precision: 'no', 'fp16' or 'bf16': dtype of frozen weights, and of autocast around components that train
+            and the adapters' own networks; nothing else of the base computes under autocast.
         dtype: dtype of the weights, one for all or by component ('float32', 'bfloat16', 'float16', 'float64'); None
-            stores what trains and the VAE in fp32, and the rest as `mixed_precision` says.
+            stores what trains in fp32, and the rest as `mixed_precision` says; but a VAE that overflows in fp16
+            (`force_upcast` in its config, as SDXL's own) in fp32.
         attention: 'sdpa' or 'xformers'.
         gradient_checkpointing: recompute activations in the backward pass.
         prediction_type: 'epsilon' or 'v_prediction'; None for the base's.
@@ -71,6 +74,8 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
     adapters_disabled = False
     #: Set by inference.offload, which keeps idle components in the CPU's memory.
     execution_device: torch.device | None = None
+    #: Set by `speed.compile='graph'`: calls the UNet through CUDA graphs, see models.cuda_graph.
+    unet_graphs: Any = None
 
     def __init__(self, pretrained: str | None = None, vae: str | None = None, unet: str | None = None,
                  revision: str | None = None, variant: str | None = None, cache_dir: str | None = None,
@@ -93,7 +98,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         self.shared_components = tuple(shared_components)
         parts = loading.load_components(pretrained, vae, config, tokenizer, self._dtypes(dtype), self.seed,
                                         self._shared(base_model), unet=unet, revision=revision, variant=variant,
-                                        cache_dir=cache_dir)
+                                        cache_dir=cache_dir, half=self.compute_dtype)
         self.null_prompt: str = null_prompt or parts.get('null_prompt', 'zeros')
         self.unet, self.vae = parts['unet'], parts['vae']
         self.text_encoder, self.text_encoder_2 = parts.get('text_encoder'), parts['text_encoder_2']
@@ -122,10 +127,9 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
             if name is not None:
                 one_of('dtype', name, DTYPES)
                 dtypes[part] = getattr(torch, name)
-            elif part in self.trainable_parts or self.compute_dtype is None or part == 'vae':
-                # SDXL's own VAE overflows in fp16; for a fixed one, set dtype=dict(vae='float16').
+            elif part in self.trainable_parts or self.compute_dtype is None:
                 dtypes[part] = torch.float32
-            else:
+            elif part != 'vae':  # loading decides by the VAE's config
                 dtypes[part] = self.compute_dtype
         return dtypes
 
@@ -170,17 +174,9 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         weights = [p for part in parts for p in getattr(self, part).parameters()]
         of_adapters = {id(p) for adapter in self.adapters.values() for p in adapter.all_parameters()}
         tokens = [adapter for adapter in self.adapters.values() if adapter.new_tokens()]
-        self._unet_mixed = self._mixed('unet')
-        self.text_mixed = any(self._mixed(part) for part in parts)
         self.text_trains = any(p.requires_grad for p in weights) or any(adapter.trainables() for adapter in tokens)
         self.text_adapted = any(id(p) in of_adapters for p in weights) or bool(tokens)
         self.register_state_dict_post_hook(_keep_trained)
-
-    def _mixed(self, part: str) -> bool:
-        """Return whether `part` needs autocast: it trains, or an adapter's fp32 weights compute in half precision."""
-        weights = [*getattr(self, part).parameters(),
-                   *(p for adapter in self.adapters.values() for p in adapter.parameters_in(part))]
-        return part in self.trainable_parts or any(p.dtype != weights[0].dtype for p in weights)
 
     def trainables(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Return what trains: component or adapter -> its parameters with their full names, in a fixed order."""
@@ -355,10 +351,9 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         if conditioning.channels is not None:
             call.add_channels(conditioning.channels)
         call.check_inputs(self.unet.config)
-        # Without adapters, compute as a model that has none: their fp32 weights don't count.
-        mixed = 'unet' in self.trainable_parts if self.adapters_disabled else self._unet_mixed
-        with probed(self.unet, probes), self.autocast(mixed):
-            out: Tensor = self.unet(**call.kwargs(), return_dict=False)[0]
+        unet = self.unet if self.unet_graphs is None or probes is not None else self.unet_graphs
+        with probed(self.unet, probes), self.autocast('unet' in self.trainable_parts):
+            out: Tensor = unet(**call.kwargs(), return_dict=False)[0]
         call.check_consumed()
         return out
 
@@ -379,9 +374,13 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         return total, self.last_losses
 
     def autocast(self, enabled: bool) -> AbstractContextManager[Any]:
-        """Autocast to the model's `mixed_precision` inside, if `enabled` and it is not 'no'."""
-        return torch.autocast(self.device.type, self.compute_dtype or torch.bfloat16,
-                              enabled=enabled and self.compute_dtype is not None)
+        """Autocast to the model's `mixed_precision` inside, if `enabled` and it is not 'no'.
+
+        Around a component that trains in fp32, and an adapter's own network. Wrappers of an adapter's fp32 weights in a
+        frozen half-precision component bring their own precision, as on CUDA autocast computes every norm in fp32.
+        """
+        return autocast(self.device.type, self.compute_dtype or torch.bfloat16,
+                        enabled and self.compute_dtype is not None)
 
 
 def _keep_trained(model: SDXL, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.models.prompt_weighting import WeightedEncoder, plain_text
+from diffengine_sdxl.structures import send
 
 #: New tokens of one text encoder: token -> its vectors [n, D].
 NewTokens = Mapping[str, Tensor]
@@ -93,7 +94,7 @@ def encode_prompts(prompts: Sequence[Sequence[str]], encoders: Sequence[TextEnco
     """
     states, pooled = [], None
     for texts, part in zip(prompts, encoders, strict=True):
-        output = part.encoder(part.token_ids(texts).to(part.encoder.device), output_hidden_states=True)
+        output = part.encoder(send(part.token_ids(texts), part.encoder.device), output_hidden_states=True)
         states.append(output.hidden_states[-(clip_skip or 0) - 2])
         pooled = output[0]
     assert pooled is not None and pooled.dim() == 2, 'the last text encoder has a projection'

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffengine_sdxl import rng
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.objectives.noises import vae_noise
 from diffengine_sdxl.protocols import Denoiser
-from diffengine_sdxl.structures import Batch
+from diffengine_sdxl.structures import Batch, send
 
 
 class VAEMixin:
     """The methods of SDXL that call its VAE."""
 
     def latents(self: Denoiser, batch: Batch) -> Tensor:
-        """Return the images' scaled latents, [B, 4, h, w] in the VAE's dtype; the VAE's noise is a keyed draw.
+        """Return the images' scaled latents, [B, 4, h, w] in the VAE's dtype, at least fp32; its noise is a keyed draw.
 
         Raises:
             UserError: see `posterior`.
@@ -30,8 +30,8 @@ class VAEMixin:
             layout = torch.channels_last if len(batch) > 1 else torch.contiguous_format
             return batch.latents.contiguous(memory_format=layout)
         dist = self.posterior(batch)
-        noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', dist.mean.shape[1:])
-        return _scale(self.vae, dist.mean + dist.std * noise.to(dist.mean))
+        mean, std = (t if t.dtype.itemsize >= 4 else t.float() for t in (dist.mean, dist.std))
+        return _scale(self.vae, mean + std * vae_noise(batch, mean))
 
     def posterior(self: Denoiser, batch: Batch) -> Any:
         """Return the distribution of the images' unscaled latents: `mean`, `std` [B, 4, h, w], `kl()` [B].
@@ -103,7 +103,7 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
     values = [vae.config.get(name) for name in ('latents_mean', 'latents_std')]
     if None in values:
         return None
-    mean, std = (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in values)
+    mean, std = (send(torch.tensor(v, dtype=like.dtype), like.device).view(1, -1, 1, 1) for v in values)
     return mean, std
 
 

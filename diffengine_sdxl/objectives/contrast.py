@@ -7,7 +7,7 @@ from torch.nn import functional
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import OBJECTIVES
-from diffengine_sdxl.structures import Batch
+from diffengine_sdxl.structures import Batch, send
 
 
 @OBJECTIVES.register_module()
@@ -50,7 +50,7 @@ class ImageTextContrast:
             text = functional.normalize(model.encode(batch).pooled.to(dtype), dim=-1)
         logits = images @ text.T / self.temperature
         # A caption that occurs twice in a batch is right for both of its images.
-        same = torch.tensor([[a == b for b in batch.text] for a in batch.text], device=logits.device)
+        same = send(torch.tensor([[a == b for b in batch.text] for a in batch.text]), logits.device)
         target = same.to(dtype) / same.sum(dim=1, keepdim=True)
         loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
         rows = torch.arange(len(batch), device=logits.device)

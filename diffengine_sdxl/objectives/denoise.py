@@ -1,5 +1,6 @@
 """Denoising: the objective of every adapter and of a full fine-tune."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from torch.nn import functional
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.noise_schedule import NoiseSchedule
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import LOSSES, NOISES, OBJECTIVES, TIMESTEPS, WEIGHTINGS
-from diffengine_sdxl.structures import Batch
+from diffengine_sdxl.structures import Batch, send
 
 
 @OBJECTIVES.register_module()
@@ -29,23 +31,40 @@ class Denoise:
         self.weighting = WEIGHTINGS.build(weighting or {'type': 'NoWeighting'})
         self.loss = LOSSES.build(loss or {'type': 'L2Loss'})
 
+    def draw(self, draws: rng.Draws, shape: Sequence[int], schedule: NoiseSchedule,
+             encodes: bool = False) -> dict[str, Tensor]:
+        """Return what a step draws for B samples with latents of `shape` (C, h, w), on the CPU.
+
+        Returns:
+            'noise' of the target and, if it is another, 'noise_in' of the input, fp32 [B, C, h, w]; 'timestep', int64
+            [B]; if the model `encodes` the images, the VAE's noise, 'vae', fp32 [B, C, h, w].
+        """
+        noise, noise_in = self.noise(draws, shape, torch.float32, 'cpu')
+        drawn = {'noise': noise, 'timestep': self.timesteps(draws, schedule)}
+        if noise_in is not noise:
+            drawn['noise_in'] = noise_in
+        return {**drawn, 'vae': draws.normal('vae', shape)} if encodes else drawn
+
     def __call__(self, model: Denoiser, batch: Batch) -> dict[str, Tensor]:
         """Return {'loss': []}, fp32, or fp64 if the model is.
 
         Raises:
             UserError: the VAE trains, or the batch has no image.
         """
-        schedule, draws = model.schedule, rng.Draws(batch.seed, batch.key, batch.epoch)
+        schedule = model.schedule
         if 'vae' in model.trainable_parts:
             raise UserError("Denoise cannot train the VAE, whose latents are its target; remove 'vae' from "
                             'model.trainable.')
         latents = model.latents(batch)
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        noise, noise_in = self.noise(draws, tuple(latents.shape[1:]), latents.dtype, latents.device)
-        t = self.timesteps(draws, schedule)
+        drawn = batch.drawn or self.draw(rng.Draws(batch.seed, batch.key, batch.epoch), tuple(latents.shape[1:]),
+                                         schedule)
+        noise = send(drawn['noise'], latents.device).to(latents.dtype)
+        noise_in = send(drawn['noise_in'], latents.device).to(latents.dtype) if 'noise_in' in drawn else noise
+        t = drawn['timestep']
         # Start and end are equal, as a training step has no length. On the CPU, where active ranges are compared.
         progress = (1 - t / schedule.num_train_timesteps).unsqueeze(1).expand(-1, 2)
-        t = t.to(latents.device)
+        t = send(t, latents.device)
         prediction = model.predict(schedule.add_noise(latents, noise_in, t), t, model.encode(batch), progress)
         target = schedule.target(latents, noise, t)
         loss = self.loss(prediction.to(latents.dtype), target, t, schedule)

@@ -20,8 +20,17 @@ from torch import Tensor
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.registry import NOISES
 from diffengine_sdxl.rng import Draws, generator
+from diffengine_sdxl.structures import Batch, send
 
 Shape = tuple[int, int, int]
+
+
+def vae_noise(batch: Batch, mean: Tensor) -> Tensor:
+    """Return the noise of the VAE's sample, like `mean` [B, C, h, w]: what the loader's worker drew, or drawn here."""
+    noise = batch.drawn.get('vae')
+    if noise is None:
+        noise = Draws(batch.seed, batch.key, batch.epoch).normal('vae', mean.shape[1:])
+    return send(noise, mean.device).to(mean.dtype)
 
 
 class Noise:

@@ -1,12 +1,16 @@
 """Reconstruction, which trains a VAE."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from diffengine_sdxl import rng
 from diffengine_sdxl.errors import UserError, one_of
+from diffengine_sdxl.noise_schedule import NoiseSchedule
+from diffengine_sdxl.objectives.noises import vae_noise
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.registry import OBJECTIVES
+from diffengine_sdxl.rng import Draws
 from diffengine_sdxl.structures import Batch
 
 #: Prefixes of the names of an AutoencoderKL's weights.
@@ -37,6 +41,11 @@ class Reconstruct:
         #: Prefixes of the VAE's weights that get a gradient.
         self.vae_parts = DECODER if decoder_only else (*ENCODER, *DECODER)
 
+    def draw(self, draws: Draws, shape: Sequence[int], schedule: NoiseSchedule,
+             encodes: bool = False) -> dict[str, Tensor]:
+        """Return the VAE's noise, 'vae' [B, *shape], of samples that the model encodes; fp32 on the CPU."""
+        return {'vae': draws.normal('vae', shape)} if encodes else {}
+
     def __call__(self, model: Denoiser, batch: Batch) -> dict[str, Tensor]:
         """Return {'loss_reconstruction': [], 'loss_kl': [] (with the encoder), 'psnr': []}: means over the batch.
 
@@ -54,8 +63,7 @@ class Reconstruct:
                             'latents.')
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.decoder_only):
             posterior = model.posterior(batch)
-        noise = rng.Draws(batch.seed, batch.key, batch.epoch).normal('vae', posterior.mean.shape[1:])
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean)
+        latents = posterior.mean + posterior.std * vae_noise(batch, posterior.mean)
         decoded = model.vae.decode(latents, return_dict=False)[0]
         dtype = torch.promote_types(decoded.dtype, torch.float32)
         error = decoded.to(dtype) - batch.img

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.protocols import Denoiser
-from diffengine_sdxl.structures import Start
+from diffengine_sdxl.structures import Start, send
 
 #: diffusers' default strength, without and with a mask.
 STRENGTH, STRENGTH_INPAINT = 0.3, 0.9999
@@ -116,7 +116,7 @@ def initial_latents(model: Denoiser, start: Start | None, size: tuple[int, int],
 def draw_noise(model: Denoiser, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Draw normal numbers, each row from its generator, on the model's device."""
     rows = [torch.randn((1, *shape[1:]), generator=g, dtype=_dtype(model)) for g in generators]
-    return torch.cat(rows).to(model.device)
+    return send(torch.cat(rows), model.device)
 
 
 def _dtype(model: Denoiser) -> torch.dtype:

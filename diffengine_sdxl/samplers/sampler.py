@@ -32,7 +32,7 @@ from diffengine_sdxl.samplers.non_finite import NonFiniteDetector
 from diffengine_sdxl.samplers.self_attention import PAG, SAG
 from diffengine_sdxl.samplers.timesteps import SelectedTimesteps, select_timesteps, set_timesteps
 from diffengine_sdxl.settings import check_custom_steps
-from diffengine_sdxl.structures import AttentionProbes, Batch, Conditioning
+from diffengine_sdxl.structures import AttentionProbes, Batch, Conditioning, send
 
 #: Settings of one request that are a guidance's scale.
 SCALES: dict[str, type[Guidance]] = {'guidance_scale': CFG, 'guidance_rescale': Rescale, 'pag_scale': PAG,
@@ -153,6 +153,8 @@ class Sampler:
         """Loop over the scheduler's timesteps."""
         scheduler, selected, x, inpainting = self._prepare(model, batch, generators)
         timesteps, num_steps = selected.timesteps, len(selected.timesteps)
+        # The scheduler reads its timesteps on the CPU, where that does not wait for the device; the UNet on the device.
+        on_device = send(timesteps, model.device)
         options = schedulers.step_options(scheduler, self.eta, generators)
         progress = [((selected.first + i) / selected.total, (selected.first + i + 1) / selected.total)
                     for i in range(num_steps)]
@@ -165,14 +167,15 @@ class Sampler:
             branches = _branches(active[i])
             conditioning = encoded if branches == all_branches else _rows(encoded, all_branches, branches)
             rows = scheduler.scale_model_input(torch.cat([x] * len(branches)), t)
-            step = evaluate(model, rows, t, conditioning, torch.tensor([progress[i]]), branches, active[i], x.dtype)
+            step = evaluate(model, rows, on_device[i], conditioning, torch.tensor([progress[i]]), branches, active[i],
+                            x.dtype)
             record = partial(detector.record, i, t)
             for branch, prediction in step.predictions.items():
                 record(f"the UNet ('{branch}')", prediction)
             x = scheduler.step(guide(active[i], step, record), t, x, **options, return_dict=False)[0]
             record(self.scheduler_class.__name__, x)
             if inpainting is not None:
-                x = inpainting.blend(scheduler, x, timesteps[i + 1] if i + 1 < num_steps else None)
+                x = inpainting.blend(scheduler, x, on_device[i + 1] if i + 1 < num_steps else None)
             if on_step is not None:
                 on_step(i + 1, num_steps)
         detector.check(num_steps)
@@ -183,7 +186,7 @@ class Sampler:
         """Return the scheduler, the timesteps to run, the initial latents, and what inpainting needs."""
         size = output_size(batch, model)
         scheduler = self.build_scheduler(model)
-        num = set_timesteps(scheduler, self.num_inference_steps, self.timesteps, self.sigmas, model.device)
+        num = set_timesteps(scheduler, self.num_inference_steps, self.timesteps, self.sigmas)
         if self.denoising_start is not None and (batch.start is None or not batch.start.given):
             raise UserError(f'denoising_start={self.denoising_start} needs a noisy image to start from, and there is '
                             'none.')
@@ -207,7 +210,7 @@ class Sampler:
             encoded.channels = torch.cat([inpainting.channels] * len(branches))
         if (dim := model.unet.config.time_cond_proj_dim) is not None:
             scale = next((g.scale for g in self.guidances if isinstance(g, CFG)), 1.0)
-            encoded.timestep_cond = guidance_embedding(scale, dim).expand(len(encoded.text), dim).to(model.device)
+            encoded.timestep_cond = send(guidance_embedding(scale, dim), model.device).expand(len(encoded.text), dim)
         return encoded
 
     def build_scheduler(self, model: Denoiser) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError
@@ -26,8 +25,8 @@ class SelectedTimesteps(NamedTuple):
 
 
 def set_timesteps(scheduler: Any, num_inference_steps: int, timesteps: Sequence[int] | None,
-                  sigmas: Sequence[float] | None, device: torch.device) -> int:
-    """Set all timesteps of a scheduler; return the number of solver steps.
+                  sigmas: Sequence[float] | None) -> int:
+    """Set all timesteps of a scheduler, on the CPU; return the number of solver steps.
 
     Raises:
         UserError: the scheduler refuses them.
@@ -43,7 +42,7 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, timesteps: Sequence[
         custom['sigmas'] = [float(sigma) for sigma in sigmas]
     steps = ', '.join(f'{name}={values}' for name, values in custom.items()) or f'{num_inference_steps} steps'
     try:
-        scheduler.set_timesteps(**(custom or {'num_inference_steps': num_inference_steps}), device=device)
+        scheduler.set_timesteps(**(custom or {'num_inference_steps': num_inference_steps}))
     except SCHEDULER_ERRORS as error:
         raise UserError(f'{type(scheduler).__name__} cannot do {steps}: {error}') from error
     first, last = float(scheduler.timesteps[0]), float(scheduler.timesteps[-1])

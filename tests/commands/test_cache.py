@@ -19,7 +19,7 @@ from diffengine_sdxl.commands.cache import write_cache
 from diffengine_sdxl.datasets import CachedLatents, Draw, collate
 from diffengine_sdxl.datasets.cached import ORIGIN, ROWS
 from diffengine_sdxl.errors import UserError, run_command
-from diffengine_sdxl.models.data_preprocessor import pack
+from diffengine_sdxl.models.data_preprocessor import images_to_floats, pack
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import DATASETS, TRANSFORMS
 
@@ -58,7 +58,7 @@ def pictures(cfg: Any) -> Any:
 
 
 def batch_of(data: Any, index: list[int], epoch: int = 0, seed: int = 3) -> Any:
-    return pack(collate([data[Draw(i, epoch, seed)] for i in index]))
+    return pack(images_to_floats(collate([data[Draw(i, epoch, seed)] for i in index])))
 
 
 def test_a_training_step_is_bitwise_that_on_the_pictures(shapes: Callable[..., Any], cache: Path,

@@ -116,12 +116,10 @@ def test_a_word(tiny_base: Path, tmp_path: Path) -> None:
 
 LORAS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     'lora': (LORA, {'diffusers': 'diffusers loads it', 'peft': 'PeftModel', 'kohya': 'one alpha'}),
-    'plain lora': (dict(type='LoRA', rank=4), {'diffusers': 'diffusers loads it', 'kohya': 'diffusers loads it too'}),
     'encoder': (dict(type='LoRA', rank=4, parts=['text_encoder'], targets=['q_proj']), {'kohya': 'only if'}),
     'rslora': (dict(LORA, rslora=True, blocks=None), {'diffusers': 'loads it', 'kohya': 'loads it too', 'peft': ''}),
     'dora': (dict(type='LoRA', kind='dora', rank=4), {'diffusers': 'loads it', 'kohya': 'drops the magnitudes'}),
     'dora of an encoder': (dict(LORA, kind='dora'), {'peft': 'PeftModel', 'kohya': 'dora_scale'}),
-    'loha': (dict(LORA, kind='loha'), {'peft': 'PeftModel', 'kohya': 'not support LoHa'}),
     'lokr': (dict(LORA, kind='lokr'), {'peft': 'PeftModel', 'kohya': 'not support LoKr'}),
     'oft': (dict(type='LoRA', kind='oft', rank=4), {'peft': 'PeftModel'})}
 
@@ -144,7 +142,7 @@ def test_a_lora(tiny_base: Path, tmp_path: Path, kind: str) -> None:
     for form in {'diffusers', 'kohya', 'original'} - readers.keys() - ({'diffusers'} if kind == 'encoder' else set()):
         with pytest.raises(UserError, match="choose (of )?'"):
             convert.convert(config_, tmp_path / 'no.safetensors', form=form)
-    if kind in ('lora', 'dora', 'lokr'):
+    if kind in ('lora', 'lokr'):
         with pytest.raises(UserError, match="must end in .safetensors: the format 'kohya' is one file"):
             convert.convert(config_, tmp_path / 'no', form='kohya')
         lines = run(config_, tmp_path / 'half.safetensors', form='kohya', dtype='bfloat16')

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from diffengine_sdxl.datasets import CachedLatents, Draw, KeyedSampler, collate
 from diffengine_sdxl.datasets.cached import ORIGIN, ROWS
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.models.data_preprocessor import pack
+from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
 from diffengine_sdxl.registry import DATASETS
 
 SHARDS = (3, 1, 2)
@@ -55,13 +55,13 @@ def test_rows_equal_the_files(cache: Path) -> None:
         assert (sample['key'], sample['text'], sample['text_2'], sample['epoch'], sample['seed']) == (
             f'train/{i}', TEXTS[i], TEXTS[i][::-1], 2, 7)
         for name, values in TENSORS.items():
-            expected = values[i].float() / 255 if name == 'conditioning_image' else values[i]
-            assert torch.equal(sample[name], expected) and sample[name].dtype == torch.float32, name
+            assert torch.equal(sample[name], values[i]) and sample[name].dtype == values.dtype, name
         assert set(sample) == {*TENSORS, 'key', 'text', 'text_2', 'epoch', 'seed', 'num_skipped'}
-    batch = pack(collate([data[i] for i in range(NUM)]))
+    batch = BatchPreprocessor()(collate([data[i] for i in range(NUM)]))['inputs']
     assert batch.img is None and batch.latents is not None and torch.equal(batch.latents, TENSORS['latents'])
     assert batch.weight is not None and torch.equal(batch.weight, TENSORS['weight']) and batch.text_2 is not None
-    assert set(batch.conditions) == {'conditioning_image', 'pose'} and batch.conditions['conditioning_image'].max() == 1
+    assert set(batch.conditions) == {'conditioning_image', 'pose'}
+    assert torch.equal(batch.conditions['conditioning_image'], TENSORS['conditioning_image'].float() / 255)
     with pytest.raises(IndexError, match='has 6 rows, no row 6'):
         data[NUM]
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffengine_sdxl.datasets import collate
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.data_preprocessor import images_to_floats
 from diffengine_sdxl.registry import TRANSFORMS
 
 
@@ -27,10 +29,15 @@ def sample(key='a', epoch=0, seed=0, **others):
 def test_pack_equals_to_tensor_and_normalize():
     image, depth = noise(), noise()
     out = build('PackInputs')(build('Crop', size=16)(sample(img=image, depth=depth)))
-    array = np.asarray(image).astype(np.float32)[:, 4:20].transpose(2, 0, 1) / np.float32(255)
-    assert out['img'].dtype == out['depth'].dtype == torch.float32
-    np.testing.assert_array_equal(out['img'], (array - np.float32(0.5)) / np.float32(0.5))
-    np.testing.assert_array_equal(out['depth'], array)
+    pixels = np.asarray(image)[:, 4:20].transpose(2, 0, 1)
+    np.testing.assert_array_equal(out['img'], pixels)
+    assert out['img'].dtype == out['depth'].dtype == torch.uint8 and out['img'].is_contiguous()
+    floats, array = images_to_floats(collate([out])), pixels.astype(np.float32) / np.float32(255)
+    assert floats['img'].dtype == floats['depth'].dtype == torch.float32
+    np.testing.assert_array_equal(floats['img'][0], (array - np.float32(0.5)) / np.float32(0.5))
+    np.testing.assert_array_equal(floats['depth'][0], array)
+    again = images_to_floats(floats)  # of a user's own transforms
+    assert again['img'] is floats['img'] and again['depth'] is floats['depth'] and again['key'] == ['a']
     assert not {'crop_top_left', 'original_size', 'canvas_size'} & out.keys()
     with pytest.raises(UserError, match="sample 'a' differ in size .*: img 16 x 24, depth 8 x 12"):
         build('PackInputs')(sample(img=noise(), depth=noise(12, 8)))

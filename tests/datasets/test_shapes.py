@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from diffengine_sdxl.datasets import Draw, FiniteSampler, KeyedSampler, Shapes, collate
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.models.data_preprocessor import pack
+from diffengine_sdxl.models.data_preprocessor import images_to_floats, pack
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.shapes import draw
 from diffengine_sdxl.shapes.scene import BASE_STYLES, HELD_OUT, STYLES, draw_scene, reference
@@ -49,7 +49,7 @@ def test_a_row_shows_the_scene_of_its_number(kind: str) -> None:
 def test_all_optional_entries_are_batched() -> None:
     data = Shapes(length=4, split='val', size=32, conditioning='mask', reference=True, truth=True, transforms=PACK)
     samples = [data[i] for i in range(4)]
-    batch = pack(collate(samples))
+    batch = pack(images_to_floats(collate(samples)))
     assert batch.img is not None and batch.img.shape == (4, 3, 32, 32) and batch.img.min() >= -1
     assert set(batch.conditions) == {'conditioning_image', 'reference', 'shape_mask'}
     assert torch.equal(batch.conditions['shape_mask'], batch.conditions['conditioning_image'])
@@ -72,11 +72,11 @@ def test_masks_lie_where_the_image_has_its_shape() -> None:
     plain = [i for i in range(8) if data.scene(i).texture == 'plain']
     for index in plain:
         sample, scene = data[index], data.scene(index)
-        image = (sample['img'].permute(1, 2, 0) * 127.5 + 127.5).round()
+        image = sample['img'].permute(1, 2, 0)
         ground = (image == torch.tensor(draw.palette.COLOURS[scene.ground])).all(dim=-1)
         fill = (image == torch.tensor(draw.palette.COLOURS[scene.fill])).all(dim=-1)
         white = sample['conditioning_image'][0]
-        assert torch.equal(fill, white == 1) and ground[white == 0].all() and not ground[white > 0.05].any()
+        assert torch.equal(fill, white == 255) and ground[white == 0].all() and not ground[white > 0.05 * 255].any()
         assert fill.any() and ground.any()
     assert len(plain) > 1
 
@@ -105,9 +105,9 @@ def test_oversize_is_cropped_and_the_time_ids_are_true() -> None:
         assert height == width and 32 <= height <= 48 and target == [32, 32]
         window = slice(top, top + 32), slice(left, left + 32)
         whole = draw.render(data.scene(index), height)[window]
-        assert torch.equal(sample['img'], torch.from_numpy(whole).permute(2, 0, 1).div(255.0).sub(0.5).div(0.5))
+        assert torch.equal(sample['img'], torch.from_numpy(whole).permute(2, 0, 1))
         outline = draw.condition(data.scene(index), height, 'outline')[window]
-        assert torch.equal(sample['conditioning_image'], torch.from_numpy(outline).permute(2, 0, 1).div(255.0))
+        assert torch.equal(sample['conditioning_image'], torch.from_numpy(outline).permute(2, 0, 1))
         larger.append((height, top, left))
     sizes = [height for height, _, _ in larger if height > 32]
     assert 18 <= len(sizes) <= 42 and len(set(sizes)) > 6 and max(sizes) >= 46

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import re
 import select
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from parity import make_batch
 from PIL import Image
 from runs import build, curves, evaluation, train, weights
 
 from diffengine_sdxl.engine.hooks.progress import ProgressHook
+from diffengine_sdxl.engine.hooks.samples import SampleHook
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.models.request_batch import read_image_input, request_batch
 from diffengine_sdxl.request import Request
+from diffengine_sdxl.structures import Batch
 
 
 class WeightRecorder(Hook):
@@ -113,6 +117,8 @@ def test_pictures_of_prompts(conditions: str, circles: Path, tmp_path: Path, tin
                              ['adapter', 'seed 5', 'seed 6'], 'step 4, EMA weights')
     assert np.array_equal(sheet(tmp_path / 'samples' / 'step4.png'), np.asarray(expected))
     assert sorted(p.name for p in (tmp_path / 'samples').iterdir()) == ['step4.png']
+    log = next(tmp_path.rglob('*.log')).read_text()
+    assert re.search(r"step4.png' took [\d.]+ s; samples took [\d.]+% of the training time so far", log)
 
 
 def test_pictures_change_no_weight(tmp_path: Path, tiny: dict[str, Any]) -> None:
@@ -144,6 +150,31 @@ def test_an_image_is_computed_once(adapters: bool, tmp_path: Path, tiny: dict[st
     assert len(calls) == 2  # two seeds
     columns = sheet(tmp_path / 'samples' / 'step4.png').shape[1] // 128
     assert columns == (3 if adapters else 2)
+
+
+def test_images_are_made_in_batches_that_fit() -> None:
+    """Each has its own seed; after the first batch for which memory does not suffice, they are made one by one."""
+    batches: list[Batch] = []
+
+    def model(batch: Batch, mode: str) -> list[dict[str, Any]]:
+        batches.append(batch)
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return [{'images': {'base': torch.full((3, 2, 2), int(seed) / 255)}} for seed in batch.seed]
+    model.device = torch.device('cpu')  # type: ignore[attr-defined]
+    one = make_batch(1)
+    for batch_size, lengths in (('auto', [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (3, [3, 1, 1, 1, 1, 1])):
+        batches.clear()
+        hook = SampleHook(num_images=5, seed=40, batch_size=batch_size)
+        images = hook._images(model, one)  # type: ignore[arg-type]
+        assert [len(batch) for batch in batches] == lengths
+        assert [np.asarray(image)[0, 0].tolist() for image in images] == [[40 + i] * 3 for i in range(5)]
+    hook.batch_size = 2
+    hook._images(model, one)  # type: ignore[arg-type]
+    row, rows = (batch.conditions['conditioning_image'] for batch in (one, batches[-2]))
+    assert batches[-2].text == one.text * 2 and torch.equal(rows, row.repeat(2, 1, 1, 1))
+    with pytest.raises(UserError, match='batch_size=0'):
+        SampleHook(batch_size=0)
 
 
 def test_pictures_need_a_sampler_and_whole_lists(circles: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:

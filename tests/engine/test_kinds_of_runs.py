@@ -1,6 +1,8 @@
 """Train, export, kill and resume every kind of adapter, bitwise; alone and beside others."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,30 @@ def check_resume(folder: Path, config: dict[str, Any]) -> None:
     assert_same_run(folder / 'whole', folder / 'cut', 4)
 
 
+@pytest.fixture
+def after_deterministic() -> Iterator[None]:
+    """Allow all kernels again when the test has ended."""
+    yield
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert 'CUBLAS_WORKSPACE_CONFIG' in os.environ and not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 @pytest.mark.parametrize('kind', CASES)
-def test_every_kind_resumes_bitwise(tmp_path: Path, tiny: dict[str, Any], encoder: Path, kind: str) -> None:
-    """With dropout where a kind has it; every trained weight has moved, and the export reads back."""
+def test_every_kind_resumes_bitwise(tmp_path: Path, tiny: dict[str, Any], encoder: Path, kind: str,
+                                    after_deterministic: None) -> None:
+    """With dropout where a kind has it; every trained weight has moved, and the export reads back.
+
+    With `deterministic`, so that torch refuses a kernel of ours that is not, as far as a CPU has such.
+    """
     config = dict(CASES[kind].config)
     if kind in ('lora', 'dora', 'loha', 'lokr'):
         config['dropout'] = 0.3
     run = options(tiny, dict(a=config), encoder, ['a'] if config.get('condition_key') else [])
+    run['randomness.deterministic'] = True
     check_resume(tmp_path, run)
     state, before = weights(tmp_path / 'whole', 4), weights(tmp_path / 'whole', 2)
     assert state and not any(torch.equal(state[k], before[k]) for k in state)

@@ -14,6 +14,7 @@ from parity import generators, make_batch, picture_batch, sampler, set_scheduler
 from safetensors.torch import load_file, save_file
 
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading.base import load_components
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.testing import tiny_unet, tiny_vae, write_tiny_sdxl
 
@@ -106,6 +107,24 @@ def test_mixed_precision_stores(tiny_base: Path, precision: str, trainable: tupl
         unet=torch.float32 if trainable else half, vae=torch.float32, text_encoder=half, text_encoder_2=half)
     given = SDXL(pretrained=str(tiny_base), mixed_precision=precision, dtype=dict(unet='float32', vae=str(half)[6:]))
     assert given.unet.dtype == torch.float32 and given.vae.dtype == half
+
+
+def test_a_vae_is_in_half_precision_where_its_config_allows(tiny_base: Path, tmp_path: Path) -> None:
+    """With `force_upcast` False, unless its dtype is given; one that another model shares stays as it is."""
+    half, others = torch.bfloat16, dict.fromkeys((*PARTS[:1], *PARTS[2:]), torch.float32)
+    for force_upcast in (True, False):
+        vae = tiny_vae(4)
+        vae.register_to_config(force_upcast=force_upcast)
+        vae.save_pretrained(tmp_path / str(force_upcast))
+
+    def dtype(force_upcast: bool, **settings: Any) -> torch.dtype:
+        arguments = {'dtypes': others, 'half': half, **settings}
+        parts = load_components(None, str(tmp_path / str(force_upcast)), str(tiny_base), None, seed=0, **arguments)
+        found: torch.dtype = parts['vae'].dtype
+        return found
+    assert (dtype(False), dtype(True), dtype(False, half=None)) == (half, torch.float32, torch.float32)
+    assert dtype(False, dtypes={**others, 'vae': torch.float32}) == torch.float32
+    assert dtype(False, shared={'vae': vae}) == torch.float32
 
 
 def hub_cache(folder: Path, *bases: Path, repo: str = 'me/tiny') -> Path:

@@ -124,7 +124,7 @@ def test_both_halves_run_all_timesteps(name: str, steps: int) -> None:
     for cut in (0.2, 0.3, 0.5, 0.8):
         schedulers = [scheduler_class(SOLVERS[name]['type']).from_config(config) for _ in range(2)]
         for scheduler in schedulers:
-            set_timesteps(scheduler, steps, None, None, torch.device('cpu'))
+            set_timesteps(scheduler, steps, None, None)
         first = select_timesteps(schedulers[0], steps, denoising_end=cut)
         second = select_timesteps(schedulers[1], steps, denoising_start=cut)
         assert first.first == 0 and first.total == second.total == len(schedulers[0].timesteps)

@@ -7,7 +7,8 @@ class_folder = 'data/class'
 class_prompt = 'a photo of dog'
 prior_loss_weight = 1.0
 folder_transforms = [*_base_.to_size, *_base_.to_inputs]
-train_dataloader = dict(dataset=dict(
+# A row is a pair: an image of the thing and one of its class.
+train_dataloader = dict(batch_size=1, dataset=dict(
     _delete_=True,
     type='PriorPreservation',
     instance=dict(type='CaptionFolder', source='$instance_folder', default_caption='$instance_prompt',

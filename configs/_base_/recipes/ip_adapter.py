@@ -1,4 +1,4 @@
-"""An IP-Adapter on SDXL base 1.0: 100,000 steps of one sample."""
+"""An IP-Adapter on SDXL base 1.0: 100,000 steps of two samples."""
 _base_ = [
     '../models/sdxl_base.py', '../adapters/ip_adapter.py', '../objectives/denoise.py', '../samplers/euler.py',
     '../schedules/adamw_15k.py', '../runtime.py'

@@ -1,4 +1,4 @@
-"""A LoRA on SDXL base 1.0: 5,000 steps of one sample."""
+"""A LoRA on SDXL base 1.0: 5,000 steps of two samples."""
 _base_ = [
     '../models/sdxl_base.py', '../adapters/lora.py', '../objectives/denoise.py', '../samplers/euler.py',
     '../schedules/adamw_15k.py', '../runtime.py'

@@ -33,7 +33,7 @@ from diffengine_sdxl.request import OPTIONS, ROWS, Request
 FORMAT = 1
 KEY = 'diffengine_sdxl'
 #: Sections of a config that determine an image.
-CONFIG = ('model', 'refiner', 'infer_cfg', 'randomness')
+CONFIG = ('model', 'refiner', 'infer_cfg', 'randomness', 'speed')
 #: Keys of a model that change no image.
 IGNORED = ('cache_dir', 'objective', 'gradient_checkpointing')
 #: Settings of a Request that may name files.

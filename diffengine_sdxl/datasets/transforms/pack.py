@@ -12,12 +12,13 @@ from diffengine_sdxl.datasets.transforms.geometry import FILTERS, GEOMETRY_KEYS,
 from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.images import clip_pixels
 from diffengine_sdxl.registry import TRANSFORMS
+from diffengine_sdxl.structures import as_floats
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Convert an image to float32 [3, H, W] in [0, 1]."""
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return an image's pixels, uint8 [3, H, W]."""
     array = np.array(image if image.mode == 'RGB' else image.convert('RGB'))
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 @TRANSFORMS.register_module()
@@ -93,16 +94,17 @@ class LossMask:
         if not isinstance(image, Image.Image):
             raise UserError(f"Sample '{sample.get('key')}' has no image '{self.key}' for LossMask: name its column "
                             f"(extra_columns=dict({self.key}='...')), and put LossMask before PackInputs.")
-        white = to_tensor(image.convert('L'))[:1]
+        white = as_floats(pixels_of(image.convert('L'))[:1])
         sample['mask'] = torch.lerp(torch.tensor(self.outside), torch.tensor(1.0), white)
         return sample
 
 
 @TRANSFORMS.register_module()
 class PackInputs:
-    """Turn 'img' into float32 [3, H, W] in [-1, 1] and every other image into float32 [3, H, W] in [0, 1].
+    """Turn every image into uint8 [3, H, W], which the model's BatchPreprocessor turns into floats on its device.
 
-    The last transform: entries that only transforms use are dropped.
+    'img' becomes [-1, 1] there, any other image [0, 1]. The last transform: entries that only transforms use are
+    dropped.
 
     Raises:
         UserError: the images of a sample have different sizes.
@@ -115,7 +117,4 @@ class PackInputs:
             raise UserError(f"The images of sample '{sample.get('key')}' differ in size (height x width): {sizes}. "
                             'Add Resize and Crop.')
         packed = {key: value for key, value in sample.items() if key not in GEOMETRY_KEYS}
-        packed |= {key: to_tensor(image) for key, image in images.items()}
-        if 'img' in images:
-            packed['img'] = packed['img'].sub(0.5).div(0.5)
-        return packed
+        return packed | {key: pixels_of(image) for key, image in images.items()}

@@ -29,7 +29,8 @@ class CurvesHook(Hook):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.rates: dict[str, float] = {}
+        #: Of the steps whose losses are not known yet.
+        self.rates: dict[int, dict[str, float]] = {}
 
     @master_only
     def before_train(self, runner: ExperimentRunner) -> None:
@@ -42,13 +43,12 @@ class CurvesHook(Hook):
     @master_only
     def before_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None) -> None:
         """Record this step's learning rates, before the schedule sets the next step's."""
-        self.rates = {name: values[0] for name, values in runner.optim_wrapper.get_lr().items()}
+        self.rates[runner.iter + 1] = {name: values[0] for name, values in runner.optim_wrapper.get_lr().items()}
 
     @master_only
-    def after_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict[str, float] | None = None) -> None:
+    def after_step_values(self, runner: ExperimentRunner, step: int, losses: dict[str, float]) -> None:
         """Log one step."""
-        self.lines.append(json.dumps({'step': runner.iter + 1, **(outputs or {}), **self.rates}) + '\n')
+        self.lines.append(json.dumps({'step': step, **losses, **self.rates.pop(step)}) + '\n')
         if len(self.lines) >= 50:
             self._flush()
 

@@ -99,6 +99,7 @@ class FirstStepsHook(Hook):
         """
         if not self.watched:
             return
+        runner.settle()  # costs nothing here: `_before_step` waits, too
         if not self._stepped and getattr(runner.optim_wrapper, 'loss_scaler', None) is None:
             raise _stopped(runner, 'the optimizer made no step')
         if self._moved is not None:
@@ -181,12 +182,14 @@ class FirstStepsHook(Hook):
         self._remove.append(lambda: adapter.__dict__.pop('contribute', None))
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._stepped = True
-        for watched in self.watched:
+        # The kernel of a fused optimizer is called in any case, and leaves out the step where this is 1.
+        found_inf = getattr(optimizer, 'found_inf', None)
+        self._stepped = found_inf is None or not bool(found_inf)
+        for watched in self.watched if self._stepped else ():
             self._moved = watched.before_step() or self._moved
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        for watched in self.watched:
+        for watched in self.watched if self._stepped else ():
             watched.after_step()
 
 

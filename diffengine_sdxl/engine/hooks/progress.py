@@ -6,12 +6,27 @@ import logging
 import sys
 from typing import Any
 
+import torch
 from mmengine import hooks
 from mmengine.dist import master_only
 
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import whole_number
 from diffengine_sdxl.registry import HOOKS
+
+
+@HOOKS.register_module()
+class RuntimeInfoHook(hooks.RuntimeInfoHook):
+    """mmengine's, but losses are logged when the host has them: on an accelerator a step later."""
+
+    def after_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
+                         outputs: Any = None) -> None:
+        """Do nothing: `outputs` may still lie on the device."""
+
+    def after_step_values(self, runner: ExperimentRunner, step: int, losses: dict[str, float]) -> None:
+        """Log the losses of one step."""
+        for name, value in losses.items():
+            runner.message_hub.update_scalar(f'train/{name}', value)
 
 
 @HOOKS.register_module()
@@ -26,6 +41,11 @@ class LoggerHook(hooks.LoggerHook):
     def __init__(self, interval: int = 10, **kwargs: Any) -> None:
         super().__init__(interval=whole_number('default_hooks.logger.interval', interval, 1), **kwargs)
 
+    def before_run(self, runner: ExperimentRunner) -> None:
+        """Let the peak of memory be logged without a copy to the device and back, as mmengine makes one to wait for."""
+        super().before_run(runner)
+        runner.log_processor._get_max_memory = _peak_memory  # type: ignore[method-assign]
+
     def end_of_epoch(self, dataloader: Any, batch_idx: int) -> bool:
         """Return False: the data is endless, and a stream has no length."""
         return False
@@ -34,6 +54,13 @@ class LoggerHook(hooks.LoggerHook):
         """Do nothing: the loop reports, with intervals."""
 
     after_test_epoch = after_val_epoch
+
+
+def _peak_memory(runner: ExperimentRunner) -> int:
+    """Return the peak of memory since the last call, on the present CUDA device in MiB."""
+    peak = torch.cuda.max_memory_allocated() // 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 @HOOKS.register_module()
@@ -68,14 +95,15 @@ class ProgressHook(hooks.Hook):
 
     @master_only
     def after_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict[str, float] | None = None) -> None:
-        """Advance the bar."""
+                         outputs: Any = None) -> None:
+        """Advance the bar; the loss is the last one that has arrived."""
         if self.bar is None:
             return
         scalars = runner.message_hub.log_scalars
         seconds = scalars['train/time'].mean(20) if 'train/time' in scalars else 0.0
         speed = f'{1 / seconds:.2f} steps/s' if seconds else ''
-        self.bar.update(self.task, advance=1, info=f'loss {(outputs or {}).get("loss", float("nan")):.4f}  {speed}')
+        loss = f'loss {scalars["train/loss"].current():.4f}  ' if 'train/loss' in scalars else ''
+        self.bar.update(self.task, advance=1, info=f'{loss}{speed}')
 
     def after_train(self, runner: ExperimentRunner) -> None:
         """Remove the bar."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
+from PIL import Image
+from torch import Tensor
 
 from diffengine_sdxl.datasets import Draw, collate
 from diffengine_sdxl.datasets.transforms.geometry import height_width
@@ -25,6 +29,10 @@ from diffengine_sdxl.registry import HOOKS
 from diffengine_sdxl.request import Request
 from diffengine_sdxl.samplers.sampler import check_size
 from diffengine_sdxl.structures import Batch
+
+#: Bytes that making one image of 1024 x 1024 pixels takes beside the weights, with guidance and an fp32 VAE, whose last
+#: block takes most of it: estimated, not measured.
+BYTES_PER_IMAGE = 6 * 2**30
 
 
 @HOOKS.register_module()
@@ -44,6 +52,8 @@ class SampleHook(Hook):
         seed: of the first image; the following ones count up.
         negative_prompt: one for all; None for the null text.
         at_start: also before the first step.
+        batch_size: images of one prompt that are made at once; above 1 the last bits may differ. 'auto': on CUDA as
+            many as its free memory holds, elsewhere 1. If it does not suffice after all, they are made one by one.
     """
 
     # After the checkpoint, so that images that fail don't cost the steps before them.
@@ -52,10 +62,12 @@ class SampleHook(Hook):
     def __init__(self, interval: int | None = 500, prompts: str | Sequence[str] = (),
                  conditions: Mapping[str, Any] | None = None, num_from_dataset: int = 0, num_images: int = 4,
                  size: int | Sequence[int] = 1024, seed: int = 0, negative_prompt: str | None = None,
-                 at_start: bool = False) -> None:
+                 at_start: bool = False, batch_size: int | str = 'auto') -> None:
         self.interval = None if interval is None else whole_number('SampleHook: interval', interval, 1)
         self.num_images = whole_number('SampleHook: num_images', num_images, 1)
         self.seed = whole_number('SampleHook: seed', seed)
+        self.batch_size = batch_size if batch_size == 'auto' else whole_number('SampleHook: batch_size', batch_size, 1)
+        self.seconds = 0.0
         self.at_start, self.negative_prompt = at_start, negative_prompt
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.num_from_dataset = 0 if self.prompts else whole_number('SampleHook: num_from_dataset', num_from_dataset, 0)
@@ -83,6 +95,7 @@ class SampleHook(Hook):
         """Read the images, so that a wrong path stops the run before its first step."""
         if not self.interval or not (self.prompts or self.num_from_dataset) or not is_main_process():
             return
+        self.started = time.perf_counter()
         model = runner.bare_model
         if model.sampler is None:
             raise UserError('SampleHook makes images, but model.sampler is not set.')
@@ -102,24 +115,21 @@ class SampleHook(Hook):
                          outputs: Any = None) -> None:
         """Draw at the interval."""
         if self.interval and (runner.iter + 1) % self.interval == 0:
+            runner.settle()  # in all processes: a step that is not finite stops the run before it is drawn
             if self.batches:
                 self.draw(runner, runner.iter + 1)
             barrier()
 
     def draw(self, runner: ExperimentRunner, step: int) -> None:
         """Make the images and write the grid."""
-        model, rows = runner.bare_model, []
+        model, rows, began = runner.bare_model, [], time.perf_counter()
         conditions = {name: adapter.condition_key for name, adapter in model.adapters.items()
                       if adapter.condition_key in self.batches[0].conditions}
         model.eval()
         with runner.exported_weights():
             for batch in self.batches:
                 images = [first_image(batch.conditions[key][0]) for key in conditions.values()]
-                for k in range(self.num_images):  # one by one: a batch of large images may not fit beside training
-                    batch.seed = torch.tensor([self.seed + k])
-                    image, = model(batch, mode='predict')[0]['images'].values()
-                    images.append(to_pil(image.float().cpu().numpy()))
-                rows.append((batch.text[0], images))
+                rows.append((batch.text[0], [*images, *self._images(model, batch)]))
         model.train()
         columns = [*conditions, *(f'seed {self.seed + k}' for k in range(self.num_images))]
         grid = labelled_grid(rows, columns, f'step {step}{", EMA weights" if runner.ema is not None else ""}')
@@ -127,7 +137,35 @@ class SampleHook(Hook):
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
         runner.visualizer.add_image('samples', np.asarray(grid), step=step)
-        runner.logger.info(f"Samples: '{path}'")
+        now = time.perf_counter()
+        self.seconds += now - began
+        runner.logger.info(f"Samples: '{path}' took {now - began:.1f} s; samples took "
+                           f'{self.seconds / (now - self.started):.1%} of the training time so far.')
+
+    def _images(self, model: SDXL, batch: Batch) -> list[Image.Image]:
+        """Return the images of one prompt."""
+        images: list[Image.Image] = []
+        while len(images) < self.num_images:
+            num, first = min(self._number_at_once(model.device), self.num_images - len(images)), self.seed + len(images)
+            try:
+                samples = model(replace(_repeated(batch, num), seed=torch.arange(first, first + num)), mode='predict')
+            except torch.OutOfMemoryError:
+                if num == 1:
+                    raise
+                self.batch_size = 1
+                continue
+            images += [to_pil(image.float().cpu().numpy()) for sample in samples for image in sample['images'].values()]
+        return images
+
+    def _number_at_once(self, device: torch.device) -> int:
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        if device.type != 'cuda':
+            return 1
+        free = torch.cuda.mem_get_info(device)[0]
+        # What torch holds and training does not use is free, too.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(1, int(free / (BYTES_PER_IMAGE * self.size[0] * self.size[1] / 2**20)))
 
     def _from_prompts(self, model: SDXL) -> list[Batch]:
         requests = [Request(prompt=prompt, negative_prompt=self.negative_prompt, seed=self.seed,
@@ -153,3 +191,14 @@ class SampleHook(Hook):
             # A user's own transform may drop conditions, too.
             batch.size, batch.drop = self.size, {}
         return batches
+
+
+def _repeated(batch: Batch, num: int) -> Batch:
+    """Return a batch of `num` times the one sample of `batch`; of 1, with the same tensors."""
+    def repeat(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if num == 1 else value.repeat_interleave(num, dim=0)
+        if isinstance(value, Mapping):
+            return {k: repeat(v) for k, v in value.items()}
+        return value * num if isinstance(value, list) else value
+    return replace(batch, **{f.name: repeat(getattr(batch, f.name)) for f in fields(batch)})

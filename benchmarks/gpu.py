@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -26,6 +27,8 @@ from typing import Any
 
 import torch
 
+# torch reads it once, at the first matrix product: for the section 'exact'. On Hopper it is the default's size.
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_exact
 import gpu_images
@@ -54,6 +57,7 @@ class Bench:
         batch_sizes: of training steps, the most important first.
         steps: timed training steps of a row, and solver steps of an image.
         matmul: TFLOP/s of the card in bf16, once it is measured.
+        images: adapters -> the image that the first mode made.
     """
 
     base: Workbench
@@ -66,6 +70,7 @@ class Bench:
     section: str = ''
     started: float = 0.0
     matmul: float | None = None
+    images: dict[Any, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def left(self) -> float:
@@ -94,8 +99,10 @@ class Bench:
         except Exception as error:
             traceback.print_exc()
             failure = {'error': f'{type(error).__name__}: {error}'[:300]}
-        if failure:  # outside of the handler, which keeps the tensors of the frames that failed
-            self.base.free()
+        # Outside of the handler, which keeps the tensors of the frames that failed. A runner lies in cycles, and the
+        # optimizer's states with it.
+        self.base.free()
+        if failure:
             self.add(name, {**labels, **failure})
 
     def run(self, sections: Sequence[str]) -> None:

@@ -112,16 +112,25 @@ def _ours(bench: Any, kinds: Sequence[str], mode: str) -> dict[str, Any]:
                                     num_inference_steps=bench.solver_steps, conditions=images)
         return result
     try:
-        values = {**timed(call, base), 'vae': str(inferencer.model.vae.dtype)}
+        values = {**timed(call, base), 'vae': str(inferencer.model.vae.dtype),
+                  'fell_back': base.fell_back(inferencer.model), **_compared(bench, kinds, call())}
         if 'lora' in kinds:
             folder = write_lora(base)
             begun = time.perf_counter()
             inferencer.load_adapter('style', str(folder))
             values['swap_s'] = round(time.perf_counter() - begun, 3)
             values['after_swap_s'] = round(seconds(call, base), 3)
+            values |= {f'swapped_{name}': value for name, value in _compared(bench, (*kinds, 'swap'), call()).items()}
         return values
     finally:
         base.restore(inferencer.model)
+
+
+def _compared(bench: Any, kinds: Sequence[str], image: Tensor) -> dict[str, Any]:
+    """Compare an image with that of the first mode, which is 'off'; a graph's must be the same."""
+    first = bench.images.setdefault(tuple(kinds), image)
+    return {} if first is image else {'equal': torch.equal(first, image),
+                                      'max_difference': round(float((first - image).abs().max()), 5)}
 
 
 def write_lora(base: Any) -> Path:

@@ -17,7 +17,7 @@ from recipe import Recipe
 from safetensors import safe_open
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from workbench import NUM_ROWS
+from workbench import NUM_ROWS, Workbench
 
 ROOT = str(Path(__file__).resolve().parents[1])
 #: TFLOP of a training step for one image at 1024 px from cached inputs, counted by benchmarks/count.py.
@@ -148,16 +148,23 @@ class Meter(Hook):
             self._start_profile()
 
     def after_train(self, runner: Any) -> None:
-        """Write the profile."""
+        """Write the profile; a profiler that fails does not cost the times."""
+        self.values |= {'fell_back': Workbench.fell_back(runner.bare_model), 'chosen': runner.measured}
         if self._profile is not None:
-            synchronize(self.device)
-            self._profile.stop()
-            events = self._profile.key_averages()
-            kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-            self.values['gpu_ms'] = round(sum(e.self_device_time_total for e in kernels) / 1e3, 2)
-            self.values['kernels'] = sum(e.count for e in kernels)
-            self.profile_path.write_text(events.table(sort_by='self_cuda_time_total', row_limit=50,
-                                                      max_name_column_width=100))
+            try:
+                self._write_profile()
+            except Exception as error:
+                self.values['profile'] = f'{type(error).__name__}: {error}'[:200]
+
+    def _write_profile(self) -> None:
+        synchronize(self.device)
+        self._profile.stop()
+        events = self._profile.key_averages()
+        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+        self.values['gpu_ms'] = round(sum(e.self_device_time_total for e in kernels) / 1e3, 2)
+        self.values['kernels'] = sum(e.count for e in kernels)
+        self.profile_path.write_text(events.table(sort_by='self_cuda_time_total', row_limit=50,
+                                                  max_name_column_width=100))
 
     def _count_waits(self) -> None:
         self._warnings = warnings.catch_warnings(record=True)
@@ -169,7 +176,7 @@ class Meter(Hook):
         torch.cuda.set_sync_debug_mode('default')
         self._warnings.__exit__(None, None, None)
         places = Counter(f'{w.filename.removeprefix(ROOT + "/")}:{w.lineno}' for w in self._seen
-                         if 'synchroniz' in str(w.message))
+                         if 'called a synchronizing' in str(w.message))
         self.values |= {'waits': sum(places.values()), 'waits_at': dict(places)}
 
     def _start_profile(self) -> None:

@@ -78,18 +78,24 @@ class Workbench:
             yield
 
     def restore(self, model: SDXL) -> None:
-        """Take a model's adapters, compiled blocks and checkpointing from the base, for the next model."""
+        """Take a model's adapters, compiled blocks, layout and checkpointing from the base, for the next model."""
         for adapter in reversed(list(model.adapters.values())):
             adapter.detach(model)
         for part in (model.unet, model.vae, model.text_encoder, model.text_encoder_2):
             part.requires_grad_(False).eval()
-        model.unet.disable_gradient_checkpointing()
+        model.unet.to(memory_format=torch.contiguous_format).disable_gradient_checkpointing()
         compiled = [module for module in model.unet.modules() if module._compiled_call_impl is not None]
         for module in compiled:
             module._compiled_call_impl = None
         if compiled:
             torch._dynamo.reset()
         self.free()
+
+    @staticmethod
+    def fell_back(model: SDXL) -> bool:
+        """Return whether blocks could not be compiled, or no graph be captured: then a row is of plain calls."""
+        calls = [module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None]
+        return any(call.func.__self__.failed for call in calls) or getattr(model.unet_graphs, 'failed', False)
 
     def forget(self) -> None:
         """Drop the base: a failure may have left something in it."""

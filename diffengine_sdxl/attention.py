@@ -150,6 +150,9 @@ class ImageLayers:
         """Return what computes keys and values."""
         return self.copies or (self.to_k.weight, self.to_v.weight)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, 'copies': None}  # those of a training step belong to its graph and cannot be copied
+
 
 def use_image_prompts(unet: Any, user: str, layers: Mapping[str, ImageLayers]) -> str:
     """Let the cross-attentions read image tokens until every user has called `release`.

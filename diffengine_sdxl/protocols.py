@@ -100,6 +100,7 @@ class Model(Denoiser, Protocol):
     adapters_disabled: bool
     text_trains: bool
     text_adapted: bool
+    mixed_parts: set[str]
     prompt_cache: dict[Any, tuple[Tensor, Tensor]] | None
 
     @property

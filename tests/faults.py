@@ -10,6 +10,7 @@ import torch
 from kinds import CASES
 from torch.utils.checkpoint import checkpoint
 
+from diffengine_sdxl.attention import ImageLayers
 from diffengine_sdxl.models import prompt_branches
 
 TEXT = dict(type='LoRA', rank=4, parts=['text_encoder', 'text_encoder_2'])
@@ -201,10 +202,8 @@ def features_lost(runner: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def no_image_values(runner: Any, patch: pytest.MonkeyPatch) -> None:
-    """The processors use the text's values for the image."""
-    for name, layer in runner.bare_model.adapters['a'].named_modules():
-        if 'to_v' in name and isinstance(layer, torch.nn.Linear):
-            patch.setattr(layer, 'forward', torch.no_grad()(layer.forward))
+    """The processors project the image's values without gradients."""
+    patch.setattr(ImageLayers, 'weights', property(lambda layers: (layers.to_k.weight, layers.to_v.weight.detach())))
 
 
 def tokens_cut_off(runner: Any, patch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Attention processors: image tokens bitwise as in diffusers' processors, and none left after the last user."""
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -102,6 +103,14 @@ def test_rows_may_have_scales_and_masks_of_their_own(attention: Attention) -> No
         expected = stock(attention, [(single, layers)], hidden[row:row + 1], text[row:row + 1], [mask[row:row + 1]])
         torch.testing.assert_close(out[row:row + 1], expected, rtol=1e-6, atol=1e-6)  # another batch size
     assert torch.equal(out[:1], ours(attention, [], hidden, text, AttnProcessor2_0())[:1])
+
+
+def test_layers_can_be_copied_after_a_training_step() -> None:
+    """As `to_diffusers` does with the UNet: what a step computed in another dtype belongs to its graph."""
+    layers = ImageLayers(nn.Linear(2, 3), nn.Linear(2, 3))
+    layers.copies = layers.to_k.weight.bfloat16(), layers.to_v.weight.bfloat16()
+    copied = copy.deepcopy(layers)
+    assert copied.copies is None and torch.equal(copied.weights[0], layers.to_k.weight)
 
 
 @pytest.mark.parametrize('size', [(1024, 1024), (832, 1216), (1344, 768), (96, 160), (48, 80), (40, 72)])

@@ -45,6 +45,9 @@ class Adapter(nn.Module):
     size_divisor = 1
     #: Whether it changes modules of the base itself (LoRA), which other adapters may need unchanged.
     modifies_base = False
+    #: Whether it can compute in a base's half precision by itself: for images all its weights are stored so, and those
+    #: inside the base need no autocast. Else they stay as they are, and a component that holds some is under autocast.
+    brings_precision = False
     #: Whether its condition is aligned with the output image pixel by pixel, and so sets the output's size.
     condition_has_image_size = False
     #: Where it attaches, for the model's summary.
@@ -141,7 +144,8 @@ class Adapter(nn.Module):
 
     def to_compute_dtype(self, dtype: torch.dtype) -> None:
         """Store its weights in the base's half-precision `dtype`, once and for all: for images, not for training."""
-        self.to(dtype)
+        if self.brings_precision:
+            self.to(dtype)
 
     def constants(self) -> Any:
         """Return what its parts in the base compute with besides inputs and weights, for CUDA graphs of the UNet.

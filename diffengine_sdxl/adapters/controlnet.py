@@ -58,6 +58,7 @@ class ControlNet(ControlAdapter):
             the base has no middle block, or a union has no control type.
     """
 
+    brings_precision = True
     file_formats = ('diffusers',)
     diffusers_call = "ControlNetModel.from_pretrained('{out}')"
     attach_point = 'into the skip connections'

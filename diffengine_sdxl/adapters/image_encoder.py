@@ -35,6 +35,8 @@ class ImageEncoder(Adapter):
             second text encoder.
     """
 
+    brings_precision = True
+
     def __init__(self, weights: str | None = None, subfolder: str | None = None, trainable: bool = True,
                  image_size: int = 224, patch_size: int = 14, hidden_size: int = 768, num_hidden_layers: int = 12,
                  num_attention_heads: int = 12, revision: str | None = None) -> None:

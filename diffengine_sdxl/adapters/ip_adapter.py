@@ -84,6 +84,7 @@ class IPAdapter(Adapter):
         UserError: an option is unknown; in `attach`, if the encoder or `weights` cannot be loaded, or don't fit.
     """
 
+    brings_precision = True
     attach_point = 'cross-attentions'
     file_formats = ('original', 'diffusers')  # h94's layout, which diffusers shares
     diffusers_call = ("pipeline.load_ip_adapter('{out}', subfolder='', weight_name='ip_adapter.safetensors', "

@@ -77,7 +77,7 @@ class LoRA(Adapter):
             fit the base or the arguments.
     """
 
-    modifies_base = True
+    modifies_base = brings_precision = True
     attach_point = 'inside the base'
 
     def __init__(self, weights: str | None = None, trainable: bool = True, scale: float = 1.0,

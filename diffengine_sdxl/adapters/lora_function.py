@@ -38,8 +38,9 @@ def lora_linear(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor, rows: Tensor 
         dropout: of x on its way to A.
     """
     # torch.compile fuses the formula by itself. A quantized weight is of another class, and does more than a product.
+    # Around a part that trains in half precision, CUDA's autocast gives x in fp32, from norms.
     if (rows is None and dropout is None and type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-            and not layer.weight.requires_grad and not torch.compiler.is_compiling()):
+            and not layer.weight.requires_grad and x.dtype == a.dtype and not torch.compiler.is_compiling()):
         output: Tensor = _LoRALinear.apply(x, layer.weight, layer.bias, a, b)
         return output
     change = F.linear(F.linear(x if dropout is None else dropout(x), a), b)

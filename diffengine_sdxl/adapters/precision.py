@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors as unflatten
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +17,19 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 def autocast(device_type: str, dtype: torch.dtype, enabled: bool = True) -> AbstractContextManager[Any]:
     """Autocast inside; nothing on the meta device, which has no autocast."""
     return nullcontext() if device_type == 'meta' else torch.autocast(device_type, dtype, enabled=enabled)
+
+
+def is_mixed(component: nn.Module, adapters: Iterable[Any]) -> bool:
+    """Return whether a component of the base holds weights of another dtype, of an adapter that does not cast them."""
+    added = {id(p) for adapter in adapters if not adapter.brings_precision
+             for p in (*adapter.all_parameters(), *adapter.trainables())}
+    dtypes = {p.dtype for p in component.parameters() if id(p) not in added}
+    return any(id(p) in added and p.dtype not in dtypes for p in component.parameters())
+
+
+def under_autocast(model: Any, part: str) -> bool:
+    """Return whether a component of an SDXL computes under autocast: it trains, or mixes dtypes by its adapters."""
+    return part in model.trainable_parts or part in model.mixed_parts and not model.adapters_disabled
 
 
 def cast(weights: Sequence[Tensor], dtype: torch.dtype, factors: Sequence[float] | None = None) -> tuple[Tensor, ...]:

@@ -46,6 +46,7 @@ class T2IAdapter(ControlAdapter):
         UserError: in `attach`, if the base hasn't SDXL's block layout, or `weights` were made for another base.
     """
 
+    brings_precision = True
     file_formats = ('diffusers',)
     diffusers_call = "T2IAdapter.from_pretrained('{out}')"
     attach_point = 'after the down blocks'

@@ -55,6 +55,7 @@ class TextualInversion(Adapter):
             `formats.textual_inversion`.
     """
 
+    brings_precision = True
     attach_point = 'in the vocabulary'
     diffusers_call = (
         "in two calls, one for each text encoder: pipeline.load_textual_inversion(state['clip_l'], token=..., "

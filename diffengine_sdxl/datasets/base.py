@@ -38,6 +38,9 @@ class SampleBuilder:
                  max_samples: int | None = None) -> None:
         one_of('on_bad_image', on_bad_image, ('raise', 'skip'))
         self.transforms: list[Transform] = [TRANSFORMS.build(t) if isinstance(t, dict) else t for t in transforms]
+        for i, transform in enumerate(self.transforms):
+            if hasattr(transform, 'followed'):  # PackInputs
+                transform.followed = any(not _is_ours(later) for later in self.transforms[i + 1:])
         self.on_bad_image = on_bad_image
         self.max_samples = None if max_samples is None else whole_number('max_samples', max_samples, 1)
         self._warned: set[str] = set()
@@ -99,7 +102,7 @@ class MapDataset(SampleBuilder, Dataset[Sample]):
 
     def captions(self) -> Iterator[str]:
         """Yield the rows' captions as transforms leave them, none dropped; nothing if a user's own may change them."""
-        if all(type(transform).__module__.startswith(f'{SCOPE}.') for transform in self.transforms):
+        if all(map(_is_ours, self.transforms)):
             changes = [transform for transform in self.transforms if getattr(transform, 'changes_caption', False)]
             for index, text in enumerate(self.caption_texts()):
                 sample: Sample = {'text': text, 'key': self.key(index), 'epoch': 0, 'seed': 0}
@@ -124,3 +127,7 @@ class MapDataset(SampleBuilder, Dataset[Sample]):
             except BadImageError as error:
                 self.handle_bad_image(self.key(index), error)
         raise UserError(f'None of the {len(self)} rows of {self.source} has a readable image.')
+
+
+def _is_ours(transform: Transform) -> bool:
+    return type(transform).__module__.startswith(f'{SCOPE}.')

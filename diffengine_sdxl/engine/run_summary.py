@@ -93,7 +93,7 @@ def _precision(runner: ExperimentRunner) -> str:
 
 
 def _speed(runner: ExperimentRunner) -> str:
-    exact = ', deterministic kernels' if torch.are_deterministic_algorithms_enabled() else ''
+    exact = ', deterministic kernels' if runner.resolved.randomness.get('deterministic') else ''
     return f'{runner.speed}{exact}'
 
 

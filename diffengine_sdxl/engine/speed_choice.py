@@ -38,7 +38,7 @@ def choose(speed: Speed, config: Config, model: SDXL, steps: int,
         recorded: what `record` wrote into the checkpoint that the run goes on from.
 
     Returns:
-        The choice, and a sentence if it differs from what was recorded.
+        The choice, and a sentence if it differs from what was recorded in a way that changes bits.
     """
     same_device = recorded is not None and recorded['device'] == model.device.type
     before = {name: recorded[name] for name in asdict(speed)} if recorded is not None else {}
@@ -47,7 +47,7 @@ def choose(speed: Speed, config: Config, model: SDXL, steps: int,
                            deterministic=_deterministic(config), memory=memory,
                            recorded=before if same_device else None)
     changed = [f"{name} was '{before[name]}', is now '{value}'" for name, value in asdict(chosen).items()
-               if before and value != before[name]]
+               if before and value != before[name] and name != 'checkpointing']  # which changes no bit
     return chosen, None if not changed else (
         f'speed: {", ".join(changed)}. The run goes on, but sums may be rounded in another order, so it is not bitwise '
         'the run that was not stopped.')

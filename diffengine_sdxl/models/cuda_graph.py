@@ -33,21 +33,23 @@ class CUDAGraph:
 
     Args:
         pool: memory that graphs share. They run one after the other, and nobody reads an output once the next one runs.
+        stream: what they are captured on, of the UNet's device: on another one nothing would be recorded.
     """
 
-    def __init__(self, pool: Any) -> None:
-        self.pool, self.graph = pool, torch.cuda.CUDAGraph()
+    def __init__(self, pool: Any, stream: Any) -> None:
+        self.pool, self.stream, self.graph = pool, stream, torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         """Run `function` once on a side stream, as torch asks for, then record it."""
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            function()
-        current.wait_stream(side)
-        # Threads of data loaders may pin memory meanwhile.
-        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode='thread_local'):
-            return function()
+        with torch.cuda.device(self.stream.device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                function()
+            current.wait_stream(side)
+            # Threads of data loaders may pin memory meanwhile.
+            with torch.cuda.graph(self.graph, self.pool, self.stream, capture_error_mode='thread_local'):
+                return function()
 
     def replay(self) -> None:
         """Launch it on the current stream."""
@@ -85,7 +87,7 @@ class UNetGraphs:
 
     def __init__(self, model: Model, graph: Callable[[], Graph] | None = None) -> None:
         self.model, self.failed = model, False
-        self.make = graph or partial(CUDAGraph, torch.cuda.graph_pool_handle())
+        self.make = graph or partial(CUDAGraph, torch.cuda.graph_pool_handle(), torch.cuda.Stream(model.device))
         self.calls: dict[Any, Captured | None] = {}
 
     def __call__(self, **arguments: Any) -> tuple[Tensor, ...]:

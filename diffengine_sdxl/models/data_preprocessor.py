@@ -28,7 +28,9 @@ class BatchPreprocessor(BaseDataPreprocessor):
 
 def images_to_floats(collated: Mapping[str, Any]) -> dict[str, Any]:
     """Turn images of 8 bits, [B, C, H, W], into fp32: 'img' in [-1, 1], conditions in [0, 1]; nothing else changes."""
-    return {name: as_floats(value, centred=name == 'img') if isinstance(value, Tensor) and value.dim() == 4 else value
+    others = Batch.names() - {'img'}  # a mask of 0 and 1 is no image
+    return {name: as_floats(value, centred=name == 'img')
+            if isinstance(value, Tensor) and value.dim() == 4 and name not in others else value
             for name, value in collated.items()}
 
 

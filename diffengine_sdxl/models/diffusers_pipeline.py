@@ -86,6 +86,8 @@ class PipelineBuilder:
 
     def __init__(self, model: Model) -> None:
         self._memo: dict[int, Any] = {}
+        # Of the adapters too: an IP-Adapter's keys and values are in the UNet's processors.
+        self._share(model)
         self.parts = {name: None if getattr(model, name) is None else self._copy(getattr(model, name))
                       for name in loading.MODULES}
         self._dtype = model.unet_weight.dtype
@@ -190,13 +192,7 @@ class PipelineBuilder:
 
     def _copy(self, module: nn.Module, dtype: torch.dtype | None = None) -> Any:
         """Copy a module, not its weights, in evaluation mode; weights of another dtype are cast to `dtype`."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in self._memo:
-                # A new Parameter of the same data: `to` and `requires_grad_` change the Parameter itself. Frozen, as
-                # sampling is (`SDXL.frozen`).
-                data = tensor.detach()
-                self._memo[id(tensor)] = nn.Parameter(data, requires_grad=False) if isinstance(
-                    tensor, nn.Parameter) else data
+        self._share(module)
         new = copy.deepcopy(module, self._memo).eval()
         for inner in new.modules():
             inner.register_load_state_dict_pre_hook(_unshare_loaded)
@@ -204,6 +200,16 @@ class PipelineBuilder:
             if dtype is not None and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         return new
+
+    def _share(self, module: Any) -> None:
+        """Let copies of a module's weights share their memory."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in self._memo:
+                # A new Parameter of the same data: `to` and `requires_grad_` change the Parameter itself. Frozen, as
+                # sampling is (`SDXL.frozen`).
+                data = tensor.detach()
+                self._memo[id(tensor)] = nn.Parameter(data, requires_grad=False) if isinstance(
+                    tensor, nn.Parameter) else data
 
     def _attach_image_prompts(self) -> None:
         """Add the IP-Adapters to the copied UNet; `load_ip_adapter` would copy weights and knows fewer projectors."""

@@ -41,9 +41,14 @@ def measure(unet: Any, batch_size: int, timer: Timer | None = None) -> dict[str,
 
 @contextmanager
 def applied(unet: Any, choices: Mapping[str, Any]) -> Iterator[None]:
-    """Compute with what `measure` chose inside; {} changes nothing."""
+    """Compute with what `measure` chose inside; {} changes nothing.
+
+    Weights that train keep their layout: fused optimizers need that of their states, DDP that of its buckets.
+    """
     if 'layout' in choices:
-        unet.to(memory_format=LAYOUTS[choices['layout']])
+        for weight in unet.parameters():
+            if weight.dim() == 4 and not weight.requires_grad:
+                weight.data = weight.data.contiguous(memory_format=LAYOUTS[choices['layout']])
     if not choices.get('attention'):
         yield
         return

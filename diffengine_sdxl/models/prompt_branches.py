@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffengine_sdxl.adapters.precision import under_autocast
 from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.models.prompt_weighting import WeightedEncoder, plain_text
 from diffengine_sdxl.models.text_encoders import NewTokens, TextEncoder, encode_prompts, encode_weighted, extended
@@ -195,13 +196,13 @@ def embed(model: Model, first: Sequence[str], second: Sequence[str], syntax: str
 
 def _embed(model: Model, first: Sequence[str], second: Sequence[str], syntax: str, num_chunks: int,
            clip_skip: int | None) -> tuple[Tensor, Tensor]:
-    trains = any(part in model.trainable_parts for part in ENCODERS)
+    mixed = any(under_autocast(model, part) for part in ENCODERS)
     encoders = _text_encoders(model)
     # As in diffusers, a refiner's only encoder, the second one, reads the first prompt.
     prompts = [first, second][:len(encoders)]
     if model.prompt_cache is not None:  # inference; captions of a training may teach new words
         _warn_of_unread_words(model, prompts, encoders, syntax)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and model.text_trains), model.autocast(trains):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.text_trains), model.autocast(mixed):
         if syntax == 'plain':
             return encode_prompts(prompts, encoders, clip_skip)
         return encode_weighted(prompts, encoders, num_chunks)

@@ -12,7 +12,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.adapters.precision import autocast
+from diffengine_sdxl.adapters.precision import autocast, is_mixed, under_autocast
 from diffengine_sdxl.attention import probed, set_backend
 from diffengine_sdxl.errors import UserError, error_prefix, one_of, whole_number
 from diffengine_sdxl.loading import base as loading
@@ -45,7 +45,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         objective, sampler: configs of the training objective and of the sampler.
         trainable: components that train, of unet, vae, text_encoder, text_encoder_2; the others are frozen.
         mixed_precision: 'no', 'fp16' or 'bf16': dtype of frozen weights, and of autocast around components that train
-            and the adapters' own networks; nothing else of the base computes under autocast.
+            and the adapters' own networks, see `autocast`.
         dtype: dtype of the weights, one for all or by component ('float32', 'bfloat16', 'float16', 'float64'); None
             stores what trains in fp32, and the rest as `mixed_precision` says; but a VAE that overflows in fp16
             (`force_upcast` in its config, as SDXL's own) in fp32.
@@ -174,6 +174,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         weights = [p for part in parts for p in getattr(self, part).parameters()]
         of_adapters = {id(p) for adapter in self.adapters.values() for p in adapter.all_parameters()}
         tokens = [adapter for adapter in self.adapters.values() if adapter.new_tokens()]
+        self.mixed_parts = {p for p in ('unet', *parts) if is_mixed(getattr(self, p), self.adapters.values())}
         self.text_trains = any(p.requires_grad for p in weights) or any(adapter.trainables() for adapter in tokens)
         self.text_adapted = any(id(p) in of_adapters for p in weights) or bool(tokens)
         self.register_state_dict_post_hook(_keep_trained)
@@ -352,7 +353,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
             call.add_channels(conditioning.channels)
         call.check_inputs(self.unet.config)
         unet = self.unet if self.unet_graphs is None or probes is not None else self.unet_graphs
-        with probed(self.unet, probes), self.autocast('unet' in self.trainable_parts):
+        with probed(self.unet, probes), self.autocast(under_autocast(self, 'unet')):
             out: Tensor = unet(**call.kwargs(), return_dict=False)[0]
         call.check_consumed()
         return out
@@ -376,8 +377,8 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
     def autocast(self, enabled: bool) -> AbstractContextManager[Any]:
         """Autocast to the model's `mixed_precision` inside, if `enabled` and it is not 'no'.
 
-        Around a component that trains in fp32, and an adapter's own network. Wrappers of an adapter's fp32 weights in a
-        frozen half-precision component bring their own precision, as on CUDA autocast computes every norm in fp32.
+        Around an adapter's own network, and a component that trains or mixes dtypes, see `precision.under_autocast`;
+        not around wrappers that bring their own precision, as on CUDA autocast computes every norm in fp32.
         """
         return autocast(self.device.type, self.compute_dtype or torch.bfloat16,
                         enabled and self.compute_dtype is not None)

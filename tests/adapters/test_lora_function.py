@@ -180,6 +180,13 @@ def test_wrappers_are_pefts_and_can_be_copied(everywhere: pytest.MonkeyPatch) ->
         assert torch.equal(other(x), other.base_layer(x)) and not torch.equal(wrapper(x), other(x))
 
 
+def test_fp32_inputs_under_autocast(everywhere: pytest.MonkeyPatch) -> None:
+    """As norms give them to a half-precision layer beside one that trains."""
+    layers, x = Layers(torch.bfloat16, torch.float32), inputs(5, 12, dtype=torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.allclose(layers(x.float()), layers(x), rtol=0.02, atol=0.02)
+
+
 def test_compiled_once_for_all_layers(everywhere: pytest.MonkeyPatch) -> None:
     """No graph more for another layer of equal shapes, the copies of another step, another scale."""
     graphs: list[Any] = []

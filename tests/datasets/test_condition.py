@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffengine_sdxl.datasets import collate
+from diffengine_sdxl.datasets import Draw, collate
+from diffengine_sdxl.datasets.base import SampleBuilder
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.data_preprocessor import images_to_floats
 from diffengine_sdxl.registry import TRANSFORMS
@@ -41,6 +42,18 @@ def test_pack_equals_to_tensor_and_normalize():
     assert not {'crop_top_left', 'original_size', 'canvas_size'} & out.keys()
     with pytest.raises(UserError, match="sample 'a' differ in size .*: img 16 x 24, depth 8 x 12"):
         build('PackInputs')(sample(img=noise(), depth=noise(12, 8)))
+
+
+def test_a_transform_after_pack_gets_floats():
+    """One of a user's own; ours expect none."""
+    seen = []
+    image, own = noise(16, 16), lambda sample: seen.append(sample) or sample
+    for later in ([], [dict(type='CaptionDrop', prob=0.0)], [own]):
+        builder = SampleBuilder([dict(type='Crop', size=16), dict(type='PackInputs'), *later])
+        out = builder.transform(dict(img=image, depth=image, text='a'), 'a', Draw(0, 0, 0), 0)
+        assert out['img'].dtype == (torch.float32 if own in later else torch.uint8)
+    floats = images_to_floats(collate([build('PackInputs')(build('Crop', size=16)(sample(img=image)))]))
+    assert torch.equal(seen[0]['img'], floats['img'][0]) and seen[0]['img'].min() < 0 <= seen[0]['depth'].min()
 
 
 def test_canny_equals_opencv_at_the_image_size():

@@ -11,7 +11,9 @@ from parity import grads, make_batch, t2i
 from PIL import Image
 
 from diffengine_sdxl.datasets.transforms import Crop, LossMask, PackInputs, Resize
+from diffengine_sdxl.engine.hooks.first_steps import _rows_that_learn
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.models.data_preprocessor import images_to_floats
 from diffengine_sdxl.models.sdxl import SDXL
 
 
@@ -29,6 +31,14 @@ def test_the_mask_follows_the_geometry() -> None:
     expected = torch.full((1, 32, 32), 0.25)
     expected[..., :16] = 1
     assert torch.equal(made['mask'], expected) and 'loss_mask' not in made
+
+
+def test_a_mask_of_bytes_is_no_image() -> None:
+    """A data set's own mask of 0 and 1 keeps its values, and the guard of the first steps reads it."""
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.uint8)
+    mask[1] = 0
+    assert images_to_floats({'mask': mask})['mask'] is mask
+    assert _rows_that_learn(replace(make_batch(2), mask=mask), []).tolist() == [True, False]
 
 
 @pytest.fixture(scope='module')

@@ -176,11 +176,16 @@ def test_an_ema_that_the_checkpoint_lacks_is_refused(tmp_path: Path, tiny: dict[
 
 
 def test_intervals_and_workers_may_change(tmp_path: Path, tiny: dict[str, Any], whole: Path) -> None:
-    """No sample depends on them."""
+    """No sample depends on them; nor on what is recomputed, which the checkpoint records."""
     train(tmp_path / 'cut', tiny, die_at=3)
     changed = {**tiny, 'train_dataloader.num_workers': 1, 'default_hooks.checkpoint.interval': 3,
                'default_hooks.logger.interval': 1, 'model.gradient_checkpointing': True}
     train(tmp_path / 'cut', changed, resume=True)
+    path = tmp_path / 'cut' / 'step4.pth'
+    state = torch.load(path)
+    assert state['meta']['speed'].pop('checkpointing') == 'full'
+    state['meta']['speed']['checkpointing'] = 'off'
+    torch.save(state, path)
     assert_same_run(whole, tmp_path / 'cut', 4)
     assert sorted(p.name for p in (tmp_path / 'cut').glob('step*.pth')) == ['step2.pth', 'step3.pth', 'step4.pth']
 

@@ -37,7 +37,7 @@ def test_the_choice_is_recorded(run: Path) -> None:
     assert manifest['speed'] == OFF and manifest['measured'] == meta['measured']
 
 
-def test_a_resumed_run_takes_what_was_chosen_and_says_what_differs(run: Path, tiny: dict[str, Any]) -> None:
+def test_a_resumed_run_takes_what_was_chosen(run: Path, tiny: dict[str, Any]) -> None:
     runner = build(run, {**tiny, 'speed.checkpointing': 'full'}, resume=True)
     applied, lines = [], []
     runner.logger.warning = lines.append
@@ -50,7 +50,7 @@ def test_a_resumed_run_takes_what_was_chosen_and_says_what_differs(run: Path, ti
         runner.load_or_resume()
     assert runner.measured == {'attention': ['flash', 'math']}
     assert applied == [runner.speed] == [Speed('off', 'full', 'fp32')]
-    assert len(lines) == 1 and "checkpointing was 'off', is now 'full'" in lines[0]
+    assert not lines  # what is recomputed has the same bits
 
 
 def test_auto_follows_the_record_on_the_same_kind_of_device(tiny_base: Path) -> None:

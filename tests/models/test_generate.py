@@ -72,6 +72,28 @@ def test_image_sets_are_bitwise_those_of_separate_models(tiny_base: Path, kind: 
     assert torch.equal(stacked(base(batch(), mode='predict'), 'base'), expected)
 
 
+@pytest.mark.parametrize('brings', [False, True])
+def test_an_adapter_that_casts_nothing_is_under_autocast(tiny_base: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         brings: bool) -> None:
+    """fp32 weights in a bf16 UNet, of an adapter that does not bring its own precision; without it, the base is not."""
+    monkeypatch.setattr(LivesInTheUNet, 'brings_precision', brings)
+    model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF['in the unet'], sampler=SAMPLER,
+                 mixed_precision='bf16')
+    seen: dict[str, set[bool]] = {'base': set(), 'adapted': set()}
+    model.unet.register_forward_pre_hook(
+        lambda *_: seen['base' if model.adapters_disabled else 'adapted'].add(torch.is_autocast_enabled('cpu')))
+    model(batch(), mode='predict', image_sets=model.image_sets)
+    assert seen == {'base': {False}, 'adapted': {not brings}}
+
+
+def test_an_adapter_that_casts_nothing_stays_as_it_is() -> None:
+    """Its `encode` may run a network, which is not under autocast."""
+    adapter = Adapter()
+    adapter.net = nn.Linear(2, 2)
+    adapter.to_compute_dtype(torch.bfloat16)
+    assert adapter.net.weight.dtype == torch.float32
+
+
 def test_fields_of_a_sample(tiny_base: Path) -> None:
     model = SDXL(pretrained=str(tiny_base), adapters=ADAPTERS_OF['t2i'], sampler=SAMPLER)
     assert model.image_sets == ('base', 'adapted')

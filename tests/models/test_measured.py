@@ -43,3 +43,7 @@ def test_applied(model: Any) -> None:
         assert model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     with measured.applied(model.unet, {'layout': 'contiguous'}):
         assert model.unet.conv_in.weight.is_contiguous()
+    model.unet.conv_in.weight.requires_grad_(True)  # its optimizer state and DDP's buckets have a layout too
+    with measured.applied(model.unet, {'layout': 'channels_last'}):
+        assert model.unet.conv_in.weight.is_contiguous() and not model.unet.conv_out.weight.is_contiguous()
+    model.unet.requires_grad_(False)

@@ -46,7 +46,7 @@ def scale_lr(world: World) -> None:
     runner._train_loop = runner.build_train_loop(runner._train_loop)
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.scale_lr(wrapper, runner.auto_scale_lr)
-    assert wrapper.param_groups[0]['lr'] == pytest.approx(1e-5 * 2 * 4)  # batch size x accumulation
+    assert wrapper.param_groups[0]['lr'] == pytest.approx(1e-5 * 2 * 2)  # batch size x accumulation
 
 
 def diffusers_rates(num: int, name: str, **options: Any) -> list[float]:

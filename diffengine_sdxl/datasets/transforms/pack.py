@@ -104,11 +104,14 @@ class PackInputs:
     """Turn every image into uint8 [3, H, W], which the model's BatchPreprocessor turns into floats on its device.
 
     'img' becomes [-1, 1] there, any other image [0, 1]. The last transform: entries that only transforms use are
-    dropped.
+    dropped. If one of a user's own follows, images are floats at once, which it may compute with.
 
     Raises:
         UserError: the images of a sample have different sizes.
     """
+
+    #: Whether a transform that is not of this package follows; the data set says so.
+    followed = False
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         images = images_in(sample)
@@ -117,4 +120,6 @@ class PackInputs:
             raise UserError(f"The images of sample '{sample.get('key')}' differ in size (height x width): {sizes}. "
                             'Add Resize and Crop.')
         packed = {key: value for key, value in sample.items() if key not in GEOMETRY_KEYS}
-        return packed | {key: pixels_of(image) for key, image in images.items()}
+        pixels = {key: pixels_of(image) for key, image in images.items()}
+        return packed | ({key: as_floats(value, centred=key == 'img') for key, value in pixels.items()}
+                         if self.followed else pixels)

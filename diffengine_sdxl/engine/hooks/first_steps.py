@@ -199,7 +199,7 @@ def _rows_that_learn(batch: Batch, drops: list[str]) -> Tensor:
     for dropped in (batch.drop.get(name) for name in drops):
         rows &= True if dropped is None else ~dropped.cpu()
     for factor in (batch.weight, batch.mask):
-        rows &= True if factor is None else factor.reshape(len(batch), -1).any(dim=1).cpu()
+        rows &= True if factor is None else factor.reshape(len(batch), -1).ne(0).any(dim=1).cpu()
     return rows
 
 

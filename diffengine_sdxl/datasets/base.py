@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, Self
 
 from mmengine.logging import print_log
@@ -66,7 +67,10 @@ class SampleBuilder:
         transforms, and restored afterwards.
         """
         sample.update(key=key, epoch=draw.epoch, seed=draw.seed, num_skipped=num_skipped)
-        with rng.fork('transform', draw.seed, key, draw.epoch):
+        # Not for ours alone: it takes 1 ms.
+        seeded = nullcontext() if all(map(_is_ours, self.transforms)) else rng.fork(
+            'transform', draw.seed, key, draw.epoch)
+        with seeded:
             for transform in self.transforms:
                 sample = transform(sample)
         return sample

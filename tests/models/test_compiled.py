@@ -55,19 +55,23 @@ def predict(model: SDXL, size: int = 64, progress: float = 0.3) -> Tensor:
         return model.predict(x, torch.tensor(500), encoded, torch.full((2, 2), progress))
 
 
-def test_graphs_of_adapters_beside_the_base(tiny_base: Path, graphs: Graphs) -> None:
-    """None, each of three kinds and each pair; over scales, active ranges and sizes; bitwise as not compiled."""
-    kinds = ('t2i_adapter', 'controlnet', 'ip_adapter')
-    model = shaken(build(tiny_base, {kind: CASES[kind].config for kind in kinds}), *(CASES[k] for k in sorted(kinds)))
+def test_graphs_of_adapters(tiny_base: Path, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, each of four kinds and each pair, a LoRA as an accelerator computes it; over scales, active ranges and
+    sizes; without a LoRA bitwise as not compiled."""
+    monkeypatch.setattr(lora_function, 'used_on', lambda weight: weight.dtype == torch.bfloat16)
+    kinds = ('t2i_adapter', 'controlnet', 'ip_adapter', 'lora')
+    model = shaken(build(tiny_base, {kind: CASES[kind].config for kind in kinds}, mixed_precision='bf16'),
+                   *(CASES[k] for k in sorted(kinds)))
     adapters = model.adapters
-    none: dict[str, float] = dict.fromkeys(kinds, 0.0)
+    everything = dict.fromkeys(kinds, 0.9)
     #: What is set, the side of the image, the progress of sampling -> at most so many new graphs.
     states: list[tuple[dict[str, float], int, float, int]] = [
-        (none, 64, 0.3, BLOCKS), ({'t2i_adapter': 1.0}, 64, 0.3, 0), ({'controlnet': 1.0}, 64, 0.3, 0),
-        ({'ip_adapter': 1.0}, 64, 0.3, TRANSFORMERS), ({'t2i_adapter': 0.7, 'controlnet': 0.4}, 64, 0.3, 0),
-        ({'t2i_adapter': 1.0, 'ip_adapter': 0.6}, 64, 0.3, 0), ({'controlnet': 1.0, 'ip_adapter': 0.2}, 64, 0.3, 0),
-        (dict.fromkeys(kinds, 0.9), 64, 0.3, 0), (dict.fromkeys(kinds, 0.9), 64, 0.9, 0),
-        (dict.fromkeys(kinds, 0.9), 32, 0.3, BLOCKS), (dict.fromkeys(kinds, 0.9), 64, 0.3, 0)]
+        ({}, 64, 0.3, BLOCKS), ({'t2i_adapter': 1.0}, 64, 0.3, 0), ({'controlnet': 1.0}, 64, 0.3, 0),
+        ({'ip_adapter': 1.0}, 64, 0.3, TRANSFORMERS), ({'lora': 1.0}, 64, 0.3, TRANSFORMERS),
+        ({'t2i_adapter': 0.7, 'controlnet': 0.4}, 64, 0.3, 0), ({'t2i_adapter': 1.0, 'ip_adapter': 0.6}, 64, 0.3, 0),
+        ({'controlnet': 1.0, 'ip_adapter': 0.2}, 64, 0.3, 0), ({'t2i_adapter': 1.0, 'lora': 0.6}, 64, 0.3, 0),
+        ({'controlnet': 1.0, 'lora': -0.5}, 64, 0.3, 0), ({'ip_adapter': 1.0, 'lora': 0.2}, 64, 0.3, TRANSFORMERS),
+        (everything, 64, 0.3, 0), (everything, 64, 0.9, 0), (everything, 32, 0.3, BLOCKS), (everything, 64, 0.3, 0)]
 
     def outputs() -> Iterator[Tensor]:
         for scales, size, progress, _ in states:
@@ -78,7 +82,9 @@ def test_graphs_of_adapters_beside_the_base(tiny_base: Path, graphs: Graphs) -> 
     expected = list(outputs())
     undo = compile_blocks(model.unet, graphs)
     for state, out, theirs in zip(states, outputs(), expected, strict=True):
-        assert torch.equal(out, theirs) and graphs.new() <= state[-1], state
+        # Compiled, a LoRA is added by its formula and not by its own function: another rounding to bf16.
+        same = torch.allclose(out, theirs, atol=0.03) if 'lora' in state[0] else torch.equal(out, theirs)
+        assert same and graphs.new() <= state[-1], state
     undo()
     predict(model, 96)
     assert graphs.new() == 0 and not any(m._compiled_call_impl for m in model.unet.modules())

@@ -1,5 +1,5 @@
-"""The README's commands as they are typed: `mim train` and `mim test` from an empty folder, for a wheel and an editable
-install."""
+"""The README's commands as they are typed, from an empty folder: `mim train` of an installed wheel; `mim test` and
+`mim run ... infer` of an editable install. (test_install.py finds configs and tools in every kind of install.)"""
 
 import json
 import os
@@ -12,47 +12,50 @@ from installs import NAME, build, copy_checkout, environment, install, run
 CONFIG = 'stable_diffusion_xl_t2i_adapter_fill50k.py'
 
 
-@pytest.mark.parametrize('kind', ['wheel', 'editable'])
-def test_test(kind: str, tiny_base: Path, tmp_path: Path) -> None:
-    """A trained adapter beside its base, the base alone, and two processes; from one small training."""
-    checkout, here = copy_checkout(tmp_path / 'project'), tmp_path / 'empty'
+def test_test_and_infer(tiny_base: Path, tmp_path: Path) -> None:
+    """A trained adapter beside its base, the base alone, and two processes, from one small training; an image."""
+    here = tmp_path / 'empty'
     here.mkdir()
     python = environment(tmp_path / 'python')
-    install(python, kind, build('wheel', checkout) if kind == 'wheel' else checkout, tmp_path)
+    install(python, 'editable', copy_checkout(tmp_path / 'project'), tmp_path)
+
+    def mim_run(*arguments: str) -> str:
+        return run([python, '-m', 'mim', *arguments], here, OMP_NUM_THREADS='1',
+                   PATH=f'{python.parent}{os.pathsep}{os.environ["PATH"]}')
 
     def mim(what: str, *arguments: str, options: list[str]) -> str:
-        return run([python, '-m', 'mim', what, NAME, 'shapes_t2i_adapter.py', *arguments, '--cfg-options',
-                    f'model.pretrained={tiny_base}', 'model.sampler.num_inference_steps=2', *options], here,
-                   PATH=f'{python.parent}{os.pathsep}{os.environ["PATH"]}', OMP_NUM_THREADS='1')
+        return mim_run(what, NAME, 'shapes_t2i_adapter.py', *arguments, '--cfg-options',
+                       f'model.pretrained={tiny_base}', 'model.sampler.num_inference_steps=2', *options)
 
     mim('train', '--work-dir', 'W', options=['train_cfg.max_iters=2', 'train_dataloader.batch_size=2',
                                              'default_hooks.samples=None'])
     run_file = (here / 'W' / 'run.json').read_bytes()
     options = ['test_dataloader.dataset.length=5', 'test_cfg.seeds=2']
     found = {}
-    runs = {'W': ['--checkpoint', 'W/step2.pth'], 'WB': ['--checkpoint', 'none']}
-    if kind == 'wheel':
-        runs['W2'] = ['--checkpoint', 'W', '--gpus', '2', '--launcher', 'pytorch']
+    runs = {'W': ['--checkpoint', 'W/step2.pth'], 'WB': ['--checkpoint', 'none'],
+            'W2': ['--checkpoint', 'W', '--gpus', '2', '--launcher', 'pytorch']}
     for folder, arguments in runs.items():
         said = mim('test', *arguments, '--work-dir', folder, options=options)
         found[folder] = json.loads((here / folder / 'metrics.json').read_text())
         assert said.count('shape_accuracy') == len(found[folder]) and (here / folder / 'test/pictures.png').is_file()
     assert list(found['W']) == ['base', 'adapted'] and list(found['WB']) == ['base']
     assert found['WB']['base'] == found['W']['base'] and found['W']['adapted']['iou']['num_samples'] == 10
-    for variant, metrics in found.get('W2', {}).items():
+    for variant, metrics in found['W2'].items():
         for name, numbers in metrics.items():
             assert numbers == pytest.approx(found['W'][variant][name], abs=0.02)
     assert (here / 'W' / 'run.json').read_bytes() == run_file
-    assert {p.name for p in here.iterdir()} == set(runs)
+    mim_run('run', NAME, 'infer', 'sdxl_text_to_image.py', '--prompt', 'a cat', '--steps', '1', '--height', '48',
+            '--width', '64', '--out', 'P', '--cfg-options', f'model.pretrained={tiny_base}', 'mixed_precision=no')
+    assert (here / 'P' / '00000-seed0-a-cat.png').is_file()
+    assert {p.name for p in here.iterdir()} == {*runs, 'P'}
 
 
-@pytest.mark.parametrize('kind', ['wheel', 'editable'])
-def test_train_resume_and_two_processes(kind: str, tiny_base: Path, circles: Path, tmp_path: Path) -> None:
+def test_train_resume_and_two_processes(tiny_base: Path, circles: Path, tmp_path: Path) -> None:
     """Train, resume to a longer end, train on two processes; each export loads in diffusers."""
-    checkout, here = copy_checkout(tmp_path / 'project'), tmp_path / 'empty'
+    here = tmp_path / 'empty'
     here.mkdir()
     python = environment(tmp_path / 'python')
-    install(python, kind, build('wheel', checkout) if kind == 'wheel' else checkout, tmp_path)
+    install(python, 'wheel', build('wheel', copy_checkout(tmp_path / 'project')), tmp_path)
 
     def train(*arguments: str, max_iters: int) -> str:
         return run([python, '-m', 'mim', 'train', NAME, CONFIG, *arguments, '--cfg-options',

@@ -1,6 +1,5 @@
-"""What tools/infer.py is given: strangers' pictures, adapters, conditions and weights, mistakes, and mim's call."""
+"""What tools/infer.py is given: strangers' pictures, adapters, conditions and weights, mistakes."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import pytest
 from asking import Here, adapters, by_hand, pictures
-from installs import NAME, copy_checkout, environment, install, run
 from PIL import Image
 from runs import train
 
@@ -207,16 +205,3 @@ def test_bad_input(here: Here) -> None:
             faults.append((name, code, err[-600:]))
         assert set(Path().rglob('*')) == there, name
     assert not faults, faults
-
-
-def test_mim_run(tiny_base: Path, tmp_path: Path) -> None:
-    """As the README says, from an empty folder, with an installed config."""
-    checkout, where = copy_checkout(tmp_path / 'project'), tmp_path / 'empty'
-    where.mkdir()
-    python = environment(tmp_path / 'python')
-    install(python, 'editable', checkout, tmp_path)
-    run([python, '-m', 'mim', 'run', NAME, 'infer', 'sdxl_text_to_image.py', '--prompt', 'a cat', '--steps', '1', *SIZE,
-         '--out', 'P', '--cfg-options', f'model.pretrained={tiny_base}', 'mixed_precision=no'], where,
-        OMP_NUM_THREADS='1', PATH=f'{python.parent}{os.pathsep}{os.environ["PATH"]}')
-    assert list(pictures(where / 'P')) == ['00000-seed0-a-cat.png']
-    assert {p.name for p in where.iterdir()} == {'P'}

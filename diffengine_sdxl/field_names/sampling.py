@@ -132,7 +132,7 @@ SAMPLING: Topics = {
         'use_safetensors safety_checker add_watermarker': Place(
             '', 'Nothing to set: safetensors go before pickles, and images are neither checked nor marked.'),
         'torch_compile': Place('speed.compile=blocks', 'For many images of one size; also `graph`, a CUDA graph.'),
-        'opt_channels_last': Place('', 'Nothing to set: the layout is chosen on the GPU.'),
+        'opt_channels_last': Place('', 'Not built in for images.'),
     },
     'The run': {
         'outdir out_dir output output_dir output_path': Place('--out <DIR>', 'In Python, calls return images.'),

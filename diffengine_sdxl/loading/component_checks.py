@@ -26,7 +26,7 @@ from diffengine_sdxl.loading.weights import TensorInfo, check_dtypes, read_heade
 MAX_TIMESTEPS = 100_000
 #: Tensors of a model that is built without weights of its own; SDXL's UNet has 1,680.
 MAX_TENSORS = 4_000
-#: What `check_settings` has built: class, settings, and their bounds. A model that is loaded again takes half the time.
+#: What `check_settings` has built: class, settings, and their bounds. Else they would be built for each load again.
 _BUILT: set[tuple[Any, str, int, int]] = set()
 
 

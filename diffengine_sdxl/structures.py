@@ -39,6 +39,14 @@ class Start:
 
 
 @dataclass
+class Lookups:
+    """The keys that were looked up in the cache for B samples, and the tensors of each entry, None if there is none."""
+
+    keys: list[str]
+    values: list[dict[str, Tensor] | None]
+
+
+@dataclass
 class Batch:
     """The model's input, on its device, made by the data_preprocessor.
 
@@ -61,6 +69,10 @@ class Batch:
         num_skipped: unreadable images that the data set skipped to fill this batch.
         drawn: what the loader's worker drew for the objective, by the names in its `draw`; {}: nothing, as outside of
             training.
+        lookups: what the cache holds of these samples: 'moments' (mean, std [4, h, w]), 'text' (text_embeds [S, D],
+            pooled [P]) and '<condition_key>' of an image prompt (embeds [n, E] or [n, T, E]). Of samples that it holds
+            wholly `img` and image prompts are zeros, or absent if those are all. {}: no cache.
+        data_set: name of each sample's data set, if there are several.
     """
 
     text: list[str]
@@ -86,6 +98,8 @@ class Batch:
     clip_skip: int | None = None
     num_skipped: int = 0
     drawn: dict[str, Tensor] = field(default_factory=dict)
+    lookups: dict[str, Lookups] = field(default_factory=dict)
+    data_set: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -360,6 +374,8 @@ def to_device(data: Data, device: torch.device | str) -> Data:
             return send(value, device)
         if isinstance(value, Start):
             return replace(value, **{f.name: move('start', getattr(value, f.name)) for f in fields(value)})
+        if isinstance(value, Lookups):
+            return replace(value, values=[move(name, found) for found in value.values])
         return {k: move(f'{name}.{k}', v) for k, v in value.items()} if isinstance(value, Mapping) else value
     if isinstance(data, Batch):
         return replace(data, **{f.name: move(f.name, getattr(data, f.name)) for f in fields(data)})

@@ -13,11 +13,17 @@ from diffengine_sdxl.registry import DATA_SAMPLERS
 
 
 class Draw(NamedTuple):
-    """What a data sampler requests from a data set: a row, the number of earlier passes, and the run's seed."""
+    """What a data sampler requests from a data set.
+
+    Attributes:
+        index: a row; epoch: the number of earlier passes; seed: the run's.
+        size: (height, width) in pixels that Resize and Crop with size='bucket' make; None: without buckets.
+    """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which a draw does not need
     epoch: int
     seed: int
+    size: tuple[int, int] | None = None
 
 
 def check_start(start: int, world: int) -> None:

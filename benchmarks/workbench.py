@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +10,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffengine_sdxl import config, testing
-from diffengine_sdxl.datasets.cached import ORIGIN, ROWS, encoder_fingerprint
+from diffengine_sdxl.datasets import Draw
+from diffengine_sdxl.datasets.base import MapDataset, Sample, Transforms
 from diffengine_sdxl.loading import base as loading
 from diffengine_sdxl.models.sdxl import PRECISIONS, SDXL
-from diffengine_sdxl.registry import RUNNERS
+from diffengine_sdxl.registry import DATASETS, RUNNERS
 
 #: Kind of adapter -> the shipped config that trains it.
 CONFIGS = {'t2i': 'stable_diffusion_xl_t2i_adapter_fill50k', 'lora': 'stable_diffusion_xl_lora_text_to_image',
@@ -26,6 +28,27 @@ CONFIGS = {'t2i': 'stable_diffusion_xl_t2i_adapter_fill50k', 'lora': 'stable_dif
 NUM_ROWS = 16
 #: Drops of the shipped IP-Adapter config.
 DROPS = dict(type='JointDrop', adapters=['ip'], image=0.05, text=0.05, both=0.05)
+
+
+@DATASETS.register_module()
+class HeldRows(MapDataset):
+    """Rows whose latents and embeddings were made before, in a file that `Workbench.cache` writes."""
+
+    def __init__(self, source: str, transforms: Transforms = ()) -> None:
+        super().__init__(transforms)
+        self.source, self.file = source, None  # type: str, Any
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def load(self, index: int, draw: Draw) -> Sample:
+        if self.file is None:  # in the worker: an open file cannot be pickled
+            self.file = safe_open(self.source, 'pt')
+        tensors = {name: self.file.get_slice(name)[index] for name in list(self.file.keys())}
+        return {'text': f'circle {index}', **tensors}
 
 
 class Workbench:
@@ -130,8 +153,7 @@ class Workbench:
         return int(2 ** (len(self.parts['vae'].config.block_out_channels) - 1))
 
     def cache(self, kind: str) -> Path:
-        """Write what `diffengine-sdxl cache` would, and the text encoders' outputs; return the folder."""
-        from safetensors.torch import save_file
+        """Write what a cache holds of the rows, without encoding anything; return the folder."""
         folder = self.folder / f'cache_{kind}'
         if not folder.exists():
             folder.mkdir()
@@ -139,12 +161,6 @@ class Workbench:
             names = ['latents', 'time_ids', 'text_embeds', 'pooled', *([own] if own else [])]
             rows = self.sample(NUM_ROWS)
             save_file({name: rows[name] for name in names}, folder / '0.safetensors')
-            (folder / ROWS).write_text(''.join(json.dumps({'key': str(i), 'text': f'circle {i}'}) + '\n'
-                                               for i in range(NUM_ROWS)))
-            vae: Any = mock.Mock(vae=self.parts['vae'])
-            (folder / ORIGIN).write_text(json.dumps({
-                'encoder': encoder_fingerprint(vae), 'scaling_factor': vae.vae.config.scaling_factor,
-                'vae': 'random', 'pretrained': 'random'}))
         return folder
 
     def images(self) -> Path:
@@ -190,7 +206,7 @@ class Workbench:
             options['model.gradient_checkpointing'] = False
         cfg = config.load(CONFIGS[kind], options)
         if cached:
-            cfg.train_dataloader.dataset = dict(type='CachedLatents', source=str(self.cache(kind)),
+            cfg.train_dataloader.dataset = dict(type='HeldRows', source=str(self.cache(kind) / '0.safetensors'),
                                                 transforms=[DROPS] if kind == 'ip' else [])
         if self.tiny:  # without what a short run spends most of its time on
             cfg.visualizer = dict(type='Visualizer', vis_backends=[])

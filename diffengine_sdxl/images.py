@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from diffengine_sdxl import limits
@@ -28,15 +32,17 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image upright (EXIF) and in RGB: transparency becomes white, deep values are scaled to 8 bits.
+    """Return an image upright (EXIF) and in sRGB: transparency becomes white, deep values are scaled to 8 bits.
 
-    16-bit values are divided by 257; 32-bit integers are taken for 8 bits if none is above 255, else for 16; floats
-    are multiplied by 255.
+    Colours of 8 bits a channel are converted from the file's ICC profile, with the perceptual intent; without one they
+    are taken for sRGB. 16-bit values are divided by 257; 32-bit integers are taken for 8 bits if none is above 255,
+    else for 16; floats are multiplied by 255.
 
     Raises:
         UserError: floats are not in [0, 1], or 32-bit integers not in [0, 65535].
     """
     sixteen = image.mode.startswith('I;') or image.format == 'PNG'  # older versions of PIL open such PNGs in mode I
+    profile = image.info.get('icc_profile')
     image = ImageOps.exif_transpose(image)
     convert: Callable[[Image.Image], Image.Image] = _plain
     if image.mode == 'F':
@@ -53,14 +59,73 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise UserError(f'holds 32-bit integers from {low:g} to {high:g}; they must be in [0, 65535]. Scale it, or '
                             'save it with 8 or 16 bits.')
         convert = _scaled(1.0 if high <= 255 else 1 / 257)
-    elif 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
-        convert = _on_white
-    elif image.mode == 'RGB':
-        return image
+    else:
+        colours = _from_profile(profile, image.mode) if profile else None
+        if 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
+            convert = _on_white(colours or _plain)
+        elif colours is not None:
+            convert = colours
+        elif image.mode == 'RGB':
+            return image
     result = Image.new('RGB', image.size)
     for box in _strips(image):  # in parts: a large image would need several times its memory
         result.paste(convert(image.crop(box)), box)
     return result
+
+
+#: PIL's modes of 8 bits -> the mode in which their colours are converted.
+_COLOURS = {**dict.fromkeys(('L', 'LA', 'La'), 'L'), 'CMYK': 'CMYK',
+            **dict.fromkeys(('RGB', 'RGBA', 'RGBa', 'RGBX', 'P', 'PA'), 'RGB')}
+#: ICC's names of colour spaces -> the same.
+_SPACES = {'GRAY': 'L', 'CMYK': 'CMYK', 'RGB': 'RGB'}
+
+
+def _from_profile(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """Return the conversion of an image of `mode` from its ICC profile to sRGB; None: its colours stay as they are."""
+    try:
+        space, transform = _transform(profile)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        space, transform = '', None
+    if space != _COLOURS.get(mode):
+        warnings.warn('The colour profile of an image is damaged, or of another colour space than the image, '
+                      'which is read as sRGB.')
+        return None
+    if transform is None:
+        return None
+    return lambda image: transform.apply(image if image.mode == space else image.convert(space))
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes) -> tuple[str, Any]:
+    """Return the mode that an ICC profile is for and its transform to sRGB, None if this changes nothing.
+
+    A profile of sRGB itself would change the last bit, by its rounding.
+
+    Raises:
+        PyCMSError, OSError: it is damaged.
+    """
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = _SPACES.get(source.profile.xcolor_space.strip(), '')
+    if not space:
+        return space, None
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile('sRGB'), space, 'RGB',
+                                        ImageCms.Intent.PERCEPTUAL)
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    probe = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    colours = Image.fromarray(probe).convert(space)
+    change = np.asarray(transform.apply(colours), dtype=int) - np.asarray(colours.convert('RGB'), dtype=int)
+    return space, transform if np.abs(change).max() > 1 else None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the height and width of an opened image as `to_rgb` returns it, without decoding it.
+
+    What stands behind a PNG's pixels is not seen, unless the image is loaded.
+    """
+    # Not PNG's own `getexif`, which loads the image to look behind its pixels.
+    # An opened TIFF has the size of the image that is turned when it is decoded.
+    turned = image.format != 'TIFF' and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
@@ -91,9 +156,15 @@ def _scaled(factor: float) -> Callable[[Image.Image], Image.Image]:
     return convert
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    image = image.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', image.size, (255, 255, 255, 255)), image).convert('RGB')
+def _on_white(colours: Callable[[Image.Image], Image.Image]) -> Callable[[Image.Image], Image.Image]:
+    def convert(image: Image.Image) -> Image.Image:
+        image = image.convert('RGBA')
+        if colours is not _plain:
+            alpha = image.getchannel('A')
+            image = colours(image)
+            image.putalpha(alpha)
+        return Image.alpha_composite(Image.new('RGBA', image.size, (255, 255, 255, 255)), image).convert('RGB')
+    return convert
 
 
 def check_pixels(height: int, width: int, what: str) -> None:
@@ -217,23 +288,34 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return f'{text}...'
 
 
-def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> None:
-    """Plot each curve, name -> (steps, values), in a panel of its own; a loss also with its running mean."""
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str) -> None:
+    """Plot curves, panel -> name -> (steps, values); a loss also with its running mean.
+
+    A curve alone in its panel needs no name. One of less than 20 values has dots.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 2.6 * len(curves)), layout='constrained')
+    figure = Figure(figsize=(8, 2.6 * len(panels)), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
-    for i, (name, (steps, values)) in enumerate(curves.items()):
-        axes = figure.add_subplot(len(curves), 1, i + 1)
-        smooth = 'loss' in name and len(values) >= 20
-        axes.plot(steps, values, linewidth=0.8, alpha=0.4 if smooth else 1.0, color='tab:blue')
-        if smooth:
-            window = max(5, len(values) // 20)
-            mean = np.convolve(values, np.ones(window) / window, mode='valid')
-            axes.plot(steps[window - 1:], mean, linewidth=1.6, color='tab:orange', label=f'mean of {window}')
+    for i, (panel, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(len(panels), 1, i + 1)
+        for k, (name, (steps, values)) in enumerate(sorted(curves.items())):
+            alone = len(curves) == 1
+            smooth = 'loss' in name and len(values) >= 20 and not name.startswith('val/')
+            axes.plot(steps, values, linewidth=0.8, alpha=0.4 if smooth else 1.0, color=f'C{k}',
+                      marker='.' if len(values) < 20 else '', label=None if alone or smooth else name)
+            if smooth:
+                window = max(5, len(values) // 20)
+                mean = np.convolve(values, np.ones(window) / window, mode='valid')
+                label = f'mean of {window}' if alone else f'{name}, mean of {window}'
+                axes.plot(steps[window - 1:], mean, linewidth=1.6, color='C1' if alone else f'C{k}', label=label)
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
-        axes.set_ylabel(name)
+        axes.set_ylabel(panel)
         axes.set_xlabel('optimizer step')
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffengine_sdxl.cache.plan import EntryStore
 from diffengine_sdxl.noise_schedule import NoiseSchedule
 from diffengine_sdxl.structures import AttentionProbes, Batch, Conditioning
 
@@ -42,6 +43,8 @@ class AdapterHost(Components, Protocol):
     pretrained: str | None
     #: Frozen image encoders, which IP-Adapters share.
     shared_encoders: nn.ModuleDict
+    #: Whether frozen encoders are loaded at their first use.
+    lazy_encoders: bool
 
     def never_read(self, part: str, name: str) -> bool:
         """Return whether no loss depends on parameter `name` of `part`, so that it never gets a gradient."""
@@ -54,6 +57,10 @@ class Denoiser(Components, Protocol):
     adapters: Mapping[str, Any]
 
     @property
+    def store(self) -> EntryStore | None:
+        """Return where what frozen encoders compute of training samples is kept."""
+
+    @property
     def size_divisor(self) -> int:
         """Return what sides of images must be divisible by, in pixels."""
 
@@ -61,7 +68,8 @@ class Denoiser(Components, Protocol):
     def scheduler_settings(self) -> dict[str, Any]:
         """Return the config of a diffusers scheduler that samples from this model's noise schedule."""
 
-    def encode(self, batch: Batch, branches: Sequence[str] = ('cond',), project: bool = False) -> Conditioning:
+    def encode(self, batch: Batch, branches: Sequence[str] = ('cond',), project: bool = False,
+               by_row: bool | None = None) -> Conditioning:
         """Encode a batch's prompts and conditions; several guidance branches are stacked along the batch."""
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, progress: Tensor,
@@ -70,6 +78,9 @@ class Denoiser(Components, Protocol):
 
     def latents(self, batch: Batch) -> Tensor:
         """Encode a batch's images to scaled latents, [B, 4, h, w]."""
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and std of a batch's unscaled latents, [B, 4, h, w], by a frozen VAE, one image a call."""
 
     def posterior(self, batch: Batch) -> Any:
         """The VAE's distribution of the unscaled latents: `mean`, `std` [B, 4, h, w], `kl()` [B]."""
@@ -97,6 +108,7 @@ class Model(Denoiser, Protocol):
     other_unet: str | None
     sampler: Any
     null_prompt: str
+    caption_chunks: int
     adapters_disabled: bool
     text_trains: bool
     text_adapted: bool

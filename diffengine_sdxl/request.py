@@ -27,7 +27,7 @@ from diffengine_sdxl.settings import (
 )
 
 #: How prompts may be written.
-SYNTAXES = ('plain', 'compel')
+SYNTAXES = ('plain', 'long', 'compel')
 #: Keys of a config's `infer_cfg` that are not part of a Request: how the VAE decodes, and where the components wait.
 OPTIONS = ('vae_tiling', 'vae_slicing', 'offload')
 
@@ -54,7 +54,9 @@ class Request:
     prompt_2: str | None = setting(TEXT, 'prompt of the second text encoder; default: the prompt', group='text')
     negative_prompt: str | None = setting(TEXT, 'what the image must not show', group='text')
     negative_prompt_2: str | None = setting(TEXT, 'negative prompt of the second text encoder', group='text')
-    prompt_syntax: str = setting(choice(*SYNTAXES), "'compel': with weights, of any length", 'plain', refiner='base')
+    prompt_syntax: str | None = setting(
+        choice(*SYNTAXES), "'plain': 77 tokens; 'long': of any length; 'compel': with weights, too; default: as the "
+        "model's captions were read, see caption_chunks", refiner='base')
     image: Any = setting(IMAGE, 'what to start from, or to repaint in part', group='image')  # noqa: RUF009
     mask_image: Any = setting(IMAGE, 'where to repaint `image`: white (inpainting)', group='image')  # noqa: RUF009
     strength: float | None = setting(

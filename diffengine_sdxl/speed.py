@@ -27,12 +27,14 @@ MIN_STEPS = 200
 #: The compute capability from which on a GPU has fp8.
 FP8_CAPABILITY = (8, 9)
 
-#: GiB that a training step in bf16 saves for the backward pass, per image of 1024 x 1024 pixels, without checkpointing
-#: and without compile: counted on the meta device (benchmarks/count.py), not measured. By the type of the adapter that
-#: trains, or 'unet'.
-SAVED_GIB = {'T2IAdapter': 5.1, 'LoRA': 5.3, 'IPAdapter': 5.8, 'ControlNet': 8.6, 'unet': 9.1}
-#: The part of it that remains with checkpointing 'blocks', see `models.compiled.set_checkpointing`.
-SAVED_WITH_BLOCKS = 0.5
+#: GiB that a training step in bf16 saves for the backward pass, per image of 1024 x 1024 pixels, without compile, by
+#: checkpointing: what `diffengine-sdxl plan` counts. By the type of the adapter that trains, or 'unet'.
+SAVED_GIB = {
+    'T2IAdapter': {'off': 5.1, 'blocks': 2.6, 'full': 0.7}, 'LoRA': {'off': 5.3, 'blocks': 2.6, 'full': 0.5},
+    'IPAdapter': {'off': 5.8, 'blocks': 3.3, 'full': 1.3}, 'ControlNet': {'off': 8.6, 'blocks': 6.3, 'full': 3.2},
+    'unet': {'off': 7.5, 'blocks': 4.2, 'full': 0.7}}
+#: GiB of the weights that autocast casts once a step, where the whole UNet trains.
+CAST_GIB = 4.8
 #: The part of the free memory that may be planned for: the rest is workspace, fragments and the optimizer's transients.
 USABLE = 0.85
 
@@ -156,12 +158,12 @@ class Memory:
     Attributes:
         free: bytes, once the weights are on the device.
         trained: bytes of the gradients and optimizer states to come.
-        saved: bytes that the forward pass keeps for the backward pass without checkpointing.
+        saved: bytes that the forward pass keeps for the backward pass, by checkpointing.
     """
 
     free: int
     trained: int
-    saved: int
+    saved: Mapping[str, int]
 
     @classmethod
     def of(cls, model: Mapping[str, Any], *, free: int, trained: int, batch_size: int, pixels: int,
@@ -177,14 +179,22 @@ class Memory:
         kinds = [str(config.get('type')) for config in (model.get('adapters') or {}).values()
                  if config is not None and config.get('trainable', True)]
         kinds += ['unet'] if 'unet' in (model.get('trainable') or ()) else []
-        gib = max((SAVED_GIB.get(kind, SAVED_GIB['LoRA']) for kind in kinds), default=SAVED_GIB['LoRA'])
-        saved = gib * 2**30 * batch_size * pixels / 2**20 * bytes_per_value / 2
-        return cls(free, trained * 12, int(saved))
+        images = batch_size * pixels / 2**20 * bytes_per_value / 2
+        cast = CAST_GIB if kinds[-1:] == ['unet'] and bytes_per_value < 4 else 0.0
+        rows = [SAVED_GIB.get(kind, SAVED_GIB['LoRA']) for kind in kinds] or [SAVED_GIB['LoRA']]
+        return cls(free, trained * 12, {mode: int((cast + images * max(row[mode] for row in rows)) * 2**30)
+                                        for mode in rows[0]})
 
     def checkpointing(self) -> str:
-        """Return the least checkpointing with which the step fits."""
+        """Return the least checkpointing with which the step fits, 'full' if none does."""
         usable = USABLE * self.free - self.trained
-        return 'off' if self.saved <= usable else 'blocks' if self.saved * SAVED_WITH_BLOCKS <= usable else 'full'
+        return next((mode for mode in ('off', 'blocks') if self.saved[mode] <= usable), 'full')
+
+
+def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return height and width of a config's images, in pixels: of its key `resolution`, else SDXL's own."""
+    size = config.get('resolution', 1024)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

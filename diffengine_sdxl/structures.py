@@ -64,7 +64,8 @@ class Batch:
             latent, [B, 1, h, w].
         size: height and width of the images to generate, in pixels; None: that of the images or conditions.
         start: what sampling starts from; None: noise.
-        prompt_syntax: how the texts are written, 'plain' or 'compel'.
+        prompt_syntax: how the texts are written, of `request.SYNTAXES`; None: captions, plain text cut to the model's
+            `caption_chunks`.
         clip_skip: layers of the text encoders that `text` skips besides the last one; None as 0.
         num_skipped: unreadable images that the data set skipped to fill this batch.
         drawn: what the loader's worker drew for the objective, by the names in its `draw`; {}: nothing, as outside of
@@ -94,7 +95,7 @@ class Batch:
     mask: Tensor | None = None
     size: tuple[int, int] | None = None
     start: Start | None = None
-    prompt_syntax: str = 'plain'
+    prompt_syntax: str | None = None
     clip_skip: int | None = None
     num_skipped: int = 0
     drawn: dict[str, Tensor] = field(default_factory=dict)

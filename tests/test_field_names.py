@@ -241,7 +241,7 @@ def test_a_flag_of_the_command_is_no_answer_in_python() -> None:
 
 
 def test_what_is_not_here_says_why_and_what_is_unknown_nothing() -> None:
-    assert training_hint('enable_bucket').startswith(' Not built in: ')
+    assert training_hint('full_bf16').startswith(' Not built in: ')
     assert sampling_hint('prompt_embeds').startswith(' Not built in: ')
     assert training_hint('nonsense') == sampling_hint('nonsense') == ''
 

@@ -1,12 +1,14 @@
 """Images of every mode to RGB; labelled grids by their pixels: each image complete in its place; loss curves."""
 
 import io
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageCms
 
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.images import clip_pixels, labelled_grid, save_curves, to_pil, to_rgb
@@ -123,9 +125,9 @@ def test_curves(tmp_path: Path, num: int) -> None:
     """A readable image with one panel per curve; also of one value, and of values that are not finite."""
     steps = list(range(1, num + 1))
     values = [1 / s for s in steps]
-    save_curves(tmp_path / 'one.png', {'loss': (steps, values)}, 'run')
-    save_curves(tmp_path / 'two.png', {'loss': (steps, [*values[:-1], float('nan')]), 'lr': (steps, [1e-5] * num)},
-                'run')
+    save_curves(tmp_path / 'one.png', {'loss': {'loss': (steps, values)}}, 'run')
+    save_curves(tmp_path / 'two.png', {'loss': {'loss': (steps, [*values[:-1], float('nan')])},
+                                       'lr': {'lr': (steps, [1e-5] * num)}}, 'run')
     one, two = (Image.open(tmp_path / f'{n}.png') for n in ('one', 'two'))
     one.load()
     two.load()
@@ -191,6 +193,106 @@ def test_deep_values_are_scaled(dtype: Any, given: list[float], expected: list[i
 def test_deep_values_out_of_range(dtype: Any, given: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         to_rgb(Image.fromarray(np.array([given], dtype)))
+
+
+#: XYZ of D50 by linear R, G, B (columns): sRGB and Adobe RGB (1998), both adapted by Bradford. (brucelindbloom.com)
+SRGB = np.array([[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169],
+                 [0.0139322, 0.0971045, 0.7141733]])
+ADOBE = np.array([[0.6097559, 0.2052401, 0.1492240], [0.3111242, 0.6256560, 0.0632197],
+                  [0.0194811, 0.0608902, 0.7448387]])
+
+
+def icc(space: bytes, tags: dict[bytes, bytes], kind: bytes = b'mntr', pcs: bytes = b'XYZ ') -> bytes:
+    """A profile of ICC.1:2001-04, with a white point of D50."""
+    tags = {b'desc': b'desc' + struct.pack('>II', 0, 2) + b'x' + bytes(80), b'cprt': b'text' + bytes(5),
+            b'wtpt': xyz([0.9642, 1, 0.8249]), **tags}
+    table, data, at = struct.pack('>I', len(tags)), b'', 132 + 12 * len(tags)
+    for name, value in tags.items():
+        value += bytes(-len(value) % 4)
+        table += name + struct.pack('>II', at + len(data), len(value))
+        data += value
+    header = struct.pack('>I4sI4s4s4s12s4s', at + len(data), b'', 0x02400000, kind, space, pcs, bytes(12), b'acsp')
+    return header.ljust(68, b'\0') + xyz([0.9642, 1, 0.8249])[8:].ljust(60, b'\0') + table + data
+
+
+def xyz(values: Any) -> bytes:
+    return b'XYZ ' + bytes(4) + struct.pack('>iii', *(round(v * 65536) for v in values))
+
+
+def gamma(exponent: float) -> bytes:
+    return b'curv' + struct.pack('>IIH', 0, 1, round(exponent * 256))
+
+
+def rgb_profile(matrix: Any, exponent: float) -> bytes:
+    return icc(b'RGB ', {tag + what: value for i, tag in enumerate((b'r', b'g', b'b')) for what, value in (
+        (b'XYZ', xyz(matrix[:, i])), (b'TRC', gamma(exponent)))})
+
+
+def to_srgb(values: Any, matrix: Any, exponent: float) -> Any:
+    """Levels of sRGB by the formulas of IEC 61966-2-1."""
+    linear = np.linalg.inv(SRGB) @ matrix @ (np.array(values) / 255) ** exponent
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize('colour', [(255, 0, 0), (0, 128, 255), (40, 200, 90), (255, 255, 255), (7, 7, 7)])
+def test_colour_profiles(colour: tuple[int, int, int]) -> None:
+    """Those of an image, of a palette, below transparency; turned as Exif says."""
+    profile, expected = rgb_profile(ADOBE, 2.19921875), to_srgb(colour, ADOBE, 2.19921875)
+    exif = Image.Exif()
+    exif[274] = 6
+    image = encoded(Image.new('RGB', (3, 1), colour), 'PNG', icc_profile=profile, exif=exif)
+    assert to_rgb(image).size == (1, 3)
+    np.testing.assert_allclose(np.asarray(to_rgb(image))[2, 0], expected, atol=1)
+    palette = Image.new('P', (2, 1))
+    palette.putpalette([*colour] * 256)
+    np.testing.assert_allclose(values(encoded(palette, 'PNG', icc_profile=profile))[0], expected, atol=1)
+    half = encoded(Image.new('RGBA', (1, 1), (*colour, 51)), 'PNG', icc_profile=profile)
+    np.testing.assert_allclose(np.asarray(to_rgb(half))[0, 0], 0.2 * expected + 0.8 * 255, atol=1.5)
+
+
+def test_profiles_of_gray_and_of_ink() -> None:
+    gray = icc(b'GRAY', {b'kTRC': gamma(1.0)})
+    expected = to_srgb([10, 10, 10], SRGB, 1.0)[0]
+    for mode in ('L', 'LA'):
+        image = encoded(Image.new(mode, (1, 1), 10 if mode == 'L' else (10, 255)), 'PNG', icc_profile=gray)
+        assert image.mode == mode and values(image) == pytest.approx([expected], abs=1)
+    deep = encoded(Image.fromarray(np.array([[257 * 10]], np.uint16)), 'PNG', icc_profile=gray)
+    assert values(deep) == [10]  # a depth, no colour
+    # Two grid points for each ink: paper of L* 90, each ink takes 20 and adds a tint, black 60.
+    nodes = [(90 - 20 * (c + m + y) / 1.5 - 30 * k, 20 * m - 20 * c, 20 * y)
+             for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
+    table = bytes(range(256))
+    lut = b'mft1' + bytes(4) + bytes((4, 3, 2, 0)) + xyz([1, 0, 0])[8:] + xyz([0, 1, 0])[8:] + xyz([0, 0, 1])[8:] + (
+        4 * table + bytes(round(v) for L, a, b in nodes for v in (L * 2.55, a + 128, b + 128)) + 3 * table)
+    ink = icc(b'CMYK', {b'A2B0': lut}, b'prtr', b'Lab ')
+    image = encoded(Image.new('CMYK', (1, 1), (200, 30, 90, 10)), 'TIFF', icc_profile=ink)
+    by_littlecms = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(io.BytesIO(ink)),
+                                             ImageCms.createProfile('sRGB'), outputMode='RGB')
+    assert by_littlecms is not None and values(image) == np.asarray(by_littlecms)[0].tolist()
+    assert np.abs(np.asarray(to_rgb(image), int) - np.asarray(image.convert('RGB'), int)).max() > 20
+
+
+def test_srgb_stays_as_it_is() -> None:
+    """Also by another maker's table of its curve, whose rounding would move some colours by a level."""
+    level = np.arange(1024) / 1023
+    curve = np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
+    table = b'curv' + struct.pack('>II1024H', 0, 1024, *(curve * 65535).round().astype(int).tolist())
+    tags = {tag + what: value for i, tag in enumerate((b'r', b'g', b'b')) for what, value in (
+        (b'XYZ', xyz(SRGB[:, i])), (b'TRC', table))}
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), icc(b'RGB ', tags), None):
+        assert np.array_equal(to_rgb(encoded(pixels, 'PNG', icc_profile=profile)), pixels)
+
+
+@pytest.mark.parametrize('profile', [b'no profile' * 20, icc(b'GRAY', {b'kTRC': gamma(1.0)}), icc(b'RGB ', {}),
+                                     icc(b'CMYK', {}, b'prtr', b'Lab ')])
+def test_profiles_that_do_not_fit(profile: bytes) -> None:
+    with pytest.warns(UserWarning, match='colour profile of an image is damaged, or of another colour space'):
+        assert values(encoded(Image.new('RGB', (1, 1), (9, 80, 200)), 'PNG', icc_profile=profile)) == [[9, 80, 200]]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert values(Image.new('RGB', (1, 1), (9, 80, 200))) == [[9, 80, 200]]
 
 
 def test_image_prompts_of_any_aspect() -> None:

@@ -106,7 +106,10 @@ def test_auto_compiles_on_cuda_where_it_gains(more: dict[str, Any], compiled: st
     ({'adapters': {'a': {'type': 'T2IAdapter'}, 'b': None}}, 1, 1024, 6.2, 'off'), (LORA, 1, 1024, 6.2, 'blocks'),
     # A frozen adapter saves nothing of its own; what is not counted counts as a LoRA.
     ({'adapters': {'a': {'type': 'T2IAdapter'}, 'b': {'type': 'LoRA', 'trainable': False}}}, 1, 1024, 6.2, 'off'),
-    ({'adapters': {'a': {'type': 'Mine'}}}, 1, 1024, 6.2, 'blocks'), ({'trainable': ['unet']}, 1, 1024, 8, 'blocks')])
+    ({'adapters': {'a': {'type': 'Mine'}}}, 1, 1024, 6.2, 'blocks'),
+    # Of a ControlNet less goes; casts of all weights stay.
+    ({'adapters': {'a': {'type': 'ControlNet'}}}, 1, 1024, 7, 'full'), ({'trainable': ['unet']}, 1, 1024, 12, 'blocks'),
+    ({'trainable': ['unet']}, 1, 1024, 8, 'full')])
 def test_auto_checkpoints_by_need(model: dict[str, Any], batch_size: int, size: int, free: float,
                                   checkpointing: str) -> None:
     memory = Memory.of(model, free=int(free * 2**30), trained=10**7, batch_size=batch_size, pixels=size**2,

@@ -1,4 +1,4 @@
-"""Encode a config's training images once: python tools/cache.py CONFIG FOLDER; then train with type CachedLatents."""
+"""Fill the cache of a config ahead of its training: python tools/cache.py CONFIG [--folder F]."""
 
 import sys
 

@@ -11,7 +11,8 @@ default_hooks = dict(
                  size='$resolution'),
     checkpoint=dict(type='CheckpointHook', interval=500, max_keep_ckpts=None),
     curves=dict(type='CurvesHook'),
-    progress=dict(type='ProgressHook'))
+    progress=dict(type='ProgressHook'),
+    utilization=dict(type='UtilizationHook'))
 custom_hooks = []
 visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')])
 log_processor = dict(type='LogProcessor', by_epoch=False)
@@ -20,5 +21,7 @@ randomness = dict(seed=None)
 env_cfg = dict(cudnn_benchmark=False, allow_tf32=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
 # 'auto' is off on a CPU; what it became on a GPU stands in the table that opens the training (docs/configs.md).
 speed = dict(compile='auto', checkpointing='auto', base_dtype='auto')
+# A folder keeps what frozen encoders compute of the training data, for all runs (docs/caching.md).
+cache = None
 load_from = None
 resume = False

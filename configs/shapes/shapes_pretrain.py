@@ -1,10 +1,10 @@
-"""UNet and text encoders of the shapes world, from random weights, on cached latents: the second step of its base.
+"""UNet and text encoders of the shapes world, from random weights, on images encoded once: its base's second step.
 
-The cache is written by `python tools/cache.py shapes_pretrain_data work_dirs/shapes_latents` (docs/shapes.md).
+`diffengine-sdxl cache shapes_pretrain` fills the cache ahead, else the first epoch does (docs/shapes.md).
 """
-_base_ = ['../_base_/models/shapes.py', '../_base_/samplers/shapes.py', '../_base_/schedules/adamw_shapes.py',
-          '../_base_/runtime.py']
-resolution = 64
+_base_ = ['../_base_/models/shapes.py', '../_base_/datasets/shapes.py', '../_base_/samplers/shapes.py',
+          '../_base_/schedules/adamw_shapes.py', '../_base_/runtime.py']
+cache = 'work_dirs/shapes_cache'
 model = dict(
     # Random weights of the base's shape; its VAE has been trained already.
     pretrained=None, config='diffengine_sdxl::shapes/base', vae='diffengine_sdxl::shapes/base/vae',
@@ -13,13 +13,16 @@ model = dict(
     objective=dict(type='Denoise', timesteps=dict(type='LogitNormalTimesteps', mean=1.0, std=1.0)),
     sampler=_base_.sampler)
 train_dataloader = dict(
-    batch_size=32, num_workers=0,
+    batch_size=32,
     dataset=dict(
-        type='CachedLatents', source='work_dirs/shapes_latents',
+        conditioning=None, length=16000, oversize=0.1, variants=1,
         transforms=[
+            dict(type='Crop', size='$resolution', mode='random'),
             # Both nulls are learned: the caption '' and zeros, which stock takes for a missing negative prompt.
             dict(type='CaptionDrop', prob=0.05),
-            dict(type='CaptionDrop', prob=0.08, to=None)]))
+            dict(type='CaptionDrop', prob=0.08, to=None),
+            dict(type='ComputeTimeIds'),
+            dict(type='PackInputs')]))
 train_cfg = dict(max_iters=7000)
 param_scheduler = dict(num_warmup_steps=200)
 default_hooks = dict(

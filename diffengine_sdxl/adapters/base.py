@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffengine_sdxl.adapters.formats import files
+from diffengine_sdxl.cache.plan import EntryStore
 from diffengine_sdxl.errors import UserError, checked_range
 from diffengine_sdxl.loading.strict import log_loaded
 from diffengine_sdxl.protocols import AdapterHost
@@ -56,6 +57,8 @@ class Adapter(nn.Module):
     file_formats: tuple[str, ...] = ('original',)
     #: How stock diffusers loads what `save` writes to {out}; '' if it cannot.
     diffusers_call = ''
+    #: Where `encode_rows` keeps what it computes; None: nowhere.
+    store: EntryStore | None = None
 
     def __init__(self, condition_key: str | None = None, weights: str | None = None, trainable: bool = True,
                  scale: float = 1.0, active_range: Sequence[float] = (0.0, 1.0),
@@ -180,6 +183,14 @@ class Adapter(nn.Module):
             UserError: the batch lacks this adapter's condition.
         """
         return {'condition': self._condition(batch)} if self.condition_key else {}
+
+    def encode_rows(self, batch: Batch) -> Tensors:
+        """`encode` for a training: what a frozen network computes is found in `batch.lookups`, or computed row by row.
+
+        Raises:
+            UserError: see `encode`.
+        """
+        return self.encode(batch)
 
     def null(self, tensors: Tensors) -> Tensors:
         """Return what replaces a dropped condition, of the same shapes as `tensors`."""

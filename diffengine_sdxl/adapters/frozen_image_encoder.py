@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -18,14 +21,19 @@ from torch import Tensor, nn
 from diffengine_sdxl import rng
 from diffengine_sdxl.adapters.formats.files import Folder, locate
 from diffengine_sdxl.adapters.image_encoder import MEAN, STD
+from diffengine_sdxl.cache.keys import digest
+from diffengine_sdxl.cache.plan import EntryStore
+from diffengine_sdxl.cache.rows import by_row
 from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.loading import hub
-from diffengine_sdxl.loading.component_checks import check_files
-from diffengine_sdxl.loading.files import WEIGHTS, read_json
+from diffengine_sdxl.loading.component_checks import check_files, read_headers
+from diffengine_sdxl.loading.deferred import Deferred
+from diffengine_sdxl.loading.digests import FileDigest, Source
+from diffengine_sdxl.loading.files import WEIGHTS, read_json, weight_files
 from diffengine_sdxl.loading.single_file import is_single_file
 from diffengine_sdxl.loading.strict import as_user_error, load_pretrained, shipped
 from diffengine_sdxl.protocols import AdapterHost
-from diffengine_sdxl.structures import send
+from diffengine_sdxl.structures import Lookups, send
 
 #: Pixels of a side of the images that an encoder may read.
 MAX_SIDE = 4096
@@ -104,20 +112,38 @@ class FrozenImageEncoder(nn.Module):
             `image_embeds` or `pooler_output` [N, E].
         preprocessing: what it expects of an image.
         source: where it comes from, for errors.
+        widths: E of embeddings and of hidden states.
+        device: returns the device of a deferred `net`.
     """
 
-    def __init__(self, net: Any, preprocessing: ImagePreprocessing, source: str) -> None:
+    net: Any
+
+    def __init__(self, net: Any, preprocessing: ImagePreprocessing, source: str, widths: tuple[int, int],
+                 device: Callable[[], torch.device] | None = None) -> None:
         super().__init__()
-        self.net, self.preprocessing, self.source = net.eval().requires_grad_(False), preprocessing, source
+        self.deferred = net if isinstance(net, Deferred) else None
+        if self.deferred is not None and device is not None:
+            self.deferred.place(self, 'net', device)
+        else:
+            self.net = net.eval().requires_grad_(False)
+        self.preprocessing, self.source, self._widths = preprocessing, source, widths
         #: The adapters that read through it.
         self.users: list[str] = []
         self._null: dict[int, Tensor] = {}
 
     def width(self, hidden: bool) -> int:
         """E, of hidden states or of embeddings."""
-        if not hidden and hasattr(self.net, 'visual_projection'):
-            return int(self.net.visual_projection.out_features)
-        return int(self.net.config.hidden_size)
+        return self._widths[hidden]
+
+    def digest(self, hidden: bool, file_digest: FileDigest) -> str | None:
+        """Return the digest of what `embed` gives for pixels in [0, 1]; None if it was not loaded lazily.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        if self.deferred is None:
+            return None
+        return digest('images', self.deferred.digest(file_digest), hidden, astuple(self.preprocessing))
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize [N, 3, S, S] in [0, 1], and cast it to the encoder's dtype."""
@@ -144,11 +170,12 @@ class FrozenImageEncoder(nn.Module):
                                "pooled embedding; use architecture='plus', which reads its hidden states."))
         return embeds
 
-    def null(self, hidden: bool, num_images: int = 1) -> Tensor:
+    def null(self, hidden: bool, num_images: int = 1, store: EntryStore | None = None) -> Tensor:
         """Return what stands for no image, [1, E] or [num_images, T, E]: zeros, or the hidden states of zero pixels.
 
-        Zero after normalization, so a gray image, as in diffusers. Cached for each number of images, as the encoder is
-        frozen; in one batch, as by diffusers' `encode_image`, since kernels depend on the batch size.
+        Zero after normalization, so a gray image, as in diffusers. Remembered for each number of images, as the encoder
+        is frozen, and kept in `store`; in one batch, as by diffusers' `encode_image`, since kernels depend on the batch
+        size.
         """
         options: dict[str, Any] = {'dtype': self.net.dtype, 'device': self.net.device}
         if not hidden:
@@ -156,7 +183,11 @@ class FrozenImageEncoder(nn.Module):
         null = self._null.get(num_images)
         if null is None or (null.dtype, null.device) != (self.net.dtype, self.net.device):
             side = self.preprocessing.size
-            null = self._null[num_images] = self.embed(torch.zeros(num_images, 3, side, side, **options), True)
+            of_files = None if store is None else self.digest(True, store.file_digest)
+            key = '' if of_files is None else digest('image_embeds', of_files, 'null', num_images)
+            null = by_row(1, lambda _: {'embeds': self.embed(torch.zeros(num_images, 3, side, side, **options), True)},
+                          'image_embeds', Lookups([key], [None]), store, self.net.device)['embeds'][0]
+            self._null[num_images] = null
         return null
 
 
@@ -214,7 +245,11 @@ def _is_model(folder: Folder) -> bool:
 def _width(folder: Folder, hidden: bool) -> int:
     """Return `FrozenImageEncoder.width` of a model from its config alone."""
     from transformers import AutoConfig
-    config = as_user_error(str(folder), AutoConfig.from_pretrained, str(folder.file('config.json').parent))
+    return _config_width(as_user_error(str(folder), AutoConfig.from_pretrained,
+                                       str(folder.file('config.json').parent)), hidden)
+
+
+def _config_width(config: Any, hidden: bool) -> int:
     projects = not hidden and config.model_type in ('clip', 'clip_vision_model')
     return int(config.projection_dim if projects else getattr(config, 'vision_config', config).hidden_size)
 
@@ -229,38 +264,56 @@ def _source(folder: Folder) -> EncoderSource:
     return f'{hub.HOSTS[0]}/{folder.repo.source}/blob/{revision}/{folder.path}/config.json', None
 
 
-def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype) -> FrozenImageEncoder:
+def load_encoder(source: str, subfolder: str | None, dtype: torch.dtype,
+                 lazy_on: Callable[[], torch.device] | None = None) -> FrozenImageEncoder:
     """Load an image encoder of transformers strictly, without a change of the global random state.
 
     Args:
         source: folder, hub id, 'diffengine_sdxl::<folder>', or link to the weights or config of one on the hub.
         subfolder: of it.
+        lazy_on: load the network at its first use, to the device that this returns; None: now.
 
     Raises:
         UserError: it cannot be loaded, or its preprocessing is not supported.
     """
-    from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
+    from transformers import AutoConfig
     source = str(shipped(source))
     source, revision, inner, variant = hub.parse_model_link(source) or (source, None, None, None)
     subfolder = subfolder or inner
-    where = {'subfolder': subfolder} if subfolder else {}
     shown = f'{source}/{subfolder}' if subfolder else source
     path, settings = _fetch(source, subfolder, revision, variant)
-    check_files(Path(path) / (subfolder or ''))
-    config = as_user_error(shown, AutoConfig.from_pretrained, path, **where)
+    folder = Path(path) / (subfolder or '')
+    check_files(folder)
+    config = as_user_error(shown, AutoConfig.from_pretrained, path, **({'subfolder': subfolder} if subfolder else {}))
+    load = partial(_load_net, config, path, subfolder, dtype, source, variant)
+    names = [] if lazy_on is None else weight_files(os.listdir(folder), variant)
+    if names:
+        num_values = sum(math.prod(info.shape) for info in read_headers(folder, names, shown).values())
+        net: Any = Deferred('image_encoder', config, dtype, load, Source(
+            folder / 'config.json', tuple(folder / name for name in names)), num_values * dtype.itemsize)
+    else:
+        net = load()
+    size = getattr(getattr(config, 'vision_config', config), 'image_size', None) or 224
+    preprocessing = read_json(settings) if settings else {}
+    return FrozenImageEncoder(net, ImagePreprocessing.from_config(
+        preprocessing, size if isinstance(size, int) else size[0], shown), shown,
+        (_config_width(config, False), _config_width(config, True)), lazy_on)
+
+
+def _load_net(config: Any, path: str, subfolder: str | None, dtype: torch.dtype, source: str,
+              variant: str | None) -> nn.Module:
+    from transformers import AutoModel, CLIPVisionModelWithProjection
     with rng.fork('image encoder'):
         cls = CLIPVisionModelWithProjection if config.model_type == 'clip_vision_model' else AutoModel
-        net = load_pretrained(cls, path, dtype=dtype, shown=source, variant=variant, **where)
+        net = load_pretrained(cls, path, dtype=dtype, shown=source, variant=variant, subfolder=subfolder)
         if config.model_type == 'clip':
             both, net = net, CLIPVisionModelWithProjection(config.vision_config)
             net.vision_model, net.visual_projection = both.vision_model, both.visual_projection
             net.to(dtype)
         elif hasattr(net, 'vision_model') and hasattr(net, 'text_model'):  # SigLIP and its like
             net = net.vision_model
-    size = getattr(net.config, 'image_size', None) or 224
-    preprocessing = read_json(settings) if settings else {}
-    return FrozenImageEncoder(net, ImagePreprocessing.from_config(
-        preprocessing, size if isinstance(size, int) else size[0], shown), shown)
+    module: nn.Module = net
+    return module
 
 
 def _fetch(source: str, subfolder: str | None, revision: str | None, variant: str | None) -> tuple[str, Path | None]:
@@ -291,7 +344,8 @@ def share_encoder(model: AdapterHost, source: str, subfolder: str | None, user: 
     name = f'image_encoder_{rng.key_seed(source, subfolder or "")}'
     if name not in model.shared_encoders:
         weight = model.unet_weight
-        model.shared_encoders[name] = load_encoder(source, subfolder, weight.dtype).to(weight.device)
+        model.shared_encoders[name] = load_encoder(
+            source, subfolder, weight.dtype, (lambda: model.device) if model.lazy_encoders else None).to(weight.device)
     encoder = model.shared_encoders[name]
     assert isinstance(encoder, FrozenImageEncoder)
     encoder.users.append(user)

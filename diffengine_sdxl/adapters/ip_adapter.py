@@ -36,8 +36,10 @@ from diffengine_sdxl.attention import (
     release,
     use_image_prompts,
 )
+from diffengine_sdxl.cache.rows import by_row
 from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.images import clip_pixels
+from diffengine_sdxl.loading.deferred import loaded
 from diffengine_sdxl.loading.strict import log_loaded
 from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
@@ -189,6 +191,19 @@ class IPAdapter(Adapter):
         """
         embeds = batch.conditions.get(f'{self.condition_key}_embeds')
         embeds = self._embed(self._condition(batch)) if embeds is None else self._check_embeds(embeds)
+        return self._with_mask(batch, embeds)
+
+    @torch.no_grad()
+    def encode_rows(self, batch: Batch) -> Tensors:
+        """`encode`, each sample's images alone; those of `batch.lookups` are not read."""
+        if f'{self.condition_key}_embeds' in batch.conditions:
+            return self.encode(batch)
+        lookups = batch.lookups.get(str(self.condition_key))
+        embeds = by_row(len(batch), lambda i: {'embeds': self._embed(self._condition(batch)[i:i + 1])[0]},
+                        'image_embeds', lookups, self.store, batch.time_ids.device)
+        return self._with_mask(batch, embeds['embeds'])
+
+    def _with_mask(self, batch: Batch, embeds: Tensor) -> Tensors:
         if self.multi_image == 'average':
             embeds = embeds.mean(1, keepdim=True)
         masked = self.mask or self.mask_key in batch.conditions
@@ -197,7 +212,7 @@ class IPAdapter(Adapter):
     def null(self, tensors: Tensors) -> Tensors:
         """Return the embeddings of no image; the mask stays, as in diffusers."""
         embeds = tensors['embeds']
-        return {**tensors, 'embeds': self.encoder.null(self.plus, embeds.shape[1]).expand_as(embeds)}
+        return {**tensors, 'embeds': self.encoder.null(self.plus, embeds.shape[1], self.store).expand_as(embeds)}
 
     def project(self, tensors: Tensors) -> Tensors:
         """Project embeddings to tokens [B, n, T, D]."""
@@ -254,7 +269,7 @@ class IPAdapter(Adapter):
         if self.multi_image == 'average':
             self._unsupported_by_diffusers("multi_image='average', and diffusers concatenates the images' tokens "
                                            "(multi_image='concat')")
-        net, how = self.encoder.net, self.encoder.preprocessing
+        net, how = loaded(self.encoder.net), self.encoder.preprocessing
         if not self.plus and not hasattr(net, 'visual_projection'):
             self._unsupported_by_diffusers(f'its image encoder must give image_embeds, and {type(net).__name__} does '
                                            'not')

@@ -37,6 +37,7 @@ from diffengine_sdxl.adapters.lora_function import ComputeCopies
 from diffengine_sdxl.adapters.lora_inject import inject_weights, stored_dtype
 from diffengine_sdxl.adapters.lora_words import Words
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading import deferred
 from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.registry import ADAPTERS
 from diffengine_sdxl.structures import Batch, UNetCall
@@ -133,7 +134,8 @@ class LoRA(Adapter):
         """
         if hasattr(nn.ParameterDict(), self.name):
             raise UserError(f"'{self.name}' cannot name a LoRA: it is reserved by torch's ParameterDict.")
-        self._parts = {part: getattr(model, part) for part in PARTS if getattr(model, part) is not None}
+        bases = {part: getattr(model, part) for part in PARTS if getattr(model, part) is not None}
+        self._parts = {part: deferred.skeleton(module) for part, module in bases.items()}
         modules = self._plain_layers(norms=True)
         check_blocks(self.blocks, modules, self.name)
         if self.weights is None:
@@ -143,11 +145,12 @@ class LoRA(Adapter):
                                alpha=self.requested['alpha'], rslora=self.requested['rslora'])
             self._check_loaded(loaded, modules, model)
         self.method, self.rslora, self.options, self._title = loaded.kind, loaded.rslora, loaded.options, loaded.title()
-        self.words = Words(loaded.words, loaded.source, self._parts)
+        self.words = Words(loaded.words, loaded.source, bases)
         self._ranks = {part: PartWeights({}, own.rank, own.alpha) for part, own in loaded.parts.items()}
         self._check_scale(self.scale)
         self._check_active_range(self.active_range)
-        self._parts = {part: module for part, module in self._parts.items() if part in loaded.parts}
+        self._parts = {part: deferred.loaded(base) for part, base in bases.items() if part in loaded.parts}
+        modules = self._plain_layers(norms=True)
         try:
             for part in self._parts:
                 self._wrappers[part] = inject_weights(self._parts[part], part, loaded, modules[part], self.name,

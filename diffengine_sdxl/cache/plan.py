@@ -25,6 +25,9 @@ class EntryStore(Protocol):
     def put(self, key: str, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of an entry. Does not wait for the device or the disk, and never fails."""
 
+    def count(self, kind: str, hits: int, misses: int) -> None:
+        """Count entries that were found, and that were not; by the process that trains."""
+
     def file_digest(self, path: Path) -> str:
         """Return the digest of a file's content, read once for as long as the file does not change.
 

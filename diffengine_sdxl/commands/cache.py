@@ -1,150 +1,179 @@
-"""Encode the training images of a config once, so that training can skip it."""
+"""Fill the cache of a config ahead of its training; show, verify or prune it."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
+import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
-from safetensors.torch import save_file
+from mmengine.device import get_device
+from mmengine.dist import get_dist_info
+from torch.utils.data import DataLoader
 
-from diffengine_sdxl.atomic_files import replacing
-from diffengine_sdxl.commands.common import check_output_folder, hide_loading_bars
-from diffengine_sdxl.config import load, resolve, to_plain
-from diffengine_sdxl.datasets import Draw, collate
-from diffengine_sdxl.datasets.cached import ORIGIN, ROWS, encoder_fingerprint
-from diffengine_sdxl.errors import UserError, whole_number
-from diffengine_sdxl.models.sdxl import SDXL
-from diffengine_sdxl.registry import DATASETS, MODELS
-from diffengine_sdxl.structures import Batch
+from diffengine_sdxl import limits
+from diffengine_sdxl.cache.samples import keep_samples
+from diffengine_sdxl.cache.store import Store
+from diffengine_sdxl.cache.verify import Verifier, discard, prune
+from diffengine_sdxl.commands.common import hide_loading_bars
+from diffengine_sdxl.commands.launch import start_processes
+from diffengine_sdxl.config import load, resolve
+from diffengine_sdxl.datasets import Draw, KeyedSampler, collate
+from diffengine_sdxl.engine.run_cache import open_store
+from diffengine_sdxl.errors import UserError, listed, whole_number
+from diffengine_sdxl.models.cache_plan import cache_plan
+from diffengine_sdxl.registry import DATA_SAMPLERS, DATASETS, MODELS
 
-#: Fields of a batch that are encoded here, or drawn anew when a row is read.
-NOT_CACHED = ('img', 'latents', 'conditions', 'key', 'epoch', 'seed', 'size', 'num_skipped')
-STOPPED = 'Stopped; nothing was written.'
-OUT_OF_MEMORY = 'A smaller train_dataloader.batch_size or a smaller resolution may help.'
+STOPPED = 'Stopped; what was encoded is kept, and the same command goes on.'
+OUT_OF_MEMORY = 'A smaller resolution may help; images are encoded one by one, whatever the batch size.'
+#: Arguments of the loader that the command shares with training.
+LOADER = ('num_workers', 'prefetch_factor', 'multiprocessing_context', 'timeout', 'worker_init_fn')
 
 
-def run(args: Any, _: Any) -> None:
-    """Encode training images.
+def run(args: Any, cleanup: Any) -> int:
+    """Fill the cache, or show, verify or prune it.
 
     Args:
-        args: config, folder, num_samples, cfg_options; as `cli` parses them.
+        args: config, folder, num_samples, verify, prune, show, launcher, cfg_options; as `cli` parses them.
+
+    Returns:
+        The exit code: 1 if entries were wrong.
 
     Raises:
-        UserError: see `write_cache`.
+        UserError: the config names no cache, has nothing that can be cached, or its parts cannot be built.
     """
-    cfg = load(args.config, args.cfg_options or ())
+    cfg = resolve(load(args.config, args.cfg_options or ()))
+    limits.set_limits(cfg.get('limits') or {})
+    if args.folder is not None:
+        cfg.cache = args.folder
+    if not cfg.get('cache'):
+        raise UserError("The config names no cache. Add --folder F, or cache='F' to the config.")
+    if args.launcher != 'none' and (args.verify or args.prune is not None):
+        raise UserError('--verify and --prune work in one process; leave out --launcher.')
+    num_samples = None if args.num_samples is None else whole_number('num_samples', args.num_samples, 1)
+    start_processes(args.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg'))
+    store = open_store(cfg)
+    assert store is not None
+    cleanup.callback(store.close)
+    if args.prune is not None:
+        _prune(store, args.prune)
+    if args.prune is not None or args.show:
+        print(store.describe())
+        return 0
     hide_loading_bars()
-    print(f'{write_cache(cfg, args.folder, args.num_samples)} samples are in {args.folder}.')
+    if args.verify:
+        return _verify(cfg, store, num_samples)
+    if store.read_only:
+        raise UserError(f"The cache '{store.folder}' is only read, so it cannot be filled. Set read_only=False.")
+    encode(cfg, store, num_samples)
+    store.close()
+    rank, world = get_dist_info()
+    share = f'Process {rank + 1} of {world}: ' if world > 1 else ''
+    for kind, (hits, misses) in sorted(store.counts.items()):
+        print(f'{share}{kind}: {hits:,} were there, {misses:,} are new.')
+    print(store.describe())
+    return 0
 
 
-def write_cache(config: Config, folder: Path, num_samples: int | None = None, shard_size: int = 4096) -> int:
-    """Write the latents of the train data set of `config` to `folder`, complete or not at all; return their number.
+def encode(config: Any, store: Store | Verifier, num_samples: int | None = None) -> None:
+    """Read the training data of a resolved config, every variant of each image, and put what `store` lacks.
 
-    Transforms run once, as in the first epoch of seed `randomness.seed` (default 0), and so does the VAE's sampling.
-    Captions are stored before CaptionDrop, which training can still do.
+    Of captions that a transform draws anew in each epoch, those of the epochs that are read.
 
     Args:
-        config: as `config.load.load` returns it.
-        folder: new or empty, or a cache to replace.
-        num_samples: how many of the first rows; None for all. Beyond the data's length rows repeat, in other epochs and
-            with keys of their own, so that training draws other noise for them.
-        shard_size: samples in a file, rounded up to whole batches.
+        num_samples: only the first ones of each epoch.
 
     Raises:
-        UserError: the folder holds something else, the data or the model cannot be built, or the samples have
-            something that cannot be cached.
+        UserError: the config lacks something, or its parts cannot be built; see `SDXL.encode_frozen`.
     """
-    for name, value in (('num_samples', num_samples), ('shard_size', shard_size)):
-        if value is not None:
-            whole_number(name, value, 1)
-    folder = check_output_folder(folder, ORIGIN)
-    cfg = resolve(config)
-    loader: Any = cfg.get('train_dataloader') or {}
-    for key, setting in (('model', cfg.get('model')), ('train_dataloader', loader),
-                         ('train_dataloader.dataset', loader.get('dataset')),
-                         ('train_dataloader.batch_size', loader.get('batch_size'))):
+    loader: Any = config.get('train_dataloader') or {}
+    for key, setting in (('model', config.get('model')), ('train_dataloader.dataset', loader.get('dataset'))):
         if not setting:
             raise UserError(f"The config has no '{key}', so there is nothing to cache.")
-    batch_size = whole_number('train_dataloader.batch_size', loader.batch_size, 1)
-    seed = int((cfg.get('randomness') or {}).get('seed') or 0)
-    dataset = _build_dataset(loader.dataset)
-    model: SDXL = MODELS.build({'seed': seed, **cfg.model, 'adapters': {}, 'objective': None, 'sampler': None,
-                                'trainable': []})
-    if torch.cuda.is_available():
-        model.cuda()
-    total = num_samples or len(dataset)
-    with replacing(folder) as temporary:
-        temporary.mkdir(parents=True)
-        samples = (dataset[Draw(i % len(dataset), i // len(dataset), seed)] for i in range(total))
-        _write(model, samples, total, batch_size, shard_size, temporary)
-        origin = {'num_samples': total, 'seed': seed, 'pretrained': model.pretrained, 'vae': cfg.model.get('vae'),
-                  'encoder': encoder_fingerprint(model), 'scaling_factor': model.vae.config.scaling_factor,
-                  'dataset': to_plain(cfg)['train_dataloader']['dataset']}
-        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1) + '\n')
-    return total
+    seed = int((config.get('randomness') or {}).get('seed') or 0)
+    dataset: Any = DATASETS.build(loader.dataset)
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, 'attach_cache'):
+        raise UserError(f"A {type(dataset).__name__} cannot be read ahead; its training fills the cache as it goes, if "
+                        'the config names one.')
+    model: Any = MODELS.build({'seed': seed, **config.model, 'lazy_encoders': True}).to(get_device())
+    dataset.attach_cache(cache_plan(model, store))
+    sampler = DATA_SAMPLERS.build({'type': 'KeyedSampler', **(loader.get('sampler') or {}), 'dataset': dataset,
+                                   'seed': seed})
+    batches = functools.partial(_batches, dataset, sampler, num_samples, int(loader.get('batch_size') or 1))
+    # Counted first: the number of batches depends on the buckets.
+    total = sum(map(len, batches()))
+    settings = {key: loader[key] for key in LOADER if loader.get(key) is not None}
+    data: Any = DataLoader(dataset, batch_sampler=batches(), collate_fn=collate,  # type: ignore[arg-type]
+                           pin_memory=torch.cuda.is_available(), **settings)
+    _run(model, data, store, total)
 
 
-def _build_dataset(config: Any) -> Any:
-    """Build the data set without CaptionDrop and JointDrop; changes `config`.
-
-    Raises:
-        UserError: its rows are not numbered, or each is several samples.
-    """
-    if 'instance' in config:
-        raise UserError('The data set combines several (PriorPreservation); cache each with a config of its own.')
-    config['transforms'] = [t for t in config.get('transforms') or ()
-                            if str(t.get('type')).split('.')[-1] not in ('CaptionDrop', 'JointDrop')]
-    dataset: Any = DATASETS.build(config)
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        raise UserError('A stream cannot be cached; use a data set with numbered rows (type HFDataset).')
-    return dataset
+def _run(model: Any, batches: Any, store: Store | Verifier, total: int) -> None:
+    from rich.progress import Progress
+    with Progress(disable=get_dist_info()[0] != 0) as progress:
+        task = progress.add_task('Encoding', total=total)
+        for collated in batches:
+            num = len(collated['key'])
+            keep_samples(collated, store)
+            model.encode_frozen(model.data_preprocessor(collated)['inputs'])
+            progress.advance(task, num)
 
 
-@torch.no_grad()
-def _write(model: SDXL, samples: Iterator[dict[str, Any]], total: int, batch_size: int, shard_size: int,
-           folder: Path) -> None:
-    from rich.progress import track
-    shard: dict[str, list[torch.Tensor]] = {}
-    with (folder / ROWS).open('w', encoding='utf-8') as rows:
-        for start in track(range(0, total, batch_size), description='Encoding'):
-            batch = model.data_preprocessor(collate(list(itertools.islice(samples, batch_size))))['inputs']
-            rows.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in _texts(batch))
-            for name, value in {'latents': model.latents(batch).float(), **_tensors(batch)}.items():
-                shard.setdefault(name, []).append(value.cpu())
-            end = start + len(batch)
-            if end == total or end // shard_size > start // shard_size:
-                save_file({k: torch.cat(v).contiguous() for k, v in shard.items()}, folder / f'{start:09d}.safetensors')
-                shard.clear()
+def _batches(dataset: Any, sampler: Any, num_samples: int | None, batch_size: int) -> Iterator[list[Draw]]:
+    """Yield what this process reads, each batch of one shape."""
+    rank, world = get_dist_info()
+    waiting: dict[Any, list[Draw]] = {}
+    for epoch in range(_num_epochs(dataset)):
+        for draw in itertools.islice(_draws(sampler, epoch), rank, num_samples, world):
+            batch = waiting.setdefault(draw.size, [])
+            batch.append(draw)
+            if len(batch) == batch_size:
+                yield waiting.pop(draw.size)
+    yield from waiting.values()
 
 
-def _texts(batch: Batch) -> list[dict[str, str]]:
-    """Return key and texts of each row."""
-    texts = {name: value for name, value in vars(batch).items() if isinstance(value, list) and name not in NOT_CACHED}
-    keys = [key if epoch == 0 else f'{key} (pass {epoch + 1})'
-            for key, epoch in zip(batch.key, batch.epoch.tolist(), strict=True)]
-    return [{'key': key, **{name: value[i] for name, value in texts.items()}} for i, key in enumerate(keys)]
+def _draws(sampler: Any, epoch: int) -> Iterator[Draw]:
+    """Yield the draws of an epoch; of a sampler of another class, each row once."""
+    if isinstance(sampler, KeyedSampler):
+        return sampler.draws(epoch)
+    return (Draw(index, epoch, getattr(sampler, 'seed', 0) or 0) for index in range(len(sampler)))
 
 
-def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """Return the other tensors of the rows, [B, ...]; conditions that are images as uint8.
+def _num_epochs(dataset: Any) -> int:
+    """Return in how many epochs all variants of every row are read."""
+    sets = getattr(dataset, 'sets', None)
+    if sets is None:
+        return getattr(dataset, 'variants', None) or 1
+    needed = [len(part) * (getattr(part, 'variants', None) or 1) for part in sets.values()]
+    if not hasattr(dataset, 'counts'):  # each epoch reads so many of each set
+        return max(math.ceil(num / len(dataset)) for num in needed)
+    shares = dataset.counts(1_000_000)
+    return next(epochs for epochs in itertools.count(1) if all(
+        read >= num or not share for read, num, share in zip(dataset.counts(epochs), needed, shares, strict=True)))
 
-    Raises:
-        UserError: an image is not in [0, 1], or something is dropped.
-    """
-    if batch.drop:
-        raise UserError(f'A transform drops {", ".join(map(repr, batch.drop))} in some rows, and a cache would drop '
-                        'the same ones in every epoch. Leave it to the config that trains on the cache.')
-    tensors = {name: value for name, value in vars(batch).items()
-               if isinstance(value, torch.Tensor) and name not in NOT_CACHED}
-    for name, value in batch.conditions.items():
-        is_image = value.dim() == 4 and not name.endswith('_embeds')
-        if is_image and not (value.min() >= 0 and value.max() <= 1):
-            raise UserError(f"The condition '{name}' is in [{float(value.min()):.3g}, {float(value.max()):.3g}]; a "
-                            'cache stores images in 8 bits, of values in [0, 1]. Scale it.')
-        tensors[name] = value.mul(255).round().to(torch.uint8) if is_image else value
-    return tensors
+
+def _verify(config: Any, store: Store, num_samples: int | None) -> int:
+    verifier = Verifier(store)
+    encode(config, verifier, num_samples)
+    print(f'{len(verifier.right):,} entries are right, {len(verifier.wrong):,} are wrong, {len(verifier.missing):,} '
+          'are not there.')
+    for line in itertools.islice(verifier.wrong.values(), 20):
+        print(line)
+    if not verifier.wrong:
+        return 0
+    if store.read_only:
+        print('The cache is only read, so the wrong entries stay in it.')
+    else:
+        discard(store, verifier.wrong)
+        print(f'The wrong entries are removed: {listed(verifier.wrong, 3)}. The next training computes them again.')
+    return 1
+
+
+def _prune(store: Store, days: float) -> None:
+    if store.read_only or not 0 <= days < float('inf'):
+        raise UserError(f"The cache '{store.folder}' is only read, so it cannot be pruned." if store.read_only else
+                        f'--prune {days:g} must be a number of days of at least 0.')
+    number, num_bytes = prune(store, days)
+    print(f'{number:,} files with {num_bytes / 2**20:,.1f} MiB are removed.')

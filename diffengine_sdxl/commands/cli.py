@@ -125,8 +125,27 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _cache(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
-    parser.add_argument('folder', type=Path, help='folder to write; an existing cache is replaced')
-    parser.add_argument('--num-samples', type=int, help='number of samples; beyond the number of rows they repeat')
+    parser.add_argument('--folder', help='folder of the cache (default: the key `cache` of the config)')
+    parser.add_argument('--num-samples', type=int, help='fill only the first samples of each epoch that is filled')
+    parser.add_argument('--verify', action='store_true',
+                        help='compute what this config reads and compare it with the entries; remove wrong ones')
+    parser.add_argument('--prune', type=float, metavar='DAYS',
+                        help='remove what no run has used for so many days; nothing is encoded')
+    parser.add_argument('--show', action='store_true', help='say what the cache holds; nothing is encoded')
+    _add_overrides(parser, 'resolution=512')
+    _add_launcher(parser)
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    _add_overrides(parser, 'train_dataloader.dataset.source=DATA')
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument('--device', help="the device to plan for: its name (H100, A100, RTX4090, ...); default: this "
+                                         "machine's, whose rates are measured in two seconds")
+    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the figures to a file')
     _add_overrides(parser, 'resolution=512')
 
 
@@ -156,7 +175,9 @@ COMMANDS = {
     'test': Command('Evaluate trained weights on the test data of a config.', _test),
     'infer': Command('Make images with a config, or make a PNG again that was made here.', _infer),
     'export': Command('Export one adapter for other tools, load it again, and compare.', _export),
-    'cache': Command('Encode the training images of a config once; then train with type CachedLatents.', _cache),
+    'plan': Command('Say what a training will need: memory, time, and a batch and checkpointing that fit.', _plan),
+    'data': Command('Report on the training data of a config: captions, sizes, duplicates, buckets.', _data),
+    'cache': Command('Fill the cache of a config ahead of its training; show, verify or prune it.', _cache),
     'list': Command('List the installed configs.', _list, takes_config=False),
     'write-shapes': Command('Write the shapes data set in the form of fusing/fill50k, for HFDataset.', _write_shapes,
                             takes_config=False)}
@@ -164,7 +185,8 @@ COMMANDS = {
 
 #: Other words for commands.
 ALIASES = {'generate': 'infer', 'sample': 'infer', 'inference': 'infer', 'run': 'infer', 'evaluate': 'test',
-           'eval': 'test', 'finetune': 'train', 'fit': 'train', 'convert': 'export', 'configs': 'list', 'ls': 'list'}
+           'eval': 'test', 'finetune': 'train', 'fit': 'train', 'convert': 'export', 'configs': 'list', 'ls': 'list',
+           'estimate': 'plan', 'dry-run': 'plan'}
 
 
 def main(command: str | None = None, arguments: Sequence[str] | None = None) -> int:

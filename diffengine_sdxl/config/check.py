@@ -27,10 +27,12 @@ PLACES: list[tuple[str, NamedRegistry]] = [
     ('model.objective.noise', r.NOISES), ('model.objective.noise.inner', r.NOISES),
     ('model.objective.timesteps', r.TIMESTEPS),
     ('model.objective.weighting', r.WEIGHTINGS), ('model.objective.loss', r.LOSSES),
-    ('*_dataloader.dataset', r.DATASETS),
-    *((f'*_dataloader.dataset.{part}', r.DATASETS) for part in ('instance', 'prior')),
-    *((f'*_dataloader.dataset.{part}.transforms.*', r.TRANSFORMS) for part in ('instance', 'prior')),
-    ('*_dataloader.sampler', r.DATA_SAMPLERS), ('*_dataloader.dataset.transforms.*', r.TRANSFORMS),
+    # A data set, of which some hold others.
+    *((f'{place}.dataset{part}{path}', registry)
+      for place in ('*_dataloader', 'default_hooks.*', 'custom_hooks.*')
+      for part in ('', '.instance', '.prior', '.sets.*')
+      for path, registry in (('', r.DATASETS), ('.transforms.*', r.TRANSFORMS))),
+    ('*_dataloader.sampler', r.DATA_SAMPLERS),
     ('*_evaluator', r.EVALUATOR), ('*_evaluator.metrics.*', r.METRICS), ('*_evaluator.[0-9]*', r.METRICS),
     ('default_hooks.*', r.HOOKS),
     ('custom_hooks.*', r.HOOKS), ('train_cfg', r.LOOPS), ('val_cfg', r.LOOPS), ('test_cfg', r.LOOPS),
@@ -47,7 +49,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
          'resume': bool | str | None, 'find_unused_parameters': bool, 'launcher': Literal['none', 'pytorch', 'slurm',
                                                                                           'mpi'],
          'log_level': int | Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'],
-         'limits': Mapping[str, float] | None, 'speed': Mapping[str, str] | None},
+         'limits': Mapping[str, float] | None, 'speed': Mapping[str, str] | None,
+         'cache': str | Mapping[str, Any] | None},
+    'cache': {'folder': str, 'read_only': bool},
     'randomness': {'seed': int | None, 'deterministic': bool, 'diff_rank_seed': bool},
     'env_cfg': {'cudnn_benchmark': bool, 'mp_cfg': Mapping[str, Any], 'dist_cfg': Mapping[str, Any] | None,
                 'resource_limit': int, 'allow_tf32': bool},

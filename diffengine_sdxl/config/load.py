@@ -25,7 +25,7 @@ RUNNER_KEYS = (
     'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
     'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_processor', 'log_level',
     'visualizer', 'default_scope', 'randomness', 'experiment_name', 'custom_imports', 'find_unused_parameters',
-    'infer_cfg', 'refiner', 'custom_imports_folders', 'limits', 'speed')
+    'infer_cfg', 'refiner', 'custom_imports_folders', 'limits', 'speed', 'cache')
 
 
 def load(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:

@@ -67,6 +67,14 @@ class KeyedSampler(Sampler[Draw]):
             return torch.arange(self.num_rows)
         return torch.randperm(self.num_rows, generator=rng.generator(self.seed, 'order', epoch))
 
+    def draw(self, index: int, epoch: int = 0) -> Draw:
+        """Return the draw of a row, whether the run reads it or not."""
+        return Draw(index, epoch, self.seed)
+
+    def draws(self, epoch: int) -> Iterator[Draw]:
+        """Yield the draws of the rows of `epoch` in reading order, those of all processes."""
+        return (self.draw(index, epoch) for index in self.order(epoch).tolist())
+
     def __iter__(self) -> Iterator[Draw]:
         check_start(self.start, self.world)
         position, epoch = self.start + self.rank, -1

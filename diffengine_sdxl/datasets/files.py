@@ -13,9 +13,10 @@ from mmengine.logging import print_log
 from PIL import Image
 
 from diffengine_sdxl import limits
+from diffengine_sdxl.datasets.image_formats import EXTRA, OF_EXTRA, has_plugin
 from diffengine_sdxl.errors import UserError, listed
 
-#: Image files of a folder: what is read where Pillow, or a plugin of it that is imported, has a decoder.
+#: Image files of a folder: what is read where Pillow, or a plugin of it, has a decoder.
 WANTED = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.bmp', '.dib', '.gif', '.tif', '.tiff', '.apng', '.avif',
           '.jp2', '.tga', '.ppm', '.pgm', '.pnm', '.qoi', '.heic', '.heif', '.jxl')
 NOT_READ = ('.exr', '.hdr', '.psd', '.svg', '.dng', '.pfm')
@@ -24,7 +25,8 @@ SYSTEM_FILES = ('thumbs.db', 'desktop.ini', '__macosx', '@eadir')
 
 def image_suffixes() -> tuple[str, ...]:
     """Return the suffixes, in lower case, of files that are read as images."""
-    return tuple(suffix for suffix in WANTED if suffix in Image.registered_extensions())
+    decoded = Image.registered_extensions()
+    return tuple(suffix for suffix in WANTED if suffix in decoded or has_plugin(suffix))
 
 
 @dataclass
@@ -59,7 +61,9 @@ class Listing:
         """Record all files but the `used` ones."""
         rest = sorted({*self.files}.difference(used))
         unread = {*WANTED, *NOT_READ}.difference(image_suffixes())
-        self.pass_over('images of a format that is not read', (p for p in rest if p.suffix.lower() in unread))
+        for why, suffixes in ((f'images that take `{EXTRA}`', unread.intersection(OF_EXTRA)),
+                              ('images of a format that is not read', unread.difference(OF_EXTRA))):
+            self.pass_over(why, (p for p in rest if p.suffix.lower() in suffixes))
         self.pass_over('other files', (p for p in rest if p.suffix.lower() not in unread))
 
     def log(self, num: int, what: str) -> None:

@@ -1,9 +1,12 @@
-"""CaptionFolder: a folder of images with a `.txt` caption beside each."""
+"""CaptionFolder: a folder of images with a caption file beside each."""
 
+import json
 import os
+import reprlib
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.logging import print_log
 
@@ -11,15 +14,20 @@ from diffengine_sdxl.datasets.base import MapDataset, OnBadImage, Sample, Transf
 from diffengine_sdxl.datasets.data_sampler import Draw
 from diffengine_sdxl.datasets.files import Listing, image_suffixes, list_folder, read_text
 from diffengine_sdxl.datasets.image_files import ImageReader
-from diffengine_sdxl.errors import UserError, listed
+from diffengine_sdxl.errors import UserError, first_line, listed
 from diffengine_sdxl.registry import DATASETS
 
-CAPTIONS = ('.txt', '.caption')
+#: Suffixes of caption files, the first that there is; and keys of a `.json` that hold a caption.
+CAPTIONS = ('.txt', '.caption', '.json')
+CAPTION_KEYS = ('caption', 'text', 'prompt', 'tags')
 
 
 @DATASETS.register_module()
 class CaptionFolder(MapDataset):
-    """Images of a folder and its subfolders; the caption of `a/b.png` is in `a/b.txt`, or else in `a/b.caption`.
+    """Images of a folder and its subfolders; the caption of `a/b.png` is in `a/b.txt`, `a/b.caption` or `a/b.json`.
+
+    The whole text of a file is the caption; `CaptionLine` takes one of its lines. A `.json` is a dict with a 'caption',
+    'text' or 'prompt', or 'tags'; each a text or a list of texts, which become lines, or of tags one text with commas.
 
     A row's key is the image's path in the folder, so it does not change when files are added. Hidden files and links to
     folders are passed over, which a line in the log counts.
@@ -29,17 +37,17 @@ class CaptionFolder(MapDataset):
         condition_folder: a folder with an image of the same path for each (the suffix may differ), read as
             'conditioning_image'; it may be inside `source`. None: no condition.
         default_caption: of images without a caption file; None refuses them.
-        transforms, on_bad_image, max_samples: see `SampleBuilder`; the rows are sorted by path.
+        transforms, on_bad_image, max_samples, variants: see `SampleBuilder`; the rows are sorted by path.
 
     Raises:
-        UserError: the folder does not exist or has no images, or a caption or a condition is missing, or a caption is
-            no UTF-8.
+        UserError: the folder does not exist or has no images, a caption or a condition is missing, or a caption is no
+            UTF-8 or no such JSON.
     """
 
     def __init__(self, source: str | Path, condition_folder: str | Path | None = None,
                  default_caption: str | None = None, transforms: Transforms = (), max_samples: int | None = None,
-                 on_bad_image: OnBadImage = 'raise') -> None:
-        super().__init__(transforms, on_bad_image, max_samples)
+                 on_bad_image: OnBadImage = 'raise', variants: int | None = None) -> None:
+        super().__init__(transforms, on_bad_image, max_samples, variants)
         self.source = str(source)
         self.folder = _existing_folder(source, 'source')
         conditions = None if condition_folder is None else _existing_folder(condition_folder, 'condition_folder')
@@ -54,12 +62,12 @@ class CaptionFolder(MapDataset):
         captions = {_stem(listing, path): path for suffix in reversed(CAPTIONS) for path in listing.files
                     if path.suffix.lower() == suffix}
         found = [captions.get(_stem(listing, path)) for path in self.paths]
-        if default_caption is None and None in found:
-            path = self.paths[found.index(None)]
+        texts = [default_caption if path is None else _read_caption(path, default_caption) for path in found]
+        if None in texts:
+            path = self.paths[texts.index(None)]
             raise UserError(f"The image '{path}' has no caption: write {path.with_suffix('.txt')}, or set "
                             'default_caption.')
-        texts = [default_caption if path is None else read_text(path, 'The caption').strip() for path in found]
-        self.texts = [text or '' for text in texts]
+        self.row_texts = [text or '' for text in texts]
         if empty := [listing.relative(path) for path, text in zip(found, texts, strict=True) if path and not text]:
             print_log(f"'{self.folder}': {len(empty)} captions are empty ({listed(empty, 3)})", logger='current')
         of_images = {captions.get(_stem(listing, path)) for path in images}
@@ -95,15 +103,18 @@ class CaptionFolder(MapDataset):
 
     def caption_texts(self) -> list[str]:
         """Return the captions."""
-        return self.texts
+        return self.row_texts
 
-    def load(self, index: int, draw: Draw) -> Sample:
-        path = self.paths[index]
-        sample: Sample = {'img': self.read_image(path, f"The image '{path}'")}
-        if self.condition_paths is not None:
-            condition = self.condition_paths[index]
-            sample['conditioning_image'] = self.read_image(condition, f"The conditioning image '{condition}'")
-        return {**sample, 'text': self.texts[index]}
+    def cells(self, index: int) -> dict[str, Any]:
+        conditions = self.condition_paths
+        return {'img': self.paths[index], **({} if conditions is None else {'conditioning_image': conditions[index]})}
+
+    def images(self, index: int, draw: Draw) -> Sample:
+        what = {'img': 'The image', 'conditioning_image': 'The conditioning image'}
+        return {key: self.read_image(path, f"{what[key]} '{path}'") for key, path in self.cells(index).items()}
+
+    def texts(self, index: int, draw: Draw) -> Sample:
+        return {'text': self.row_texts[index]}
 
 
 def _stem(listing: Listing, path: Path) -> str:
@@ -116,3 +127,26 @@ def _existing_folder(path: str | Path, option: str) -> Path:
     if not os.path.isdir(folder):  # also of a name that is too long
         raise UserError(f"{option}='{path}' is not a folder.")
     return folder
+
+
+def _read_caption(path: Path, default: str | None) -> str | None:
+    """Return the caption in a file; `default` if it is a `.json` of something else.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON, or its caption is not made of texts.
+    """
+    text = read_text(path, 'The caption')
+    if path.suffix.lower() != '.json':
+        return text.strip()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The caption '{path}' is no JSON: {first_line(error)}.") from error
+    key = next((key for key in CAPTION_KEYS if isinstance(content, dict) and key in content), None)
+    if key is None:
+        return default
+    value = [content[key]] if isinstance(content[key], str) else content[key]
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        raise UserError(f"The caption '{path}' has '{key}': {reprlib.repr(content[key])}; it must be a text or a list "
+                        'of texts.')
+    return (', ' if key == 'tags' else '\n').join(value).strip()

@@ -12,11 +12,14 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.datasets.base import MapDataset, OnBadImage, Sample, SampleBuilder, Transforms
 from diffengine_sdxl.datasets.data_sampler import Draw
 from diffengine_sdxl.datasets.image_files import ImageReader
+from diffengine_sdxl.datasets.row_digests import FileDigest, content_digest
 from diffengine_sdxl.datasets.sources import open_source, reading
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.structures import Batch
 
+#: What a cell of numbers holds; a list may hold lists.
+NUMBERS = (bool, int, float, list, np.ndarray)
 TEXTS = {name for name in Batch.names() if name.endswith(('text', 'text_2'))}
 
 
@@ -33,7 +36,7 @@ class HFRows(SampleBuilder):
             'negative_text', ...) and name an image under any other; numbers and lists become tensors.
         image_root: the folder of images that rows name by a path: relative paths begin there, and no path may lead
             outside of it. By default the source's own folder; '/' allows every absolute path.
-        transforms, on_bad_image, max_samples: see `SampleBuilder`.
+        transforms, on_bad_image, max_samples, variants: see `SampleBuilder`.
 
     Raises:
         UserError: the source cannot be opened or is empty, or a column is missing.
@@ -46,8 +49,8 @@ class HFRows(SampleBuilder):
                  caption_column: str | None = 'text', extra_columns: Mapping[str, str] | None = None,
                  transforms: Transforms = (), data_files: Any = None, cache_dir: str | Path | None = None,
                  revision: str | None = None, max_samples: int | None = None, on_bad_image: OnBadImage = 'raise',
-                 image_root: str | Path | None = None) -> None:
-        super().__init__(transforms, on_bad_image, max_samples)
+                 image_root: str | Path | None = None, variants: int | None = None) -> None:
+        super().__init__(transforms, on_bad_image, max_samples, variants)
         self.source = str(source)
         cache = None if cache_dir is None else str(cache_dir)
         data = open_source(self.source, split, name, data_files, cache, revision, self.streaming)
@@ -87,37 +90,45 @@ class HFRows(SampleBuilder):
             return data
         return data.take(self.max_samples) if self.streaming else data.select(range(min(self.max_samples, len(data))))
 
-    def read(self, row: Mapping[str, Any], key: str, draw: Draw) -> Sample:
-        """Return the images, the caption and the extra entries of a row.
+    def image_cells(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a row holds of each image, by the image's key in the sample."""
+        extra = {name: column for name, column in self.extra_columns.items()
+                 if name not in TEXTS and not isinstance(row[column], NUMBERS)}
+        return {name: row[column] for name, column in {**self.image_columns, **extra}.items()}
+
+    def read_images(self, row: Mapping[str, Any], key: str) -> Sample:
+        """Return the images of a row.
 
         Raises:
             BadImageError: an image is unreadable.
             UserError: a cell holds a value of another type.
         """
-        def what(column: str) -> str:
-            return f"Column '{column}' of row {key} of '{self.source}'"
-        sample: Sample = {name: self.read_image(row[column], what(column))
-                          for name, column in self.image_columns.items()}
-        sample['text'] = ''
+        return {name: self.read_image(cell, self._place(name, key)) for name, cell in self.image_cells(row).items()}
+
+    def read_texts(self, row: Mapping[str, Any], key: str, draw: Draw) -> Sample:
+        """Return the caption of a row, and the extra entries that are no images.
+
+        Raises:
+            UserError: a cell holds a value of another type.
+        """
+        sample: Sample = {'text': ''}
         if self.caption_column is not None:
             generator = rng.generator(draw.seed, key, draw.epoch, 'caption')
-            sample['text'] = _caption(row[self.caption_column], what(self.caption_column), generator)
+            sample['text'] = _caption(row[self.caption_column], self._place('text', key), generator)
         for name, column in self.extra_columns.items():
-            sample[name] = self._extra(name, row[column], what(column))
+            if name in TEXTS or isinstance(row[column], NUMBERS):
+                sample[name] = _text_or_numbers(name, row[column], self._place(name, key))
         return sample
 
-    def _extra(self, name: str, value: Any, what: str) -> Any:
-        if name in TEXTS:
-            if not isinstance(value, str):
-                raise UserError(f'{what} holds a {type(value).__name__}, not text.')
-            return value
-        if isinstance(value, bool | int | float | list | np.ndarray):
-            try:
-                array = np.asarray(value)
-                return torch.as_tensor(array.astype(np.float32) if array.dtype.kind == 'f' else array)
-            except (TypeError, ValueError) as error:
-                raise UserError(f'{what} does not hold numbers of one shape: {error}') from error
-        return self.read_image(value, what)
+    def content_of(self, row: Mapping[str, Any], key: str, file_digest: FileDigest) -> dict[str, Any]:
+        """Return what the images of a row are made of; see `cached.Row`."""
+        return {name: content_digest(cell, self.read_image, self._place(name, key), file_digest)
+                for name, cell in self.image_cells(row).items()}
+
+    def _place(self, name: str, key: str) -> str:
+        """Return how errors name the cell of an entry."""
+        column = {'text': self.caption_column, **self.image_columns, **self.extra_columns}[name]
+        return f"Column '{column}' of row {key} of '{self.source}'"
 
 
 @DATASETS.register_module()
@@ -126,6 +137,8 @@ class HFDataset(HFRows, MapDataset):
 
     A row's key is its number in the source's split.
     """
+
+    _last: tuple[int, dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.data)
@@ -140,10 +153,36 @@ class HFDataset(HFRows, MapDataset):
                 for value in self.data[self.caption_column]:
                     yield value if isinstance(value, str) else ' '.join(map(str, value if value is not None else ()))
 
-    def load(self, index: int, draw: Draw) -> Sample:
-        with reading(self.source):
-            row = self.data[index]
-        return self.read(row, self.key(index), draw)
+    def images(self, index: int, draw: Draw) -> Sample:
+        """Return the images."""
+        return self.read_images(self._cells_of(index), self.key(index))
+
+    def texts(self, index: int, draw: Draw) -> Sample:
+        """Return the caption and the extra entries that are no images."""
+        return self.read_texts(self._cells_of(index), self.key(index), draw)
+
+    def cells(self, index: int) -> dict[str, Any]:
+        """Return the undecoded cells of the images."""
+        return self.image_cells(self._cells_of(index))
+
+    def _cells_of(self, index: int) -> dict[str, Any]:
+        """Return a row; the last one is kept, as a sample's images and texts are asked for one after the other."""
+        if self._last is None or self._last[0] != index:
+            with reading(self.source):
+                self._last = index, self.data[index]
+        return self._last[1]
+
+
+def _text_or_numbers(name: str, value: Any, what: str) -> Any:
+    if name in TEXTS:
+        if not isinstance(value, str):
+            raise UserError(f'{what} holds a {type(value).__name__}, not text.')
+        return value
+    try:
+        array = np.asarray(value)
+        return torch.as_tensor(array.astype(np.float32) if array.dtype.kind == 'f' else array)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{what} does not hold numbers of one shape: {error}') from error
 
 
 def _caption(value: Any, what: str, generator: torch.Generator) -> str:

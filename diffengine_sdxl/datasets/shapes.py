@@ -1,6 +1,7 @@
 """Shapes: rows drawn by code when they are read; nothing is stored on the disk."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -8,10 +9,13 @@ from PIL import Image
 from diffengine_sdxl import rng
 from diffengine_sdxl.datasets.base import MapDataset, Sample, Transforms
 from diffengine_sdxl.datasets.data_sampler import Draw
+from diffengine_sdxl.datasets.row_digests import FileDigest, code_digest
 from diffengine_sdxl.errors import UserError, one_of, whole_number
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.shapes import draw as drawing
-from diffengine_sdxl.shapes.scene import BASE_STYLES, COMBINATIONS, STYLES, Scene, draw_scene, reference
+from diffengine_sdxl.shapes import palette
+from diffengine_sdxl.shapes import scene as scenes
+from diffengine_sdxl.shapes.scene import BASE_STYLES, COMBINATIONS, STYLES, Scene, draw_scene
 
 
 @DATASETS.register_module()
@@ -32,7 +36,7 @@ class Shapes(MapDataset):
         reference: add 'reference', another image in the same colours, for an image prompt.
         truth: add what metrics compare with: the words 'shape', 'style', 'fill', 'ground' and 'texture', and
             'shape_mask', the shape in white on black.
-        transforms: see `SampleBuilder`.
+        transforms, variants: see `SampleBuilder`.
 
     Raises:
         UserError: a number is out of range or a name unknown.
@@ -41,8 +45,8 @@ class Shapes(MapDataset):
     def __init__(self, length: int = 50000, seed: int = 0, split: str = 'train', size: int = 64,
                  conditioning: str | None = 'outline', styles: str | Sequence[str] = BASE_STYLES,
                  combinations: str = 'seen', oversize: float = 0.0, reference: bool = False, truth: bool = False,
-                 transforms: Transforms = ()) -> None:
-        super().__init__(transforms)
+                 transforms: Transforms = (), variants: int | None = None) -> None:
+        super().__init__(transforms, variants=variants)
         self.length, self.seed = whole_number('Shapes: length', length, 1), whole_number('Shapes: seed', seed)
         self.size = whole_number('Shapes: size', size, 8)
         if not isinstance(oversize, int | float) or not 0 <= oversize <= 1:
@@ -62,6 +66,8 @@ class Shapes(MapDataset):
         self.source = f'Shapes(seed={seed}, split={split!r})'
         self.split, self.conditioning, self.combinations = split, conditioning, combinations
         self.oversize, self.reference, self.truth = oversize, reference, truth
+        self.draws_anew = oversize > 0
+        self._last: tuple[int, Scene] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -71,20 +77,42 @@ class Shapes(MapDataset):
 
     def scene(self, index: int) -> Scene:
         """Return what row `index` shows."""
-        return draw_scene(self.seed, index, self.styles, self.combinations, self.split)
+        if self._last is None or self._last[0] != index:  # kept, as images and texts are asked for one after the other
+            self._last = index, draw_scene(self.seed, index, self.styles, self.combinations, self.split)
+        return self._last[1]
 
-    def load(self, index: int, draw: Draw) -> Sample:
-        scene, size = self.scene(index), self.size
-        if self.oversize:
-            draws = np.random.default_rng(rng.key_seed('shapes size', draw.seed, self.key(index), draw.epoch))
-            if draws.random() < self.oversize:
-                size = int(draws.integers(size, size * 3 // 2, endpoint=True))
-        sample: Sample = {'img': Image.fromarray(drawing.render(scene, size)), 'text': scene.caption}
+    def images(self, index: int, draw: Draw) -> Sample:
+        """Draw the images."""
+        scene, size = self.scene(index), self._size(index, draw)
+        sample: Sample = {'img': Image.fromarray(drawing.render(scene, size))}
         if self.conditioning:
             sample['conditioning_image'] = Image.fromarray(drawing.condition(scene, size, self.conditioning))
         if self.reference:
-            sample['reference'] = Image.fromarray(drawing.render(reference(scene, self.seed, index, self.split), size))
+            sample['reference'] = Image.fromarray(drawing.render(self._reference(index), size))
         if self.truth:
-            sample.update(shape=scene.shape, style=scene.style, fill=scene.fill, ground=scene.ground,
-                          texture=scene.texture, shape_mask=Image.fromarray(drawing.condition(scene, size, 'mask')))
+            sample['shape_mask'] = Image.fromarray(drawing.condition(scene, size, 'mask'))
         return sample
+
+    def texts(self, index: int, draw: Draw) -> Sample:
+        """Return the caption, and the words of the truth."""
+        scene = self.scene(index)
+        words = {name: getattr(scene, name) for name in ('shape', 'style', 'fill', 'ground', 'texture')}
+        return {'text': scene.caption, **(words if self.truth else {})}
+
+    def content(self, index: int, draw: Draw, file_digest: FileDigest) -> Any:
+        """Return what is drawn, and by which code."""
+        shown = repr([self.scene(index), self._reference(index) if self.reference else None])
+        return [code_digest(*(module.__name__ for module in (drawing, palette, scenes))), shown,
+                self._size(index, draw), self.conditioning, self.truth]
+
+    def _reference(self, index: int) -> Scene:
+        return scenes.reference(self.scene(index), self.seed, index, self.split)
+
+    def _size(self, index: int, draw: Draw) -> int:
+        """Return the side of the images in pixels."""
+        if self.oversize:
+            key = rng.key_seed('shapes size', draw.seed, self.key(index), self.variant(draw.epoch))
+            draws = np.random.default_rng(key)
+            if draws.random() < self.oversize:
+                return int(draws.integers(self.size, self.size * 3 // 2, endpoint=True))
+        return self.size

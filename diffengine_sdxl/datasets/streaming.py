@@ -11,9 +11,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.datasets.base import Sample
+from diffengine_sdxl.datasets.cached import Row
 from diffengine_sdxl.datasets.data_sampler import Draw, check_start
 from diffengine_sdxl.datasets.huggingface import HFRows
 from diffengine_sdxl.datasets.image_files import BadImageError
+from diffengine_sdxl.datasets.row_digests import is_ours
 from diffengine_sdxl.datasets.sources import reading
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.registry import DATASETS
@@ -90,10 +92,15 @@ class HFStream(HFRows, IterableDataset[Sample]):
             index, epoch, cells = read_ahead[num_skipped]
             draw = Draw(index, epoch, self.seed)
             try:
-                return self.transform(self.read(cells, str(index), draw), str(index), draw, num_skipped)
+                return self.build(self._row(cells, str(index), draw), str(index), draw, num_skipped)
             except BadImageError as error:
                 self.handle_bad_image(str(index), error)
         raise UserError(f"{MAX_BAD_ROWS} consecutive rows of '{self.source}' have no readable image.")
+
+    def _row(self, cells: dict[str, Any], key: str, draw: Draw) -> Row:
+        return Row(lambda: {**self.read_images(cells, key), **self.read_texts(cells, key, draw)},
+                   lambda: self.read_texts(cells, key, draw),
+                   (lambda file_digest: self.content_of(cells, key, file_digest)) if is_ours(self) else None)
 
     def rows(self) -> Iterator[StreamedRow]:
         """Iterate over the rows of all epochs in reading order."""

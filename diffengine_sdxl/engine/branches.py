@@ -24,7 +24,8 @@ from diffengine_sdxl.loading import checkpoint
 _FOLDERS = ('.', 'val', 'samples')
 _STEP = re.compile(r'step(\d+)(\.pth|\.json|\.png)?')
 _OF_ALL_STEPS = ('curves.png', 'val/pictures.png')
-CURVES = 'curves.jsonl'
+#: Files with a line for each step.
+CURVES = ('curves.jsonl', 'val_loss.jsonl')
 
 
 def go_back(work_dir: Path, source: Path, step: int) -> str | None:
@@ -67,13 +68,13 @@ def finish(work_dir: Path) -> None:
     step, target, source = plan['step'], work_dir / plan['folder'], plan['source']
     try:
         later = list(_later(work_dir, step if source is None else -1))
-        rest = [work_dir / name for name in (*_OF_ALL_STEPS, CURVES) if (work_dir / name).is_file()]
+        rest = [work_dir / name for name in (*_OF_ALL_STEPS, *CURVES) if (work_dir / name).is_file()]
         for path in [*later, *rest] if later or source is not None or target.is_dir() else ():
             place = target / path.relative_to(work_dir)
             if place.exists():  # the plan was carried out up to here, and `path` is new
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
-            if path.name == CURVES and source is None:
+            if path.name in CURVES and source is None:
                 _copy(path, place)  # the steps before belong to both branches
             else:
                 os.replace(path, place)

@@ -23,13 +23,13 @@ def relative_effects(model: SDXL, batch: Batch) -> dict[str, float]:
     nothing dropped. Left out: adapters of scale 0, those that don't act on the denoiser (an image encoder), and those
     with a new word that no prompt of the batch has. The model's mode and its scales are as before.
     """
-    size = batch.latents if batch.latents is not None else batch.img
-    if size is None or model.unet.config.in_channels != model.vae.config.latent_channels:
+    sides = _sides_of_latents(model, batch)
+    if sides is None or model.unet.config.in_channels != model.vae.config.latent_channels:
         return {}  # no image, or a UNet for inpainting, whose other inputs only a sampler makes
-    factor = 1 if batch.latents is not None else model.vae_factor
-    shape = (1, model.unet.config.in_channels, *(side // factor for side in size.shape[-2:]))
-    x = torch.randn(shape, generator=rng.generator('effect')).to(model.device)
-    batch, training = replace(batch, drop={}), model.training
+    x = torch.randn((1, model.unet.config.in_channels, *sides), generator=rng.generator('effect')).to(model.device)
+    # What was looked up of a dropped caption is the empty one.
+    drop = {name: rows for name, rows in batch.drop.items() if name == 'text' and 'text' in batch.lookups}
+    batch, training = replace(batch, drop=drop), model.training
     effects: dict[str, float] = {}
     model.eval()
     try:
@@ -68,6 +68,20 @@ def find_idle(model: SDXL, batch: Batch, effects: Mapping[str, float], untrained
     return None
 
 
+def _sides_of_latents(model: SDXL, batch: Batch) -> tuple[int, int] | None:
+    """Return height and width of the batch's latents; None if it has no image."""
+    moments = batch.lookups.get('moments')
+    found = next((value for value in moments.values if value is not None), None) if moments is not None else None
+    if batch.latents is not None or found is not None:
+        latents = batch.latents if found is None else found['mean']
+        height, width = latents.shape[-2:]  # type: ignore[union-attr]
+        return height, width
+    if batch.img is None:
+        return None
+    height, width = (side // model.vae_factor for side in batch.img.shape[-2:])
+    return height, width
+
+
 def _has_no_effect(model: SDXL, batch: Batch, name: str) -> bool:
     """Return whether adapter `name` changes nothing at a large scale either: half precision may round it away."""
     adapter, scale = model.adapters[name], model.adapters[name].scale
@@ -90,5 +104,5 @@ def _acts(adapter: Adapter) -> bool:
 def _predict(model: SDXL, batch: Batch, row: int, x: Tensor, adapter: Adapter) -> Tensor:
     progress = sum(adapter.active_range) / 2
     t = torch.tensor(int((1 - progress) * (model.schedule.num_train_timesteps - 1)), device=x.device)
-    conditioning = model.encode(batch, project=True).rows(slice(row, row + 1))
+    conditioning = model.encode(batch, project=True, by_row=True).rows(slice(row, row + 1))
     return model.predict(x, t, conditioning, torch.full((1, 2), progress)).double()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.structures import to_device
+from diffengine_sdxl.structures import Lookups, to_device
 
 
 def draw_in_workers(dataloader: DataLoader[Any], model: Any) -> None:
@@ -32,19 +32,32 @@ class DrawingCollate:
     def __call__(self, samples: Any) -> dict[str, Any]:
         """Collate the samples of a batch, and draw for them."""
         collated = self.collate_fn(samples)
+        moments = collated.get('lookups', {}).get('moments')
+        found = [] if moments is None else [value['mean'] for value in moments.values if value is not None]
         if 'latents' in collated:
             shape = tuple(collated['latents'].shape[1:])
+        elif found:
+            shape = tuple(found[0].shape)
         elif 'img' in collated:
             shape = self.channels, *(side // self.factor for side in collated['img'].shape[2:])
-        if not {'seed', 'key', 'epoch'} <= collated.keys() or collated.keys().isdisjoint(('latents', 'img')):
+        else:
             return collated  # the model says what is missing
+        if not {'seed', 'key', 'epoch'} <= collated.keys():
+            return collated
         draws = rng.Draws(collated['seed'], collated['key'], collated['epoch'])
         return {**collated, 'drawn': self.draw(draws, shape, self.schedule, encodes='latents' not in collated)}
 
 
-def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    """Return `batches`; on CUDA each one's tensors on `device`, copied while the step before runs."""
+def ahead(batches: Iterator[Any], device: torch.device, seen: Callable[[Any], None] | None = None) -> Iterator[Any]:
+    """Return `batches`, each after `seen(batch)`; on CUDA its tensors on `device`, copied while the last step runs."""
+    batches = batches if seen is None else _passed(batches, seen)
     return CopiedAhead(batches, device) if device.type == 'cuda' else batches
+
+
+def _passed(batches: Iterator[Any], seen: Callable[[Any], None]) -> Iterator[Any]:
+    for batch in batches:
+        seen(batch)
+        yield batch
 
 
 class CopiedAhead(Iterator[Any]):
@@ -84,6 +97,7 @@ class CopiedAhead(Iterator[Any]):
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
+    elif isinstance(value, Mapping | list | Lookups):
+        parts = value.values if isinstance(value, Lookups) else value.values() if isinstance(value, Mapping) else value
+        for part in parts:
             yield from _tensors(part)

@@ -27,7 +27,7 @@ from diffengine_sdxl.speed import QUANTIZED
 
 FILE = 'run.json'
 #: Keys of the model's config that change no result of training.
-IGNORED_MODEL_KEYS = ('gradient_checkpointing', 'attention', 'cache_dir', 'sampler', 'seed')
+IGNORED_MODEL_KEYS = ('gradient_checkpointing', 'attention', 'cache_dir', 'sampler', 'seed', 'lazy_encoders')
 
 
 def identity(config: Config) -> dict[str, Any]:

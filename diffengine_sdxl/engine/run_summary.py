@@ -45,6 +45,8 @@ def _call(config: Any) -> str:
     """Format a config as a call, 'Resize(size=64)', also inside; without None, which stands for a default."""
     if isinstance(config, list | tuple) and any(isinstance(value, Mapping) for value in config):
         return f'[{", ".join(map(_call, config))}]'
+    if isinstance(config, Mapping) and config and all(isinstance(v, Mapping) and 'type' in v for v in config.values()):
+        return f'{{{", ".join(f"{name}: {_call(value)}" for name, value in config.items())}}}'
     if not isinstance(config, Mapping) or 'type' not in config:
         return repr(config)
     arguments = [f'{key}={_call(value)}' for key, value in config.items() if key != 'type' and value is not None]

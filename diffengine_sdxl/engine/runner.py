@@ -24,6 +24,7 @@ from diffengine_sdxl.config.references import resolve
 from diffengine_sdxl.datasets import KeyedSampler
 from diffengine_sdxl.engine import branches, complete, determinism, run_identity, speed_choice, work_dir_lock
 from diffengine_sdxl.engine.main_process import on_main_process
+from diffengine_sdxl.engine.run_cache import RunCache, open_store
 from diffengine_sdxl.errors import UserError, first_line, whole_number
 from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.loading.trained import load_trained
@@ -69,6 +70,10 @@ class ExperimentRunner(Runner):
             'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator', 'test_evaluator',
             'default_hooks', 'custom_hooks', 'load_from', 'visualizer', 'experiment_name', 'log_processor')}
         try:
+            # Only what trains looks anything up.
+            store = open_store(resolved) if resolved.get('train_cfg') is not None else None
+            if store is not None and resolved.model.get('type') == 'SDXL':
+                arguments['model'] = {**resolved.model, 'lazy_encoders': True}
             runner = cls(**arguments, resume=resolved.get('resume', False), launcher=resolved.get('launcher', 'none'),
                          env_cfg=resolved.get('env_cfg') or {}, log_level=resolved.get('log_level', 'INFO'),
                          default_scope=resolved.default_scope, randomness=randomness, cfg=cfg)
@@ -76,6 +81,7 @@ class ExperimentRunner(Runner):
             work_dir_lock.release(resolved.work_dir)
             raise
         runner.resolved, runner.speed, runner.measured, runner._kernels = resolved, speed, {}, ExitStack()
+        runner.cache = None if store is None else RunCache(store, runner.bare_model)
         return runner
 
     optim_wrapper: Any
@@ -91,6 +97,8 @@ class ExperimentRunner(Runner):
     _kernels: ExitStack
     #: What the resumed run's `speed` had become.
     _recorded_speed: dict[str, str] | None = None
+    #: What the training looks up and keeps of what frozen encoders compute.
+    cache: RunCache | None = None
     #: The EMAHook, which sets itself.
     ema: Any = None
     #: The weights that `load_checkpoint` loaded, for people, and their step if it is known.
@@ -131,6 +139,16 @@ class ExperimentRunner(Runner):
         """
         if hasattr(self._train_loop, 'flush'):  # built, and ours
             self._train_loop.flush()
+
+    def attach_cache(self, dataset: Any) -> None:
+        """Let a data set look up its samples in the run's cache, if there is one, before its loader's workers start."""
+        if self.cache is not None:
+            self.cache.attach(dataset)
+
+    def keep_samples(self, collated: Any) -> None:
+        """Keep in the run's cache what is new in a collated batch, before it goes to the device."""
+        if self.cache is not None:
+            self.cache.keep_samples(collated)
 
     def set_randomness(self, seed: int, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
         """Seed the global random states; `deterministic` allows kernels only that give equal bits every time."""
@@ -288,6 +306,8 @@ class ExperimentRunner(Runner):
         state = self.state()
         self.call_hook('before_save_checkpoint', checkpoint=state)
         on_main_process(lambda: checkpoint.save(Path(path), state))
+        if self.cache is not None:
+            self.cache.store.flush()
 
     def train(self) -> nn.Module:
         """Train to the end; return the model. Then other processes may train in the work_dir."""
@@ -295,6 +315,8 @@ class ExperimentRunner(Runner):
             with determinism.named_kernels(), self._kernels:
                 return super().train()
         finally:
+            if self.cache is not None:
+                self.cache.close()
             work_dir_lock.release(self.work_dir)
 
     def load_or_resume(self) -> None:
@@ -305,6 +327,8 @@ class ExperimentRunner(Runner):
         if self._has_loaded:
             return
         self._has_loaded = True
+        if self.cache is not None and hasattr(self._train_loop, 'dataloader'):
+            self.cache.attach(self.train_dataloader.dataset, trains=True)
         self._load_or_resume()
         steps = 0 if self._train_loop is None else self.max_iters - self.iter
         self.speed, line = speed_choice.choose(self.speed, self.resolved, self.bare_model, steps, self._recorded_speed)

@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 from diffengine_sdxl.models import measured
 from diffengine_sdxl.models.sdxl import SDXL
-from diffengine_sdxl.speed import Memory, Speed
+from diffengine_sdxl.speed import Memory, Speed, image_size
 
 
 def checked(config: Config) -> Speed:
@@ -74,11 +74,11 @@ def _deterministic(config: Config) -> bool:
 
 
 def _memory(config: Config, model: SDXL) -> Memory:
-    """Count what the training needs of the GPU's memory; images have the size of the key `resolution`, else 1024."""
-    size = config.get('resolution', 1024)
-    height, width = (size, size) if isinstance(size, int) else size
+    """Count what the training needs of the GPU's memory, by the counts of `diffengine-sdxl plan`."""
+    height, width = image_size(config)
     trained = sum(p.numel() for parameters in model.trainables().values() for _, p in parameters)
     dtype = model.compute_dtype or model.unet_weight.dtype
-    return Memory.of(config.model, free=torch.cuda.mem_get_info(model.device)[0], trained=trained,
+    free = torch.cuda.mem_get_info(model.device)[0] - model.deferred_bytes  # which are loaded when they are first used
+    return Memory.of(config.model, free=free, trained=trained,
                      batch_size=config.train_dataloader.get('batch_size') or 1, pixels=height * width,
                      bytes_per_value=dtype.itemsize)

@@ -12,6 +12,7 @@ from mmengine.dist import all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.runner import BaseLoop
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.engine.data_report import log_data_report
 from diffengine_sdxl.engine.deferred import DeferredValues
 from diffengine_sdxl.engine.eval_loop import ValLoop, shut_down_workers
 from diffengine_sdxl.engine.main_process import on_main_process
@@ -21,6 +22,7 @@ from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.objectives.denoise import losses_by_set
 from diffengine_sdxl.registry import LOOPS
 
 
@@ -54,6 +56,7 @@ class StepLoop(BaseLoop):
         self.val_interval = _count('val_interval', val_interval)
         self._iter, self._position, self.num_skipped, self._num_scalars = 0, 0, 0, 0
         self._values = DeferredValues()
+        self._data_sets: tuple[str, ...] = ()
         self._max_iters = self._length(_count('max_iters', max_iters), _count('max_epochs', max_epochs))
 
     def _length(self, max_iters: int | None, max_epochs: int | None) -> int:
@@ -97,17 +100,23 @@ class StepLoop(BaseLoop):
     def run(self) -> SDXL:
         """Train to the end; return the model."""
         runner = self.runner
-        if hasattr(self.dataloader.dataset, 'check_model'):
-            self.dataloader.dataset.check_model(runner.bare_model)
+        sampler = self.dataloader.sampler
+        if hasattr(sampler, 'prepare'):  # BucketSampler: all samples of a step have one shape
+            sampler.prepare(self.samples_per_iter, runner.bare_model.size_divisor)
+        objective: Any = runner.bare_model.objective
+        if hasattr(objective, 'data_sets'):
+            self._data_sets = objective.data_sets = tuple(getattr(self.dataloader.dataset, 'sets', ()))
         if is_main_process():
             runner.log_lines(run_summary(runner))
+        if self._iter == 0:
+            on_main_process(lambda: log_data_report(runner))
         runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
         self._begin_validation()
         # Once, not before every iteration as in mmengine: it walks all modules.
         runner.model.train()
         loaded = iter(self.dataloader) if self._iter < self._max_iters else iter(())
-        batches = ahead(loaded, runner.bare_model.device)
+        batches = ahead(loaded, runner.bare_model.device, runner.keep_samples)
         try:
             while self._iter < self._max_iters:
                 self.run_iter(batches)
@@ -156,8 +165,8 @@ class StepLoop(BaseLoop):
                 logs.append(runner.model.train_step(batch, optim_wrapper=wrapper))
             except FloatingPointError as error:
                 losses = self._mean([*logs, runner.bare_model.last_losses])
-                raise self._not_finite(self._iter + 1, dict(zip(losses, torch.stack([*losses.values()]).tolist(),
-                                                                strict=True)), str(error)) from error
+                values = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+                raise self._not_finite(self._iter + 1, losses_by_set(values, self._data_sets), str(error)) from error
         losses = self._mean(logs)
         if wrapper.on_device:
             # All processes have the same means, so they stop in the same step.
@@ -185,9 +194,12 @@ class StepLoop(BaseLoop):
                  group_norms: dict[str, float]) -> None:
         """Check what is known of `step` now; log it by calling the hooks' `after_step_values(runner, step, losses)`.
 
+        Where there are several data sets, `losses` has 'loss/<name>' for each one with samples in the step.
+
         Raises:
             UserError: see `run_iter`.
         """
+        losses = losses_by_set(losses, self._data_sets)
         try:
             self.runner.optim_wrapper.arrived(reports, group_norms)
         except FloatingPointError as error:

@@ -23,9 +23,10 @@ SAMPLING: Topics = {
         'text text_prompt positive positive_prompt': Place('prompt=<PROMPT>'),
         'negative uc negative_text': Place('negative_prompt=<PROMPT>'),
         'prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds': Place(
-            '', 'Not built in: a request holds texts, so that its PNG can say how it was made; weights and long '
-            'prompts are `prompt_syntax=compel`.'),
-        'max_embeddings_multiples emphasis prompt_weighting weighted_prompt': Place(
+            '', 'Not built in: a request holds texts, so that its PNG can say how it was made; long prompts are '
+            '`prompt_syntax=long`, weights `compel`.'),
+        'max_embeddings_multiples': Place('prompt_syntax=long', 'Of any length; `compel` takes weights, too.'),
+        'emphasis prompt_weighting weighted_prompt': Place(
             'prompt_syntax=compel', 'Weights are written as in compel, `word++` or `(a phrase)1.3`.'),
         'clip_stop_at_last_layers': Place('clip_skip=0', 'How SDXL was trained; n of A1111 is n - 2 here.'),
         'h': Place('height=<1024>'),

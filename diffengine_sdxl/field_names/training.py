@@ -40,9 +40,12 @@ TRAINING: Topics = {
         'zero_terminal_snr': Place('model.zero_terminal_snr=<True>', 'Goes with v-prediction only.'),
         'clip_skip': Place('', "Not built in while training: SDXL is trained on its encoders' penultimate layers. "
                                'Images take `clip_skip` as a setting.'),
-        'max_token_length weighted_captions': Place(
-            '', 'Not built in while training: captions are read as plain text, to 77 tokens. Images take weights and '
-            'prompts of any length, with `prompt_syntax=compel`.'),
+        'max_token_length': Place(
+            'model.caption_chunks=<3>', 'Chunks of 75 tokens: 3 for 225. They end after a sentence, phrase or word; '
+            "kohya's after 75 tokens (docs/captions.md).", {'75': '1', '150': '2', '225': '3'}),
+        'weighted_captions': Place(
+            '', 'Not built in while training: captions are plain text. Images take weights, with '
+            '`prompt_syntax=compel`.'),
         'torch_compile dynamo_backend': Place(
             'speed.compile=blocks', "The UNet's blocks, by Inductor; the default on a GPU from 200 steps on."),
         'blocks_to_swap cpu_offload_checkpointing lowram highvram fused_backward_pass': Place(
@@ -106,19 +109,28 @@ TRAINING: Topics = {
                                            'source=..., condition_folder=..., transforms=[...])` (docs/data.md).'),
         'caption_column': Place('train_dataloader.dataset.caption_column=<COLUMN>',
                                 'Of a list of captions one is drawn, by (seed, sample, epoch).'),
-        'caption_extension caption_extention': Place('', 'Captions of a CaptionFolder are `.txt`.'),
+        'caption_extension caption_extention': Place('', 'Nothing to set: captions of a CaptionFolder are `.txt`, '
+                                                         '`.caption` or `.json`.'),
         'max_train_samples': Place('train_dataloader.dataset.max_samples=<4>', 'The first so many rows of the source; '
                                                                                'the script shuffles before it cuts.'),
         'proportion_empty_prompts caption_dropout_rate': Place(
             'proportion_empty_prompts=<0.1>', 'The draw belongs to (seed, sample, epoch), so it is a new one each '
             "epoch; diffusers' script draws once for all epochs."),
-        'caption_dropout_every_n_epochs caption_tag_dropout_rate caption_suffix enable_wildcard token_warmup_min '
-        'token_warmup_step secondary_separator keep_tokens_separator': Place(
-            '', 'Not built in; a transform of yours can do it (docs/data.md).'),
-        'shuffle_caption keep_tokens caption_separator': Place(
-            '', "Write `transforms` in a config file, with dict(type='CaptionShuffle', keep=...) (docs/data.md)."),
+        'shuffle_caption keep_tokens caption_separator keep_tokens_separator': Place(
+            '', "Write `transforms` in a config file, with dict(type='CaptionShuffle', keep=..., separator=..., "
+            'keep_tokens_separator=...) (docs/captions.md).'),
+        'caption_tag_dropout_rate': Place('', "Write `transforms` in a config file, with dict(type='CaptionTagDrop', "
+                                              'prob=...) (docs/captions.md).'),
+        'enable_wildcard': Place('', "Write `transforms` in a config file, with dict(type='CaptionLine') for a random "
+                                     'line; alternatives in braces are plain text (docs/captions.md).'),
         'caption_prefix': Place('', "Write `transforms` in a config file, with dict(type='CaptionPrefix', prefix=...) "
-                                    '(docs/data.md).'),
+                                    '(docs/captions.md).'),
+        'caption_suffix': Place('', "Write `transforms` in a config file, with dict(type='CaptionSuffix', suffix=...) "
+                                    '(docs/captions.md).'),
+        'trigger_word class_tokens': Place('', "Write `transforms` in a config file, with dict(type='CaptionTrigger', "
+                                               'word=...) (docs/captions.md).'),
+        'caption_dropout_every_n_epochs token_warmup_min token_warmup_step secondary_separator': Place(
+            '', 'Not built in; a transform of yours can do it (docs/data.md).'),
         'resolution img_size image_size': Place(
             'resolution=<512>', 'In pixels, or (height,width); kohya writes width first. Transforms, time ids and '
             "sample images follow it. 16 must divide it for SDXL (twice the VAE's factor)."),
@@ -129,8 +141,16 @@ TRAINING: Topics = {
         'color_aug face_crop_aug_range': Place('', 'Not built in; a transform of yours can do it (docs/data.md).'),
         'image_interpolation_mode resize_interpolation': Place(
             'train_dataloader.dataset.transforms.0.interpolation=<bilinear>'),
-        'enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale': Place(
-            '', 'Not built in: all images of a run have one size, `resolution`; Crop cuts what is beyond it.'),
+        'enable_bucket': Place(
+            'image_size=bucket train_dataloader.sampler.type=BucketSampler train_dataloader.sampler.resolution=1024',
+            'At most nine shapes of equal area (docs/buckets.md).'),
+        'bucket_reso_steps': Place('train_dataloader.sampler.type=BucketSampler train_dataloader.sampler.step=<64>'),
+        'bucket_no_upscale': Place(
+            'train_dataloader.sampler.type=BucketSampler train_dataloader.sampler.upscale=False',
+            'The default: smaller images are refused, or left out with `unfit=skip`.'),
+        'min_bucket_reso max_bucket_reso': Place(
+            'train_dataloader.sampler.type=BucketSampler train_dataloader.sampler.max_ratio=2.0',
+            'The largest ratio of the sides, which follow from it, `resolution` and `step`.'),
         'detection_resolution': Place(
             'condition.detection_resolution=<384>', 'Of the Canny and Depth configs; detectors of controlnet_aux have '
             '`condition.call.detect_resolution`. The script parses its option and does not use it.'),
@@ -144,16 +164,23 @@ TRAINING: Topics = {
         'dataloader_num_workers max_data_loader_n_workers num_workers workers_per_gpu': Place(
             'train_dataloader.num_workers=<4>', 'Changes nothing that a sample sees.'),
         'persistent_data_loader_workers': Place('train_dataloader.persistent_workers=<True>'),
-        'repeats dataset_repeats': Place('', 'Not needed: rows repeat until `train_cfg.max_iters`.'),
-        'cache_latents cache_latents_to_disk vae_batch_size': Place(
-            '', "`diffengine-sdxl cache CONFIG FOLDER`, then a data set of type='CachedLatents' (docs/data.md)."),
-        'cache_text_encoder_outputs cache_text_encoder_outputs_to_disk text_encoder_batch_size': Place(
-            '', 'Not built in: captions are encoded in each step.'),
+        'repeats dataset_repeats num_repeats': Place(
+            '', "Of one data set not needed: rows repeat until `train_cfg.max_iters`. Of several: dict(type='Mixture', "
+            'sets=dict(NAME=dict(...)), repeats=dict(NAME=10)) in a config file (docs/data.md).'),
+        'cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk': Place(
+            'cache=<CACHE>', 'A folder, for everything that frozen encoders compute; it is filled on the way '
+            '(docs/caching.md).'),
+        'vae_batch_size text_encoder_batch_size skip_cache_check': Place(
+            '', 'Nothing to set: the cache encodes one by one, and finds entries by their content.'),
         'masked_loss alpha_mask': Place('', "Write `transforms` in a config file, with dict(type='LossMask') "
                                             '(docs/data.md).'),
         'instance_data_dir': Place('instance_folder=<FOLDER>', 'Of stable_diffusion_xl_lora_dreambooth.'),
         'instance_prompt': Place('instance_prompt=<PROMPT>', 'Of stable_diffusion_xl_lora_dreambooth.'),
-        'class_data_dir reg_data_dir': Place('class_folder=<FOLDER>', 'Of stable_diffusion_xl_lora_dreambooth.'),
+        'class_data_dir reg_data_dir': Place(
+            'class_folder=<FOLDER>', 'Of stable_diffusion_xl_lora_dreambooth, in pairs. Beside other data, as kohya '
+            'has them: a `Mixture` with `loss_weights` (docs/data.md).'),
+        'is_reg': Place('', "A config file names such a set: dict(type='Mixture', sets=dict(...), "
+                            'loss_weights=dict(NAME=1.0)) (docs/data.md).'),
         'class_prompt': Place('class_prompt=<PROMPT>', 'Of stable_diffusion_xl_lora_dreambooth.'),
         'prior_loss_weight': Place('prior_loss_weight=<1.0>', 'Of stable_diffusion_xl_lora_dreambooth.'),
         'with_prior_preservation': Place('', 'Train with the config stable_diffusion_xl_lora_dreambooth.'),
@@ -276,7 +303,8 @@ TRAINING: Topics = {
         'validate_every_n_steps val_interval eval_interval eval_steps': Place(
             'train_cfg.val_interval=<500>', 'Goes with `val_dataloader` and `val_evaluator` (docs/evaluation.md).'),
         'validation_split validation_seed max_validation_steps validate_every_n_epochs': Place(
-            '', 'Set `val_dataloader`, `val_evaluator` and `val_cfg` in a config file (docs/evaluation.md).'),
+            '', 'In a config file: for a loss on other data a `ValidationLoss` among `custom_hooks`, for metrics '
+            '`val_dataloader`, `val_evaluator` and `val_cfg` (docs/evaluation.md).'),
         'report_to log_with': Place(
             'visualizer.vis_backends.1.type=<WandbVisBackend>', 'TensorBoard by default; also `MLflowVisBackend` with '
             '`tracking_uri=sqlite:///FILE`. Each needs its package. A config file can list several. What is sent: '

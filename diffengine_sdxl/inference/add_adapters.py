@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from safetensors import SafetensorError, safe_open
 
 from diffengine_sdxl.config.signatures import accepted
-from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.errors import UserError, did_you_mean, error_prefix
 from diffengine_sdxl.models.sdxl import SDXL
+from diffengine_sdxl.models.text_encoders import check_chunks
 from diffengine_sdxl.registry import ADAPTERS
 
+#: Of training, in the headers of its exports; see `formats.modelspec`.
+CAPTION_CHUNKS = 'diffengine_sdxl.caption_chunks'
 #: Keys of an adapter that locate its file within `weights`.
 LOCATORS = ('subfolder', 'weight_name', 'revision', 'variant')
 
@@ -57,6 +63,47 @@ def add_adapter(cfg: Config, name: str, settings: Mapping[str, Any]) -> None:
         reads = {'condition_key': name} if 'condition_key' in known else {}
         given = {**reads, 'trainable': False, **given}
     cfg.model.adapters = ConfigDict({**adapters, name: given})
+
+
+def use_caption_chunks(cfg: Config, weights: Path | None) -> None:
+    """Let the model of `cfg` read prompts in as many chunks as the captions that its weights were trained with.
+
+    Training writes that into the headers of its exports. Weights on the hub are not asked.
+
+    Args:
+        cfg: changed in place, unless it sets `model.caption_chunks`.
+        weights: a checkpoint, or a folder in an export, that is loaded besides what `cfg` names.
+
+    Raises:
+        UserError: a header holds another number than training writes.
+    """
+    if cfg.model.get('caption_chunks') is not None:
+        return
+    # The export of a checkpoint lies beside it.
+    places = [] if weights is None else [(weights.with_suffix('') if weights.is_file() else weights, '')]
+    for settings in (cfg.model, *(cfg.model.get('adapters') or {}).values()):
+        inner = '/'.join(str(settings[name]) for name in ('subfolder', 'weight_name')
+                         if settings and settings.get(name))
+        places += [(Path(source), inner) for key in ('pretrained', 'unet', 'weights')
+                   if settings and isinstance(source := settings.get(key), str)]
+    if (num := max((_recorded_chunks(*place) for place in places), default=1)) > 1:
+        cfg.model.caption_chunks = num
+
+
+def _recorded_chunks(source: Path, inner: str) -> int:
+    """Return the `caption_chunks` in the header of a file, or of the first one at `inner` in a folder; 1 if none is."""
+    try:
+        source = source.expanduser()
+        if source.is_dir():
+            folder = Path(os.path.normpath(source / inner))
+            files = [folder] if folder.is_file() else folder.rglob('*.safetensors')
+            source = next(file for file in files if folder.is_relative_to(os.path.normpath(source)))
+        with safe_open(source, framework='pt') as content:
+            recorded = (content.metadata() or {}).get(CAPTION_CHUNKS, '1')
+    except (SafetensorError, OSError, RuntimeError, StopIteration):  # not here, or another format: loading says so
+        return 1
+    with error_prefix(f"'{source}': ", unless=f"'{source}'"):
+        return check_chunks(int(recorded) if re.fullmatch('[0-9]{1,4}', recorded) else recorded)
 
 
 def load_adapter(model: SDXL, cfg: Config, name: str, source: str | Path) -> None:

@@ -20,13 +20,14 @@ from diffengine_sdxl.errors import UserError, first_line, one_of, whole_number
 from diffengine_sdxl.field_names import method_hint
 from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.inference import stages
-from diffengine_sdxl.inference.add_adapters import adapter_settings, add_adapter, load_adapter
+from diffengine_sdxl.inference.add_adapters import adapter_settings, add_adapter, load_adapter, use_caption_chunks
 from diffengine_sdxl.inference.call_arguments import seeds_of, split_prompts
 from diffengine_sdxl.inference.stages import Stage
 from diffengine_sdxl.limits import set_limits
 from diffengine_sdxl.loading.trained import apply_weights, load_trained, use_exported
 from diffengine_sdxl.models.apply_speed import apply_speed
 from diffengine_sdxl.models.image_inputs import MaskCrop, cached_urls, crop_of
+from diffengine_sdxl.models.prompt_branches import encode_text, num_chunks
 from diffengine_sdxl.models.request_batch import request_batch, size_of
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.registry import INFERENCERS, MODELS
@@ -98,6 +99,7 @@ class SDXLInferencer:
             raise UserError('The config has no `model.sampler`, which makes the images; add one, as '
                             'configs/_base_/samplers/euler.py.')
         path = apply_weights(cfg, use_exported(cfg, weights))
+        use_caption_chunks(cfg, path)
         self.cfg = cfg
         self.defaults, options = split_infer_cfg(cfg)
         self.device = _device(device)
@@ -213,6 +215,27 @@ class SDXLInferencer:
             for model in self.models:
                 stack.enter_context(model.cached_prompts())
             yield
+
+    @torch.no_grad()
+    def prompt_embeds(self, prompt: str, **settings: Any) -> dict[str, Tensor]:
+        """Embed a prompt for a pipeline of `model.to_diffusers()`, which itself reads 77 tokens and no weights.
+
+        Args:
+            prompt, settings: of `request.Request`; those of texts are read.
+
+        Returns:
+            prompt_embeds, negative_prompt_embeds [1, S, D], pooled_prompt_embeds, negative_pooled_prompt_embeds [1, P].
+
+        Raises:
+            UserError: a setting is unknown, or the syntax of a prompt is wrong.
+        """
+        request = self.request({'prompt': prompt, **settings})
+        batch = request_batch(self.model, [request], size_of(self.model, request))
+        embeds = {}
+        for prefix, branch in (('', 'cond'), ('negative_', 'uncond')):
+            embeds[f'{prefix}prompt_embeds'], embeds[f'{prefix}pooled_prompt_embeds'], _ = encode_text(
+                self.model, batch, branch)
+        return embeds
 
     def request(self, settings: Mapping[str, Any]) -> Request:
         """Return the request of `settings` on top of the config's `infer_cfg`."""
@@ -350,7 +373,6 @@ def _device(name: str | torch.device | None) -> torch.device:
 
 def _batch_key(model: SDXL, refiner: SDXL | None, request: Request) -> str:
     """Return what must be equal in images of one batch."""
-    from diffengine_sdxl.models.prompt_branches import num_chunks
     chunks = [num_chunks(model, request), *([] if refiner is None else [num_chunks(refiner, request.for_refiner())])]
     conditions = {name: value if isinstance(value, Mapping) else {'image': value}
                   for name, value in request.conditions.items()}

@@ -1,8 +1,9 @@
 """SDXL's components from a diffusers folder, a hub id, a single file, or (with random weights) from configs alone."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,32 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.loading import hub
 from diffengine_sdxl.loading.component_checks import check_files, check_scheduler
+from diffengine_sdxl.loading.deferred import Deferred
+from diffengine_sdxl.loading.digests import Source
 from diffengine_sdxl.loading.files import has_component, read_index, read_json, variants, weight_files
 from diffengine_sdxl.loading.single_file import (
     MODULES,
     SDXL_FILES,
     TOKENIZERS,
     build_module,
+    config_folder,
+    empty_model,
     is_single_file,
     load_single_file,
     load_single_part,
     module_class,
+    resolve_file,
 )
 from diffengine_sdxl.loading.strict import as_user_error, load_pretrained, shipped
 
-__all__ = ['MODULES', 'TOKENIZERS', 'load_components', 'module_class']
+__all__ = ['MODULES', 'TOKENIZERS', 'load_components', 'load_tokenizers', 'module_class']
 
 
 def load_components(pretrained: str | None, vae: str | None, config: str | None, tokenizer: str | None,
                     dtypes: Mapping[str, torch.dtype], seed: int, shared: Mapping[str, Any] | None = None,
                     unet: str | None = None, revision: str | None = None, variant: str | None = None,
-                    cache_dir: str | None = None, half: torch.dtype | None = None) -> dict[str, Any]:
+                    cache_dir: str | None = None, half: torch.dtype | None = None,
+                    lazy: Collection[str] = ()) -> dict[str, Any]:
     """Load unet, vae, text_encoder (None in a refiner), text_encoder_2, tokenizers and scheduler config of a base.
 
     Also 'null_prompt': what the base's pipeline uses for an absent prompt, if its index says so.
@@ -50,6 +57,7 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
         shared: components of another model, used as they are.
         revision, variant, cache_dir: of the hub; `revision` and `variant` are the base's. Another UNet or VAE is loaded
             in a variant if it has no other weights.
+        lazy: components that are loaded at their first use: of these the result has a Deferred.
 
     Raises:
         UserError: something is missing, is not SDXL, or cannot be downloaded.
@@ -60,17 +68,15 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     others = {name: source for name, source in (('unet', unet), ('vae', vae)) if source and name not in shared}
     skip = {*shared, *others}
     if pretrained is None:
-        parts = _random_components(Path(config or SDXL_FILES), dtypes, seed, skip)
+        parts = _random_components(Path(config or SDXL_FILES), dtypes, seed, skip, lazy)
     elif is_single_file(pretrained):
-        parts = load_single_file(pretrained, config=config, dtypes=dtypes, skip=tuple(skip),
-                                 revision=revision, cache_dir=cache_dir)
-        parts |= {'scheduler': dict(parts['scheduler'].config), 'null_prompt': _null_prompt(parts.pop('index'))}
+        parts = _file_components(pretrained, config, dtypes, skip, revision, cache_dir, lazy)
     else:
         folder = _base_folder(pretrained, skip, revision, variant, cache_dir)
-        parts = _folder_components(folder, pretrained, dtypes, skip, variant)
+        parts = _folder_components(folder, pretrained, dtypes, skip, variant, lazy)
     parts.update(shared)
     for name, source in others.items():
-        parts[name] = _load_other(name, source, config, dtypes[name], cache_dir, variant)
+        parts[name] = _load_other(name, source, config, dtypes[name], cache_dir, variant, lazy)
     _check_sdxl(parts['unet'], str(unet or pretrained or config or 'SDXL'))
     _check_widths(parts, str(unet or pretrained or config))
     _check_vae(parts['vae'], parts['unet'], str(vae or pretrained or config))
@@ -82,9 +88,47 @@ def load_components(pretrained: str | None, vae: str | None, config: str | None,
     if half is not None and not parts['vae'].config.force_upcast:
         dtypes['vae'] = half
     for name in MODULES:
-        if parts.get(name) is not None and name not in shared and parts[name].dtype != dtypes[name]:
-            parts[name].to(dtypes[name])
+        part = parts.get(name)
+        if isinstance(part, Deferred):
+            part.dtype = dtypes[name]
+        elif part is not None and name not in shared and part.dtype != dtypes[name]:
+            part.to(dtypes[name])
     return parts
+
+
+def load_tokenizers(pretrained: str | None, config: str | None = None, tokenizer: str | None = None,
+                    revision: str | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """Load the tokenizers alone that `load_components` would load; None for one that the base has not.
+
+    Raises:
+        UserError: see `load_components`.
+    """
+    pretrained, config, tokenizer = map(shipped, (pretrained, config, tokenizer))
+    if tokenizer:
+        folder, shown = _tokenizer_folder(tokenizer, cache_dir), tokenizer
+        return {name: _load_tokenizer(name, folder, shown) for name in TOKENIZERS}
+    if pretrained is None or is_single_file(pretrained):
+        folder = Path(config or SDXL_FILES)
+    else:
+        folder = _base_folder(pretrained, {*MODULES}, revision, None, cache_dir)
+    index = read_index(folder, pretrained)
+    return {name: _load_tokenizer(name, folder, str(pretrained or folder)) if has_component(index, name) else None
+            for name in TOKENIZERS}
+
+
+def _component(name: str, lazy: Collection[str], folder: Path, weights: Sequence[Path], dtype: torch.dtype,
+               load: Callable[[], Any], seed: int | None = None) -> Any:
+    """Return `load()`; or a Deferred of it, if `lazy` has `name` and its files can be named.
+
+    Args:
+        folder: with its config.json, itself or in a folder `name`. weights: its files; [] with a `seed`.
+    """
+    config = folder / name / 'config.json' if (folder / name).is_dir() else folder / 'config.json'
+    if name not in lazy or not config.is_file() or not weights and seed is None:
+        return load()  # which says what is missing
+    skeleton: Any = empty_model(name, folder)
+    num_bytes = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    return Deferred(name, skeleton.config, dtype, load, Source(config, tuple(weights), seed), num_bytes, skeleton)
 
 
 def _check_sdxl(unet: nn.Module, source: str) -> None:
@@ -122,7 +166,7 @@ def _check_tokenizers(parts: Mapping[str, Any], source: str) -> None:
         tokenizer, encoder = parts.get(name), parts.get(part)
         if tokenizer is None or encoder is None:
             continue
-        positions, words = encoder.config.max_position_embeddings, encoder.get_input_embeddings().num_embeddings
+        positions, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
         length = tokenizer.model_max_length
         if isinstance(length, bool) or not isinstance(length, int) or not 2 < length <= positions:
             raise UserError(f"The {name} of '{source}' has model_max_length={length!r}; its text encoder reads 3 to "
@@ -154,16 +198,39 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: int, skip: set[str]) -> dict[str, Any]:
+def _random_components(folder: Path, dtypes: Mapping[str, torch.dtype], seed: int, skip: set[str],
+                       lazy: Collection[str]) -> dict[str, Any]:
+    def build(name: str) -> nn.Module:
+        # Made in their own dtype: in fp32 the full UNet would take 10 GB.
+        with rng.fork(seed, 'base', name), _default_dtype(dtypes[name]):
+            return build_module(name, folder, name)
+
     index = read_index(folder)
     parts: dict[str, Any] = {'null_prompt': _null_prompt(index), 'scheduler': _scheduler_config(folder, str(folder))}
     for name in MODULES:
         if name not in skip and has_component(index, name):
-            # Made in their own dtype: in fp32 the full UNet would take 10 GB.
-            with rng.fork(seed, 'base', name), _default_dtype(dtypes[name]):
-                parts[name] = build_module(name, folder, name)
+            parts[name] = _component(name, lazy, folder, (), dtypes[name], partial(build, name), seed)
     return parts | {name: _load_tokenizer(name, folder, str(folder))
                     for name in TOKENIZERS if has_component(index, name)}
+
+
+def _file_components(source: str, config: str | None, dtypes: Mapping[str, torch.dtype], skip: set[str],
+                     revision: str | None, cache_dir: str | None, lazy: Collection[str]) -> dict[str, Any]:
+    def load(skipped: Collection[str]) -> dict[str, Any]:
+        return load_single_file(source, config=config, dtypes=dtypes, skip=skipped, revision=revision,
+                                cache_dir=cache_dir)
+
+    def load_part(name: str) -> Any:
+        return load({*MODULES} - {name})[name]
+
+    parts = load({*skip, *lazy})
+    index, folder = parts.pop('index'), parts.pop('folder')
+    for name in {*lazy} - skip:
+        if has_component(index, name):
+            path = resolve_file(source, revision, cache_dir)
+            parts[name] = _component(name, lazy, config_folder(name, folder), [path], dtypes[name],
+                                     partial(load_part, name))
+    return {**parts, 'scheduler': dict(parts['scheduler'].config), 'null_prompt': _null_prompt(index)}
 
 
 def _base_folder(source: str, skip: set[str], revision: str | None, variant: str | None,
@@ -202,7 +269,7 @@ def _load_tokenizer(name: str, folder: Path, shown: str) -> Any:
 
 
 def _folder_components(folder: Path, shown: str, dtypes: Mapping[str, torch.dtype], skip: set[str],
-                       variant: str | None) -> dict[str, Any]:
+                       variant: str | None, lazy: Collection[str]) -> dict[str, Any]:
     """Load the components of a base in a folder, which errors call `shown`."""
     index = read_index(folder, shown)
     parts: dict[str, Any] = {'null_prompt': _null_prompt(index)}
@@ -210,8 +277,9 @@ def _folder_components(folder: Path, shown: str, dtypes: Mapping[str, torch.dtyp
         if not (folder / name).is_dir():
             raise UserError(f"'{shown}' has no folder '{name}', but its model_index.json names one.")
         if name in MODULES:
-            parts[name] = load_pretrained(module_class(name), str(folder), dtype=dtypes[name], subfolder=name,
-                                          variant=variant, shown=shown)
+            load = partial(load_pretrained, module_class(name), str(folder), dtype=dtypes[name], subfolder=name,
+                           variant=variant, shown=shown)
+            parts[name] = _component(name, lazy, folder, _weights(folder / name, variant), dtypes[name], load)
         else:
             parts[name] = _load_tokenizer(name, folder, shown)
     for name in ('unet', 'text_encoder_2', 'tokenizer_2'):
@@ -221,11 +289,18 @@ def _folder_components(folder: Path, shown: str, dtypes: Mapping[str, torch.dtyp
     return {**parts, 'scheduler': _scheduler_config(folder, shown)}
 
 
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    return [folder / name for name in weight_files(os.listdir(folder), variant)]
+
+
 def _load_other(name: str, source: str, config: str | None, dtype: torch.dtype, cache_dir: str | None,
-                variant: str | None) -> Any:
+                variant: str | None, lazy: Collection[str]) -> Any:
     """Load a UNet or VAE from another source than the base, in `variant` if it has no plain weights."""
+    load: Callable[[], Any]
     if is_single_file(source):
-        return load_single_part(name, source, config=config, dtype=dtype, cache_dir=cache_dir)
+        load = partial(load_single_part, name, source, config=config, dtype=dtype, cache_dir=cache_dir)
+        return _component(name, lazy, Path(config or SDXL_FILES), [resolve_file(source, cache_dir=cache_dir)], dtype,
+                          load)
     path = hub.local_path(source)
     if path is None:
         repo = hub.Repo(source, cache_dir=cache_dir)
@@ -236,8 +311,10 @@ def _load_other(name: str, source: str, config: str | None, dtype: torch.dtype, 
         subfolder = name if not (path / 'config.json').is_file() and (path / name).is_dir() else None
         folder = path / (subfolder or '')
         variant = _choose_variant(source, subfolder, os.listdir(folder) if folder.is_dir() else [], variant)
-    return load_pretrained(module_class(name), str(path), dtype=dtype, subfolder=subfolder, variant=variant,
-                           shown=source)
+    load = partial(load_pretrained, module_class(name), str(path), dtype=dtype, subfolder=subfolder, variant=variant,
+                   shown=source)
+    folder = path / (subfolder or '')
+    return _component(name, lazy, folder, _weights(folder, variant) if folder.is_dir() else [], dtype, load)
 
 
 def _choose_variant(source: str, subfolder: str | None, names: Sequence[str], preferred: str | None) -> str | None:

@@ -112,7 +112,7 @@ def load_single_file(source: str | Path, config: str | Path | None = None,
     Returns:
         unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, scheduler; None for what `skip` or the
         config's model_index.json leaves out (a refiner has no text_encoder). Models are in eval mode. And `index`, that
-        model_index.json.
+        model_index.json, and `folder`, the Path of the configs.
 
     Raises:
         UserError: the file is missing, truncated, not an SDXL, holds code, or its tensors don't fit: which.
@@ -135,9 +135,10 @@ def load_single_file(source: str | Path, config: str | Path | None = None,
     num_used = len({o.key for part in origins.values() for o in part.values()})
     print_log(f"'{path}': {num_used} of {len(tensors)} tensors used, {len(tensors) - num_used} are not weights of "
               f'{", ".join(names)}.', logger='current')
-    tokenizers = {n: as_user_error(str(folder), module_class(n).from_pretrained, _config_folder(n, folder), subfolder=n)
+    tokenizers = {n: as_user_error(str(folder), module_class(n).from_pretrained, config_folder(n, folder), subfolder=n)
                   if has_component(index, n) else None for n in TOKENIZERS}
-    return {**dict.fromkeys(MODULES), **models, **tokenizers, 'scheduler': _scheduler(folder), 'index': index}
+    return {**dict.fromkeys(MODULES), **models, **tokenizers, 'scheduler': _scheduler(folder), 'index': index,
+            'folder': folder}
 
 
 def load_single_part(name: str, source: str | Path, config: str | Path | None = None,
@@ -217,7 +218,7 @@ def empty_model(name: str, folder: Path) -> nn.Module:
         UserError: the config is missing or invalid.
     """
     from accelerate import init_empty_weights
-    folder = _config_folder(name, folder)
+    folder = config_folder(name, folder)
     path = folder / name if (folder / name).is_dir() else folder
     if not (path / 'config.json').is_file():
         raise UserError(f"'{folder}' has no {name}/config.json, which is needed to read the single file.")
@@ -251,14 +252,14 @@ def build_module(name: str, folder: Path, subfolder: str | None = None) -> nn.Mo
     return model
 
 
-def _config_folder(name: str, folder: Path) -> Path:
+def config_folder(name: str, folder: Path) -> Path:
     """Return the folder that holds the config folder of component `name`."""
     return SDXL_FILES if folder == REFINER_FILES and not (folder / name).is_dir() else folder
 
 
 def _scheduler(folder: Path) -> Any:
     import diffusers
-    folder = _config_folder('scheduler', folder)
+    folder = config_folder('scheduler', folder)
     config = read_json(folder / 'scheduler' / 'scheduler_config.json')
     check_scheduler(config, f'{folder}/scheduler')
     name = config.get('_class_name')

@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from diffengine_sdxl.loading.weights import check_finite, keys_to_ignore
 _VARIANT = re.compile(r'(diffusion_pytorch_model|model)(\..+)?\.safetensors')
 #: Prefix of sources in this package: 'diffengine_sdxl::shapes/base' is its folder shapes/base.
 SHIPPED = 'diffengine_sdxl::'
+#: Whether models are built from their configs alone, see `configs_only`.
+_CONFIGS_ONLY = ContextVar('configs_only', default=False)
 
 
 def shipped(source: str | Path | None) -> str | None:
@@ -47,6 +51,28 @@ def fingerprint(module: nn.Module, prefixes: tuple[str, ...]) -> str:
         if name.startswith(prefixes):
             digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def configs_only() -> Iterator[None]:
+    """Inside, `load_pretrained` builds a model from its config and reads no weights: to count what it needs."""
+    token = _CONFIGS_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CONFIGS_ONLY.reset(token)
+
+
+def _from_config(cls: Any, folder: Path) -> nn.Module:
+    """Build a model of diffusers or transformers from the config in `folder`."""
+    from transformers import AutoConfig
+    if hasattr(cls, 'load_config'):  # diffusers
+        built: nn.Module = cls.from_config(cls.load_config(str(folder)))
+        return built
+    settings = getattr(cls, 'config_class', None) or AutoConfig
+    config = settings.from_pretrained(str(folder))
+    built = cls.from_config(config) if hasattr(cls, 'from_config') else cls(config)
+    return built
 
 
 def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_dir: str | None = None,
@@ -75,6 +101,9 @@ def load_pretrained(cls: Any, source: str, revision: str | None = None, cache_di
         repo = hub.Repo(source, revision, cache_dir)
         path = repo.fetch(repo.model_files(subfolder, variant))
     folder = path / (subfolder or '')
+    if _CONFIGS_ONLY.get():
+        model: Any = as_user_error(shown, _from_config, cls, folder)
+        return nn.Module.to(model, kwargs.get('dtype'))  # diffusers' own warns of parts to keep in fp32: none
     listing = as_user_error(shown, os.listdir, folder) if folder.is_dir() else []
     names = weight_files(listing, variant)
     if not names and (others := [name for name in listing if _VARIANT.fullmatch(name)]):

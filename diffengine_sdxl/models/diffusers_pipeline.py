@@ -19,6 +19,7 @@ from diffengine_sdxl.adapters.lora_layers import unwrapped
 from diffengine_sdxl.attention import cross_attention_names
 from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.loading import base as loading
+from diffengine_sdxl.loading.deferred import loaded
 from diffengine_sdxl.protocols import Components, Model
 
 #: Task, and the kinds of networks that adapters add -> the pipeline. diffusers has no others for SDXL.
@@ -53,7 +54,7 @@ def to_diffusers(model: Model, task: str | None = None) -> Any:
 
         pipeline(prompt, image=edges, num_inference_steps=30, **pipeline.call_arguments)
 
-    Pass several images of one kind as a list, in the order of the adapters' names; the masks of IP-Adapters as
+    Prompts of several chunks of 77 tokens go in as `SDXLInferencer.prompt_embeds` returns them. Pass several images of one kind as a list, in the order of the adapters' names; the masks of IP-Adapters as
     `cross_attention_kwargs={'ip_adapter_masks': [mask]}`, each [1, n, H, W], None for an adapter without. The
     pipeline's `set_adapters`, `fuse_lora` and `delete_adapters` know LoRAs by their adapters' names.
 
@@ -298,7 +299,8 @@ def save_pipeline(model: Model, folder: Path) -> None:
     """Write the base, without adapters, in diffusers' layout."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     pipeline = StableDiffusionXLPipeline(
-        **{name: getattr(model, name) for name in (*loading.MODULES, *loading.TOKENIZERS)}, add_watermarker=False,
+        **{name: loaded(getattr(model, name)) for name in (*loading.MODULES, *loading.TOKENIZERS)},
+        add_watermarker=False,
         scheduler=EulerDiscreteScheduler.from_config(model.scheduler_settings),
         force_zeros_for_empty_prompt=model.null_prompt == 'zeros')
     with without_wrappers(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from diffengine_sdxl.adapters.precision import under_autocast
+from diffengine_sdxl.cache.keys import digest
+from diffengine_sdxl.cache.rows import by_row
 from diffengine_sdxl.errors import UserError, one_of
-from diffengine_sdxl.models.prompt_weighting import WeightedEncoder, plain_text
+from diffengine_sdxl.models.prompt_weighting import plain_text
 from diffengine_sdxl.models.text_encoders import NewTokens, TextEncoder, encode_prompts, encode_weighted, extended
 from diffengine_sdxl.protocols import Model
 from diffengine_sdxl.request import SYNTAXES, Request
-from diffengine_sdxl.structures import Batch, where
+from diffengine_sdxl.structures import Batch, Lookups, where
 
 ENCODERS = ('text_encoder', 'text_encoder_2')
 #: Rows of embeddings to cache: some 40 MB at SDXL's size, in fp32.
@@ -73,87 +75,143 @@ class PromptMixin:
                    for tokenizer, encoder, i in parts if encoder is not None and vectors[i])
 
 
+def default_syntax(model: Model) -> str:
+    """Return how prompts are read if a request does not say: as the captions were in training."""
+    return 'plain' if model.caption_chunks == 1 else 'long'
+
+
 def num_chunks(model: Model, request: Request) -> int:
-    """Return how many chunks of 77 tokens the longest prompt of one image takes.
+    """Return how many chunks of 77 tokens the prompts of one image take.
 
     Raises:
-        UserError: the syntax of a prompt is wrong.
+        UserError: the syntax of a prompt is wrong, or one has too many chunks.
     """
-    if request.prompt_syntax == 'plain':
-        return 1
-    return _longest([encoder.weighted() for encoder in _text_encoders(model)], request.prompt, request.prompt_2,
-                    request.negative_prompt, request.negative_prompt_2)
+    return _longest(*_chunk_counters(model, request.prompt_syntax or default_syntax(model)), request.prompt,
+                    request.prompt_2, request.negative_prompt, request.negative_prompt_2)
 
 
-def _longest(encoders: Sequence[WeightedEncoder], text: str, text_2: str | None, negative: str | None,
-             negative_2: str | None) -> int:
+def _chunk_counters(model: Model, syntax: str) -> tuple[int, list[Callable[[str], int]]]:
+    """Return the least number of chunks, and what counts those of a prompt for each text encoder."""
+    if syntax == 'plain':
+        return 1, []
+    if syntax == 'long':
+        return model.caption_chunks, [encoder.num_chunks for encoder in _text_encoders(model)]
+    return 1, [encoder.weighted().num_chunks for encoder in _text_encoders(model)]
+
+
+def _longest(least: int, counters: Sequence[Callable[[str], int]], text: str, text_2: str | None,
+             negative: str | None, negative_2: str | None) -> int:
     pairs = [(text, text if text_2 is None else text_2)]
     if negative is not None or negative_2 is not None:
         first = negative or ''
         pairs.append((first, first if negative_2 is None else negative_2))
-    return max(encoder.num_chunks(pair[i]) for i, encoder in enumerate(encoders) for pair in pairs)
+    return max([least, *(count(pair[i]) for i, count in enumerate(counters) for pair in pairs)])
 
 
-def encode_text(model: Model, batch: Batch, branch: str) -> tuple[Tensor, Tensor, Tensor]:
+def encode_text(model: Model, batch: Batch, branch: str, one_by_one: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `branch`, 'cond' or 'uncond', reads: text [B, S, D], pooled [B, P] and time_ids [B, 6].
 
+    Args:
+        one_by_one: encode each distinct caption by itself, once, or take it from `batch.lookups`; new ones are put into
+            the model's store. As training does, so that no loss depends on the other captions of a batch or on the
+            cache; sampling encodes a batch at once, as diffusers does. Text encoders that train or are adapted always
+            do.
+
     Raises:
-        UserError: see `_num_chunks`; or embeddings were computed in advance, and a text encoder trains or is adapted.
+        UserError: see `_reading`; or embeddings were computed in advance, and a text encoder trains or is adapted.
     """
-    num_chunks, empty = _num_chunks(model, batch), [''] * len(batch)
+    (syntax, num_chunks), empty = _reading(model, batch), [''] * len(batch)
     if branch == 'uncond':
         time_ids = batch.time_ids if batch.negative_time_ids is None else batch.negative_time_ids
         if batch.negative_text is None and model.null_prompt == 'zeros':
             return (*_zeros(model, len(batch), num_chunks), time_ids)
         first = batch.negative_text or empty
         # As in diffusers, the negative prompt skips no layers.
-        return (*embed(model, first, batch.negative_text_2 or first, batch.prompt_syntax, num_chunks), time_ids)
+        return (*embed(model, first, batch.negative_text_2 or first, syntax, num_chunks), time_ids)
     drop = batch.drop.get('text')
     if batch.text_embeds is not None and batch.pooled is not None:
-        assert batch.prompt_syntax == 'plain' and batch.clip_skip is None, 'a request has no text_embeds'
+        assert batch.prompt_syntax is None and batch.clip_skip is None, 'a request has no text_embeds'
         if model.text_trains or model.text_adapted and not model.adapters_disabled:
             raise UserError("The samples hold 'text_embeds', but the config trains or adapts a text encoder: give the "
                             'samples their text.')
         text, pooled = batch.text_embeds, batch.pooled
         if drop is not None and model.null_prompt == 'empty' and bool(drop.any()):
-            text, pooled = (where(drop, null.to(value), value)
-                            for null, value in zip(embed(model, empty, empty), (text, pooled), strict=True))
+            text, pooled = (where(drop, null.to(value), value) for null, value in zip(
+                embed(model, empty, empty, syntax, num_chunks), (text, pooled), strict=True))
     else:
         first, second = batch.text, batch.text_2 or batch.text
         if drop is not None and model.null_prompt == 'empty':
             first, second = ([('' if dropped else text) for dropped, text in zip(drop.tolist(), texts, strict=True)]
                              for texts in (first, second))
-        text, pooled = embed(model, first, second, batch.prompt_syntax, num_chunks, batch.clip_skip)
+        if one_by_one and not (model.text_trains or model.text_adapted):
+            text, pooled = _embed_one_by_one(model, batch, first, second, syntax, num_chunks)
+        else:
+            text, pooled = embed(model, first, second, syntax, num_chunks, batch.clip_skip)
     if drop is not None and model.null_prompt == 'zeros':
         text, pooled = (where(drop, torch.zeros_like(x), x) for x in (text, pooled))
     return text, pooled, batch.time_ids
 
 
-def _num_chunks(model: Model, batch: Batch) -> int:
-    """Check how the prompts are written, and return how many chunks each image's take.
+def _embed_one_by_one(model: Model, batch: Batch, first: Sequence[str], second: Sequence[str], syntax: str,
+                      num_chunks: int) -> tuple[Tensor, Tensor]:
+    def compute(i: int) -> dict[str, Tensor]:
+        text, pooled = embed(model, first[i:i + 1], second[i:i + 1], syntax, num_chunks, batch.clip_skip)
+        return {'text_embeds': text[0], 'pooled': pooled[0]}
+
+    lookups, store = batch.lookups.get('text'), model.store
+    if lookups is None:
+        lookups, store = Lookups([repr(pair) for pair in zip(first, second, strict=True)], [None] * len(batch)), None
+    rows = by_row(len(batch), compute, 'text', lookups, store, model.device)
+    return rows['text_embeds'], rows['pooled']
+
+
+def text_digest(model: Model, digest_of: Callable[[str], str]) -> str | None:
+    """Return the digest of all that captions are embedded by; None if that changes: text trains or is adapted.
+
+    Args:
+        digest_of: name of a component -> the digest of its weights, config and dtype.
+    """
+    if model.text_trains or model.text_adapted:
+        return None
+    parts = []
+    for part, tokenizer in zip(ENCODERS, (model.tokenizer, model.tokenizer_2), strict=True):
+        if getattr(model, part) is not None:
+            backend = tokenizer.backend_tokenizer
+            # These are of the last call; transformers sets them in each.
+            backend.no_truncation()
+            backend.no_padding()
+            parts.append((digest_of(part), backend.to_str(), tokenizer.model_max_length, tokenizer.pad_token_id))
+    return digest('text encoders', parts, model.caption_chunks)
+
+
+def _reading(model: Model, batch: Batch) -> tuple[str, int]:
+    """Check how the prompts are written; return their syntax, and how many chunks each image's take.
 
     Raises:
         UserError: the syntax or clip_skip is unknown or wrong, or the images' numbers of chunks differ.
     """
-    one_of('prompt_syntax', batch.prompt_syntax, SYNTAXES)
+    syntax = batch.prompt_syntax or default_syntax(model)
+    one_of('prompt_syntax', syntax, SYNTAXES)
     if batch.clip_skip is not None:
         most = min(encoder.config.num_hidden_layers for encoder in _modules(model)) - 1
         if not 0 <= batch.clip_skip <= most:
             raise UserError(f'clip_skip={batch.clip_skip} must be between 0 and, for these text encoders, {most}.')
-        if batch.prompt_syntax != 'plain':
-            raise UserError(f"clip_skip={batch.clip_skip} goes with prompt_syntax='plain' only; "
-                            f"'{batch.prompt_syntax}' reads the penultimate layer.")
-    if batch.prompt_syntax == 'plain':
-        return 1
-    encoders, absent = [encoder.weighted() for encoder in _text_encoders(model)], [None] * len(batch)
-    rows = [_longest(encoders, *row) for row in zip(
+        if syntax == 'compel':
+            raise UserError(f"clip_skip={batch.clip_skip} does not go with prompt_syntax='compel', which reads the "
+                            "penultimate layer; use 'plain' or 'long'.")
+    if batch.text_embeds is not None:
+        return syntax, batch.text_embeds.shape[1] // model.tokenizer_2.model_max_length
+    if batch.prompt_syntax is None:  # captions
+        return syntax, model.caption_chunks
+    (least, counters), absent = _chunk_counters(model, syntax), [None] * len(batch)
+    rows = [_longest(least, counters, *row) for row in zip(
         batch.text, batch.text_2 or absent, batch.negative_text or absent, batch.negative_text_2 or absent,
         strict=True)]
     for i, num in enumerate(rows):
         if num != rows[0]:
             raise UserError(f"The prompts of '{batch.text[0]}' and '{batch.text[i]}' take {rows[0]} and {num} chunks "
                             f'of {model.tokenizer_2.model_max_length} tokens; images of one batch must take as many.')
-    return rows[0]
+    return syntax, rows[0]
 
 
 def _zeros(model: Model, num: int, num_chunks: int) -> tuple[Tensor, Tensor]:
@@ -203,9 +261,9 @@ def _embed(model: Model, first: Sequence[str], second: Sequence[str], syntax: st
     if model.prompt_cache is not None:  # inference; captions of a training may teach new words
         _warn_of_unread_words(model, prompts, encoders, syntax)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.text_trains), model.autocast(mixed):
-        if syntax == 'plain':
-            return encode_prompts(prompts, encoders, clip_skip)
-        return encode_weighted(prompts, encoders, num_chunks)
+        if syntax == 'compel':
+            return encode_weighted(prompts, encoders, num_chunks)
+        return encode_prompts(prompts, encoders, clip_skip, None if syntax == 'plain' else num_chunks)
 
 
 def _warn_of_unread_words(model: Model, prompts: Sequence[Sequence[str]], encoders: Sequence[TextEncoder],

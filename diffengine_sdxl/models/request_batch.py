@@ -17,6 +17,7 @@ from diffengine_sdxl.models.image_inputs import (
     read_image_input,
     read_latents,
 )
+from diffengine_sdxl.models.prompt_branches import default_syntax
 from diffengine_sdxl.protocols import Model
 from diffengine_sdxl.request import Request
 from diffengine_sdxl.structures import Batch, Start, to_device
@@ -48,7 +49,7 @@ def request_batch(model: Model, requests: Sequence[Request], size: tuple[int, in
                                  for r in requests),
         key=[f'prompt {i}' for i in range(num)], epoch=torch.zeros(num, dtype=torch.int64),
         seed=torch.tensor([r.seed for r in requests], dtype=torch.int64), conditions=_conditions(model, requests, size),
-        size=size, start=_start(model, requests, size), prompt_syntax=first.prompt_syntax,
+        size=size, start=_start(model, requests, size), prompt_syntax=first.prompt_syntax or default_syntax(model),
         clip_skip=first.clip_skip), model.device)
 
 

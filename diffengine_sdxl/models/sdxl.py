@@ -16,22 +16,24 @@ from diffengine_sdxl.adapters.precision import autocast, is_mixed, under_autocas
 from diffengine_sdxl.attention import probed, set_backend
 from diffengine_sdxl.errors import UserError, error_prefix, one_of, whole_number
 from diffengine_sdxl.loading import base as loading
+from diffengine_sdxl.loading.deferred import Deferred
+from diffengine_sdxl.models.cache_plan import CacheMixin
+from diffengine_sdxl.models.components import PRECISIONS, check_adapter_name, component_dtypes
+from diffengine_sdxl.models.components import shared_components as shared
 from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
 from diffengine_sdxl.models.diffusers_pipeline import to_diffusers
 from diffengine_sdxl.models.generate import IMAGE_SETS, generate
 from diffengine_sdxl.models.prompt_branches import ENCODERS, PromptMixin, encode_text
 from diffengine_sdxl.models.summary import summary
+from diffengine_sdxl.models.text_encoders import check_chunks
 from diffengine_sdxl.models.vae import VAEMixin
 from diffengine_sdxl.noise_schedule import NoiseSchedule
 from diffengine_sdxl.registry import ADAPTERS, MODELS, OBJECTIVES, SAMPLERS
 from diffengine_sdxl.structures import AttentionProbes, Batch, Conditioning, UNetCall, where
 
-PRECISIONS = {'no': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
-
 
 @MODELS.register_module()
-class SDXL(VAEMixin, PromptMixin, BaseModel):
+class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
     """SDXL: UNet, VAE, two text encoders (a refiner: one), and a dict of adapters by name.
 
     Args:
@@ -55,9 +57,14 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         zero_terminal_snr: rescale the noise schedule so that its last step is pure noise (Lin et al. 2023).
         null_prompt: embeddings of a missing or dropped prompt: 'zeros' (as diffusers' missing negative prompt) or
             'empty' (the caption ''); None for the setting of the base's pipeline, else zeros.
+        caption_chunks: chunks of 75 tokens that captions are read in while training, tests and samples included; every
+            caption is padded to as many, and what is longer is cut. Above 1, prompts are read with
+            prompt_syntax='long' unless a request sets another.
         shared_components: components to take from `base_model`, such as a refiner's text_encoder_2 and vae.
         base_model: the SDXL to share them with; the inferencer sets it for a refiner.
         seed: of random weights; the runner sets it.
+        lazy_encoders: load VAE, text encoders and image encoders that neither train nor are adapted at their first use,
+            see `loading.deferred`; a run with a `cache` sets it.
 
     Raises:
         UserError: a component cannot be loaded, a setting is unknown, or components don't fit together.
@@ -84,8 +91,9 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
                  trainable: Sequence[str] = (), mixed_precision: str = 'no',
                  dtype: str | Mapping[str, str] | None = None, attention: str = 'sdpa',
                  gradient_checkpointing: bool = False, prediction_type: str | None = None,
-                 zero_terminal_snr: bool = False, null_prompt: str | None = None, shared_components: Sequence[str] = (),
-                 base_model: SDXL | None = None, seed: int | None = None) -> None:
+                 zero_terminal_snr: bool = False, null_prompt: str | None = None, caption_chunks: int = 1,
+                 shared_components: Sequence[str] = (), base_model: SDXL | None = None, seed: int | None = None,
+                 lazy_encoders: bool = False) -> None:
         super().__init__(data_preprocessor=BatchPreprocessor())
         one_of('mixed_precision', mixed_precision, PRECISIONS)
         one_of('null_prompt', null_prompt, (None, 'zeros', 'empty'))
@@ -96,12 +104,20 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         self.trainable_parts = tuple(trainable)
         self.compute_dtype = PRECISIONS[mixed_precision]
         self.shared_components = tuple(shared_components)
-        parts = loading.load_components(pretrained, vae, config, tokenizer, self._dtypes(dtype), self.seed,
-                                        self._shared(base_model), unet=unet, revision=revision, variant=variant,
-                                        cache_dir=cache_dir, half=self.compute_dtype)
+        self.lazy_encoders = lazy_encoders
+        parts = loading.load_components(
+            pretrained, vae, config, tokenizer, component_dtypes(dtype, self.trainable_parts, self.compute_dtype),
+            self.seed, shared(self.shared_components, base_model, self.trainable_parts), unet=unet, revision=revision,
+            variant=variant, cache_dir=cache_dir, half=self.compute_dtype,
+            lazy={'vae', *ENCODERS} - {*self.trainable_parts} if lazy_encoders else ())
         self.null_prompt: str = null_prompt or parts.get('null_prompt', 'zeros')
-        self.unet, self.vae = parts['unet'], parts['vae']
-        self.text_encoder, self.text_encoder_2 = parts.get('text_encoder'), parts['text_encoder_2']
+        self.caption_chunks = check_chunks(caption_chunks)
+        self.deferred = {name: parts[name] for name in loading.MODULES if isinstance(parts.get(name), Deferred)}
+        for name in loading.MODULES:
+            if name in self.deferred:
+                self.deferred[name].place(self, name, lambda: self.device)
+            else:
+                setattr(self, name, parts.get(name))
         self.tokenizer, self.tokenizer_2 = parts.get('tokenizer'), parts['tokenizer_2']
         self.scheduler_config = parts['scheduler']
         self.schedule = NoiseSchedule.from_config(self.scheduler_config, prediction_type, zero_terminal_snr)
@@ -117,36 +133,6 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
                     getattr(self, part).gradient_checkpointing_enable()
         self.sampler: Any = SAMPLERS.build(sampler) if sampler else None
 
-    def _dtypes(self, dtype: str | Mapping[str, str] | None) -> dict[str, torch.dtype]:
-        if isinstance(dtype, Mapping):
-            for part in dtype:
-                one_of('dtype', part, loading.MODULES)
-        dtypes: dict[str, torch.dtype] = {}
-        for part in loading.MODULES:
-            name = dtype.get(part) if isinstance(dtype, Mapping) else dtype
-            if name is not None:
-                one_of('dtype', name, DTYPES)
-                dtypes[part] = getattr(torch, name)
-            elif part in self.trainable_parts or self.compute_dtype is None:
-                dtypes[part] = torch.float32
-            elif part != 'vae':  # loading decides by the VAE's config
-                dtypes[part] = self.compute_dtype
-        return dtypes
-
-    def _shared(self, base_model: SDXL | None) -> dict[str, Any]:
-        """Return the components to share with `base_model`."""
-        key = f'shared_components={list(self.shared_components)!r}'
-        for part in self.shared_components:
-            one_of('shared_components', part, loading.MODULES)
-            if base_model is None:
-                raise UserError(f"{key}: there is no other model to take '{part}' from; it is for a refiner "
-                                'beside its base.')
-            if getattr(base_model, part) is None:
-                raise UserError(f"{key}: the other model has no '{part}'.")
-            if part in self.trainable_parts:
-                raise UserError(f"{key}: '{part}' cannot be shared and train; remove it from `trainable`.")
-        return {part: getattr(base_model, part) for part in self.shared_components}
-
     def _attach(self, configs: Mapping[str, Any]) -> None:
         """Freeze the base, attach all adapters, and let what trains require gradients."""
         self.adapters, self.shared_encoders = nn.ModuleDict(), nn.ModuleDict()
@@ -154,7 +140,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         adapters = {}
         for name, config in configs.items():
             if config is not None:
-                _check_name(name)
+                check_adapter_name(name)
                 adapters[name] = ADAPTERS.build(dict(config))
                 adapters[name].name = name
         # By name, so that a config's order changes nothing; those that change the base's modules last, so that the
@@ -170,7 +156,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         self._trained = [parameter for parameters in self.trainables().values() for _, parameter in parameters]
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        parts = [part for part in ENCODERS if getattr(self, part) is not None]
+        parts = [part for part in ENCODERS if self.is_loaded(part)]
         weights = [p for part in parts for p in getattr(self, part).parameters()]
         of_adapters = {id(p) for adapter in self.adapters.values() for p in adapter.all_parameters()}
         tokens = [adapter for adapter in self.adapters.values() if adapter.new_tokens()]
@@ -192,6 +178,11 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
             if parameters := [(names[id(p)], p) for p in adapter.trainables()]:
                 trainables[name] = parameters
         return trainables
+
+    def is_loaded(self, part: str) -> bool:
+        """Return whether there is a component `part`, and its weights are in memory."""
+        component = getattr(self, part)
+        return component is not None and not isinstance(component, Deferred)
 
     def never_read(self, part: str, name: str) -> bool:
         """Return whether no loss depends on parameter `name` of `part`, so that it never gets a gradient."""
@@ -250,6 +241,8 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         Raises:
             UserError: no pipeline does this with these adapters.
         """
+        for part in self.deferred.values():
+            part.load()
         return to_diffusers(self, task)
 
     @contextmanager
@@ -286,13 +279,14 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
         """Set training mode for what trains; frozen components stay in evaluation mode."""
         self.training = mode
         for part in loading.MODULES:
-            if getattr(self, part) is not None:
+            if self.is_loaded(part):
                 getattr(self, part).train(mode and part in self.trainable_parts)
         for adapter in self.adapters.values():
             adapter.train(mode and bool(adapter.trainables()))
         return self
 
-    def encode(self, batch: Batch, branches: Sequence[str] = ('cond',), project: bool = False) -> Conditioning:
+    def encode(self, batch: Batch, branches: Sequence[str] = ('cond',), project: bool = False,
+               by_row: bool | None = None) -> Conditioning:
         """Encode prompts and conditions for guidance branches, stacked along the batch in order.
 
         Each text encoder is called once a branch, each adapter once for all of them.
@@ -301,12 +295,15 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
             batch: B samples.
             branches: of 'uncond', 'cond' and 'perturbed', which is conditioned as 'cond'.
             project: also run the adapters' trained part, for a sampling loop; training leaves it to `predict`.
+            by_row: frozen encoders read row by row, and not what `batch.lookups` holds; None: as in training, where not
+                `project`. Sampling reads a batch as diffusers does.
 
         Raises:
             UserError: `batch.drop` names an unknown adapter; see `encode_text` and `Adapter.encode`.
         """
         assert project or len(branches) == 1, 'several branches are for sampling'
-        encoded = {branch: encode_text(self, batch, branch) for branch in branches if branch != 'perturbed'}
+        by_row = not project if by_row is None else by_row
+        encoded = {branch: encode_text(self, batch, branch, by_row) for branch in branches if branch != 'perturbed'}
         rows = [encoded['cond' if branch == 'perturbed' else branch] for branch in branches]
         text, pooled, time_ids = (torch.cat([row[i] for row in rows]) for i in range(3))
         if unknown := batch.drop.keys() - {'text', *self.adapters}:
@@ -314,7 +311,7 @@ class SDXL(VAEMixin, PromptMixin, BaseModel):
                             f'adapter of the model; it has {", ".join(self.adapters) or "none"}.')
         adapters = {}
         for name, adapter in () if self.adapters_disabled else self.adapters.items():
-            tensors = adapter.encode(batch)
+            tensors = adapter.encode_rows(batch) if by_row else adapter.encode(batch)
             if name in batch.drop:
                 null = adapter.null(tensors)
                 tensors = {k: where(batch.drop[name], null[k], tensors[k]) for k in tensors}
@@ -389,11 +386,3 @@ def _keep_trained(model: SDXL, state: dict[str, Any], prefix: str, metadata: Any
     trained = {prefix + name for parameters in model.trainables().values() for name, _ in parameters}
     for name in [n for n in state if n.startswith(prefix) and n not in trained]:
         del state[name]
-
-
-def _check_name(name: str) -> None:
-    """Check that nn.ModuleDict and the folders of an export take an adapter's name."""
-    reserved = {*loading.MODULES, 'text', 'pipeline'}
-    if not name.isidentifier() or hasattr(nn.ModuleDict(), name) or name in reserved:
-        raise UserError(f"'{name}' cannot name an adapter: use letters, digits and _, and neither a name of torch "
-                        f"(type, train, to, ...) nor {', '.join(sorted(reserved))}.")

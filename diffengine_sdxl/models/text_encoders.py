@@ -13,7 +13,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from diffengine_sdxl.errors import UserError, listed
+from diffengine_sdxl.errors import UserError, listed, whole_number
 from diffengine_sdxl.models.prompt_weighting import WeightedEncoder, plain_text
 from diffengine_sdxl.structures import send
 
@@ -26,6 +26,10 @@ _TRUNCATED: set[str] = set()
 _UNREAD: set[str] = set()
 #: Warnings of each kind, as the prompts of a file or the captions of a data set may all be alike.
 MAX_WARNINGS = 10
+#: Chunks of 75 tokens of one text: a prompt may come from anyone, and attention reads all of them at once.
+MAX_CHUNKS = 32
+#: Tokens after which a text is split into chunks: the ends of sentences, else of phrases, else of words.
+_ENDS = ({'.</w>'}, {'.</w>', ',</w>', ';</w>', ':</w>'})
 
 
 class TextEncoder:
@@ -36,16 +40,52 @@ class TextEncoder:
         self.tokenizer = _Tokenizer(tokenizer, new_tokens)
         self.encoder = _Encoder(encoder, len(tokenizer), new_tokens)
 
-    def token_ids(self, texts: Sequence[str]) -> Tensor:
-        """Tokenize, pad and truncate to [B, 77]; ids of new tokens follow the tokenizer's own, one for each vector."""
-        length, rows = self.tokenizer.model_max_length, self.tokenizer(texts)['input_ids']
-        for row in rows:
-            if len(row) > length:
-                lost = self.tokenizer.decode(row[length - 1:-1])
-                _warn_once(_TRUNCATED, lost, f'A prompt has more than {length} tokens, so its end is ignored: '
-                           f"'{lost}'. prompt_syntax='compel' reads all of it.")
-        return torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row))
-                             for row in _truncate(rows, length)])
+    def token_ids(self, texts: Sequence[str], num_chunks: int | None = None, warn: bool = True) -> Tensor:
+        """Tokenize and pad to chunks of 77 tokens: [num_chunks, B, 77], or [1, B, 77] if `num_chunks` is None.
+
+        Ids of new tokens follow the tokenizer's own, one for each vector.
+
+        Args:
+            num_chunks: chunks of each text, split by `split_tokens`; empty ones are added, further ones are cut. None
+                truncates each text to 75 tokens, as diffusers does.
+            warn: log what is cut.
+        """
+        length, padding = self._chunk_length, self.tokenizer.pad_token_id
+        rows = []
+        for begin, *ids, end in self.tokenizer(texts)['input_ids']:
+            # One token more than can be kept, so that the last chunk is split as that of the whole text.
+            chunks = [ids[:length]] if num_chunks is None else split_tokens(
+                self.tokenizer, ids[:length * num_chunks + 1], length)[:num_chunks]
+            kept = sum(map(len, chunks))
+            if warn and kept < len(ids):
+                self._warn_of_lost(ids, kept)
+            chunks += [[]] * ((num_chunks or 1) - len(chunks))
+            rows.append([[begin, *chunk, end, *[padding] * (length - len(chunk))] for chunk in chunks])
+        return torch.tensor(rows).transpose(0, 1)
+
+    def num_chunks(self, text: str) -> int:
+        """Return how many chunks `token_ids` needs for all of a text.
+
+        Raises:
+            UserError: more than MAX_CHUNKS.
+        """
+        num = len(split_tokens(self.tokenizer, self.tokenizer([text])['input_ids'][0][1:-1], self._chunk_length))
+        if num > MAX_CHUNKS:
+            raise UserError(f"The prompt '{text[:500]}{'...' * (len(text) > 500)}' takes {num} chunks of "
+                            f'{self._chunk_length} tokens; at most {MAX_CHUNKS} are read.')
+        return num
+
+    @property
+    def _chunk_length(self) -> int:
+        """Return how many tokens of a text lie between the begin and end tokens of one chunk."""
+        length: int = self.tokenizer.model_max_length - 2
+        return length
+
+    def _warn_of_lost(self, ids: Sequence[int], kept: int) -> None:
+        lost, length = self.tokenizer.decode(ids[kept:]), self._chunk_length
+        num = min(MAX_CHUNKS, len(split_tokens(self.tokenizer, ids[:length * MAX_CHUNKS], length)))
+        _warn_once(_TRUNCATED, lost, f'A text has {len(ids)} tokens and {kept} are read, so its end is ignored: '
+                   f"'{lost}'. prompt_syntax='long' reads all of a prompt; in training, model.caption_chunks={num}.")
 
     def reads_word(self, text: str) -> bool:
         """Return whether a new token of `text` lies within the length that the encoder reads."""
@@ -79,26 +119,63 @@ class TextEncoder:
 
 
 def encode_prompts(prompts: Sequence[Sequence[str]], encoders: Sequence[TextEncoder],
-                   clip_skip: int | None = None) -> tuple[Tensor, Tensor]:
-    """Embed one batch of prompts; truncate longer ones to 77 tokens and log what is lost.
+                   clip_skip: int | None = None, num_chunks: int | None = None) -> tuple[Tensor, Tensor]:
+    """Embed one batch of prompts; truncate longer ones and log what is lost.
 
     The encoders' penultimate hidden states are concatenated; the pooled embedding is the last encoder's projected one
-    (Podell et al. 2023, SDXL, section 2.1; as diffusers' `encode_prompt`).
+    of the first 75 tokens (Podell et al. 2023, SDXL, section 2.1; as diffusers' `encode_prompt`, and compel).
 
     Args:
         prompts: one list of B prompts for each encoder.
         clip_skip: layers to skip besides the last; None as 0.
+        num_chunks: chunks to split each prompt into, see `TextEncoder.token_ids`, each encoded by itself.
 
     Returns:
-        text [B, 77, sum of widths], pooled [B, P], both in the encoders' dtype.
+        text [B, 77 num_chunks, sum of widths], pooled [B, P], both in the encoders' dtype.
     """
     states, pooled = [], None
     for texts, part in zip(prompts, encoders, strict=True):
-        output = part.encoder(send(part.token_ids(texts), part.encoder.device), output_hidden_states=True)
-        states.append(output.hidden_states[-(clip_skip or 0) - 2])
-        pooled = output[0]
+        chunks, of_encoder = part.token_ids(texts, num_chunks), []
+        for ids in chunks:
+            output = part.encoder(send(ids, part.encoder.device), output_hidden_states=True)
+            of_encoder.append(output.hidden_states[-(clip_skip or 0) - 2])
+            pooled = output[0] if len(of_encoder) == 1 else pooled
+        states.append(torch.cat(of_encoder, dim=1))
+    if num_chunks is not None:
+        start = part.token_ids(texts, warn=False)[0]
+        if not torch.equal(start, chunks[0]):  # the first chunk ends with a sentence, before 75 tokens
+            pooled = part.encoder(send(start, part.encoder.device))[0]
     assert pooled is not None and pooled.dim() == 2, 'the last text encoder has a projection'
     return torch.cat(states, dim=-1), pooled
+
+
+def split_tokens(tokenizer: Any, ids: Sequence[int], length: int) -> list[list[int]]:
+    """Split the ids of a text into chunks of at most `length`; one empty chunk if there are none.
+
+    By compel's rule: each chunk but the last ends after the last sentence that fits, else phrase, else word. Its own
+    function needs the text encoder, which is not loaded where all captions are in the cache.
+    """
+    chunks, rest = [], list(ids)
+    while len(rest) > length:
+        tokens = tokenizer.convert_ids_to_tokens(rest[:length])
+        ends = ([i for i, token in enumerate(tokens) if token in _ENDS[0]]
+                or [i for i, token in enumerate(tokens) if token in _ENDS[1]]
+                or [i for i, token in enumerate(tokens) if token.endswith('</w>')] or [length - 1])
+        chunks.append(rest[:ends[-1] + 1])
+        rest = rest[ends[-1] + 1:]
+    return [*chunks, rest]
+
+
+def check_chunks(value: Any) -> int:
+    """Return `caption_chunks` of a model.
+
+    Raises:
+        UserError: it is no whole number from 1 to MAX_CHUNKS.
+    """
+    num = whole_number('caption_chunks', value, 1)
+    if num > MAX_CHUNKS:
+        raise UserError(f'caption_chunks={num} must be at most {MAX_CHUNKS}.')
+    return num
 
 
 def encode_weighted(prompts: Sequence[Sequence[str]], encoders: Sequence[TextEncoder],

@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffengine_sdxl.cache.rows import by_row
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.loading.deferred import loaded
 from diffengine_sdxl.objectives.noises import vae_noise
 from diffengine_sdxl.protocols import Denoiser
 from diffengine_sdxl.structures import Batch, send
@@ -25,13 +28,37 @@ class VAEMixin:
         Raises:
             UserError: see `posterior`.
         """
+        # That of a VAE's output for the whole batch: it selects the UNet's kernels, and with them the last bits.
+        layout = torch.channels_last if len(batch) > 1 else torch.contiguous_format
         if batch.latents is not None:
-            # In the memory layout of the VAE's output: it selects the UNet's kernels, and with them the last bits.
-            layout = torch.channels_last if len(batch) > 1 else torch.contiguous_format
             return batch.latents.contiguous(memory_format=layout)
-        dist = self.posterior(batch)
-        mean, std = (t if t.dtype.itemsize >= 4 else t.float() for t in (dist.mean, dist.std))
+        if 'vae' in self.trainable_parts:
+            dist = self.posterior(batch)
+            mean, std = dist.mean, dist.std
+        else:
+            mean, std = (t.contiguous(memory_format=layout) for t in self.moments(batch))
+        mean, std = (t if t.dtype.itemsize >= 4 else t.float() for t in (mean, std))
         return _scale(self.vae, mean + std * vae_noise(batch, mean))
+
+    @torch.no_grad()
+    def moments(self: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return mean and std of the images' unscaled latents, [B, 4, h, w] in the VAE's dtype; it must be frozen.
+
+        Images are encoded one by one; those that `batch.lookups` holds are not.
+
+        Raises:
+            UserError: see `posterior`.
+        """
+        lookups = batch.lookups.get('moments')
+        missing = len(batch) if lookups is None else sum(value is None for value in lookups.values)
+
+        def compute(i: int) -> dict[str, Tensor]:
+            loaded(self.vae, f'{missing} of {len(batch)} images of this batch are not in the cache')
+            dist = self.posterior(replace(batch, img=None if batch.img is None else batch.img[i:i + 1]))
+            return {'mean': dist.mean[0], 'std': dist.std[0]}
+
+        rows = by_row(len(batch), compute, 'moments', lookups, self.store, batch.time_ids.device)
+        return rows['mean'], rows['std']
 
     def posterior(self: Denoiser, batch: Batch) -> Any:
         """Return the distribution of the images' unscaled latents: `mean`, `std` [B, 4, h, w], `kl()` [B].

@@ -1,7 +1,7 @@
 """Denoising: the objective of every adapter and of a full fine-tune."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ class Denoise:
         noise, timesteps, weighting, loss: configs of its parts.
     """
 
+    #: It reads latents only, so a cache of the VAE's outputs does for it.
+    reads_images: ClassVar[bool] = False
+    #: Names of the data sets whose losses are reported; the training loop sets them.
+    data_sets: Sequence[str] = ()
+
     def __init__(self, noise: Any = None, timesteps: Any = None, weighting: Any = None, loss: Any = None) -> None:
         self.noise = NOISES.build(noise or {'type': 'PlainNoise'})
         self.timesteps = TIMESTEPS.build(timesteps or {'type': 'UniformTimesteps'})
@@ -46,7 +51,7 @@ class Denoise:
         return {**drawn, 'vae': draws.normal('vae', shape)} if encodes else drawn
 
     def __call__(self, model: Denoiser, batch: Batch) -> dict[str, Tensor]:
-        """Return {'loss': []}, fp32, or fp64 if the model is.
+        """Return {'loss': []}, fp32, or fp64 if the model is; with several data sets also what `sums_by_set` returns.
 
         Raises:
             UserError: the VAE trains, or the batch has no image.
@@ -61,22 +66,59 @@ class Denoise:
                                          schedule)
         noise = send(drawn['noise'], latents.device).to(latents.dtype)
         noise_in = send(drawn['noise_in'], latents.device).to(latents.dtype) if 'noise_in' in drawn else noise
-        t = drawn['timestep']
-        # Start and end are equal, as a training step has no length. On the CPU, where active ranges are compared.
-        progress = (1 - t / schedule.num_train_timesteps).unsqueeze(1).expand(-1, 2)
-        t = send(t, latents.device)
-        prediction = model.predict(schedule.add_noise(latents, noise_in, t), t, model.encode(batch), progress)
-        target = schedule.target(latents, noise, t)
-        loss = self.loss(prediction.to(latents.dtype), target, t, schedule)
+        t, prediction, target = denoise(model, batch, latents, noise, noise_in, drawn['timestep'])
+        loss = self.loss(prediction, target, t, schedule)
         if batch.mask is not None:
-            loss = loss * _mask_of_latents(batch.mask, loss)
+            loss = loss * mask_of_latents(batch.mask, loss)
         loss = loss.mean(dim=(1, 2, 3)) * self.weighting(t, schedule)
         if batch.weight is not None:
             loss = loss * batch.weight
-        return {'loss': loss.mean()}
+        return {'loss': loss.mean(), **sums_by_set(loss, batch.data_set, self.data_sets)}
 
 
-def _mask_of_latents(mask: Tensor, loss: Tensor) -> Tensor:
+def denoise(model: Denoiser, batch: Batch, latents: Tensor, noise: Tensor, noise_in: Tensor,
+            timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Predict from latents that are noised by `noise_in`.
+
+    Args:
+        latents, noise, noise_in: [B, 4, h, w].
+        timesteps: int64 [B] on the CPU.
+
+    Returns:
+        The timesteps on the latents' device; prediction and target, [B, 4, h, w] in the latents' dtype.
+    """
+    schedule = model.schedule
+    # Start and end are equal, as a training step has no length. On the CPU, where active ranges are compared.
+    progress = (1 - timesteps / schedule.num_train_timesteps).unsqueeze(1).expand(-1, 2)
+    t = send(timesteps, latents.device)
+    prediction = model.predict(schedule.add_noise(latents, noise_in, t), t, model.encode(batch), progress)
+    return t, prediction.to(latents.dtype), schedule.target(latents, noise, t)
+
+
+def sums_by_set(losses: Tensor, data_set: Sequence[str] | None, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the sum of the losses of each data set and the number of its samples, detached; {} without names.
+
+    Args:
+        losses: of each sample, [B].
+        data_set: each sample's.
+        names: of the data sets; 'sum_<i>' and 'num_<i>' are of names[i]. (mmengine would add what is named a loss.)
+    """
+    if data_set is None or not names:
+        return {}
+    is_in = send(torch.tensor([[of == name for of in data_set] for name in names], dtype=losses.dtype), losses.device)
+    sums, nums = (is_in * losses.detach()).sum(dim=1), is_in.sum(dim=1)
+    return {f'{what}_{i}': values[i] for i in range(len(names)) for what, values in (('sum', sums), ('num', nums))}
+
+
+def losses_by_set(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return `values`, where the means of what `sums_by_set` returned become 'loss/<name>' of each set with samples."""
+    parts = {f'{what}_{i}' for i in range(len(names)) for what in ('sum', 'num')}
+    means = {f'loss/{name}': values[f'sum_{i}'] / values[f'num_{i}']
+             for i, name in enumerate(names) if values.get(f'num_{i}')}
+    return {key: value for key, value in values.items() if key not in parts} | means
+
+
+def mask_of_latents(mask: Tensor, loss: Tensor) -> Tensor:
     """Average a mask of pixels, [B, 1, H, W], over each latent: [B, 1, h, w]; a mask of latents is unchanged.
 
     Raises:

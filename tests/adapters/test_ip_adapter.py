@@ -317,8 +317,9 @@ def test_embeddings_may_come_from_the_data(tiny_base: Path, encoder: Path, archi
     embeds = adapter.encode(make_batch(conditions={'reference': shown}))['embeds']
     assert embeds.shape[:2] == (2, 2) and embeds.shape[-1] == (24 if architecture == 'base' else 32)
     assert torch.equal(sample(model, reference=shown), sample(model, reference_embeds=embeds))
+    rows = adapter.encode_rows(make_batch(conditions={'reference': shown}))['embeds']  # training reads row by row
     steps = [grads(model, make_batch(conditions=c, drop={'a': torch.tensor([False, True])}))
-             for c in ({'reference': shown}, {'reference_embeds': embeds})]
+             for c in ({'reference': shown}, {'reference_embeds': rows})]
     assert_same(*(step[1] for step in steps))
     one, several = (adapter.encode(make_batch(conditions={'reference': s}))['embeds']
                     for s in (shown[:, :1], shown[:, 0]))

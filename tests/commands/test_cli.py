@@ -19,7 +19,7 @@ from diffengine_sdxl.commands.cli import COMMANDS, main, parse
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = 'stable_diffusion_xl_t2i_adapter_fill50k'
 #: The arguments that each command cannot do without.
-NEEDED = {'train': ['C'], 'test': ['C', 'W'], 'infer': ['C'], 'export': ['C', 'O'], 'cache': ['C', 'F'], 'list': [],
+NEEDED = {'train': ['C'], 'test': ['C', 'W'], 'infer': ['C'], 'export': ['C', 'O'], 'cache': ['C'], 'plan': ['C'], 'data': ['C'], 'list': [],
           'write-shapes': ['F']}
 Run = Callable[..., SimpleNamespace]
 

@@ -1,5 +1,6 @@
-"""Captions dropped, alone or with images, shuffled and prefixed."""
+"""Captions dropped, alone or with images; lines chosen, tags shuffled and left out, words added."""
 
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from diffengine_sdxl.datasets import Draw, Shapes, collate
 from diffengine_sdxl.datasets.transforms import JointDrop
+from diffengine_sdxl.datasets.transforms.caption import split_tags
 from diffengine_sdxl.engine.hooks.samples import SampleHook
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.data_preprocessor import pack
@@ -93,6 +95,78 @@ def test_caption_shuffle_and_prefix() -> None:
     assert len(set(out)) == 6
     assert out == [build('CaptionShuffle', keep=1)(sample(key=str(k)))['text'] for k in range(60)]
     assert build('CaptionPrefix', prefix='sks, ')(sample())['text'] == 'sks, a, b, c, d'
+    assert build('CaptionSuffix', suffix=', photo')(sample())['text'] == 'a, b, c, d, photo'
+
+
+@pytest.mark.parametrize(('text', 'tags'), [
+    ('a cat, (red, blue:1.2), [x, {y, z}], b', ['a cat', '(red, blue:1.2)', '[x, {y, z}]', 'b']),
+    (r'miku \(voc, a\), b', [r'miku \(voc', r'a\)', 'b']), (r'a\, b, c', [r'a\, b', 'c']),
+    (':(, a, (b, c', [':(', 'a', '(b', 'c']), ('a), b, (c, d)', ['a)', 'b', '(c, d)']),
+    ('[a :(, b], c', ['[a :(, b]', 'c']), ('[a, (b], c), d', ['[a, (b]', 'c)', 'd']), (' ,a,, b,', ['a', 'b']),
+    ('', [])])
+def test_tags_respect_brackets(text: str, tags: list[str]) -> None:
+    """A bracket without its partner, and one behind a backslash, is text."""
+    assert split_tags(text, ',') == tags
+
+
+def test_many_brackets_take_no_time() -> None:
+    """A caption from outside may be of a mebibyte; with a search of each bracket's partner this would take hours."""
+    start = time.process_time()
+    assert len(split_tags('([{,' * 5_000 + ')}]' * 5_000, ',')) > 0
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize('kind', [dict(type='CaptionShuffle'), dict(type='CaptionTagDrop', prob=0.4)])
+def test_tags_that_stay(kind: dict[str, Any]) -> None:
+    """The first `keep`; or those outside of two marks, which win over `keep`, and can be left for the next."""
+    texts = {'keep': 'x, y, a, b, c, d', 'marks': 'x, y ||| a, b, (c, d), e, f ||| z', 'one mark': 'x, y|||a, b, c, d'}
+    for name, options in (('keep', dict(keep=2)), ('marks', dict(keep=1, keep_tokens_separator='|||')),
+                          ('one mark', dict(keep_tokens_separator='|||'))):
+        out = [TRANSFORMS.build({**kind, **options})({**sample(epoch=e), 'text': texts[name]})['text']
+               for e in range(40)]
+        assert len(set(out)) > 8 and all(text.startswith('x, y') and '|' not in text for text in out)
+        assert all(text.endswith(', z') == (name == 'marks') for text in out)
+        assert all(('(c, d)' in text) == ('(c' in text) for text in out)
+    left = TRANSFORMS.build({**kind, 'keep_tokens_separator': '|||', 'leave_mark': True})
+    assert left({**sample(), 'text': texts['marks']})['text'].split(' ||| ')[::2] == ['x, y', 'z']
+
+
+def test_tag_drop() -> None:
+    """Each tag by itself, 4 standard deviations; the order stays; anew in each epoch; in validations too."""
+    texts = [build('CaptionTagDrop', prob=0.3)(sample(key=str(k)))['text'] for k in range(500)]
+    kept = Counter(tag for text in texts for tag in text.split(', ') if tag)
+    assert set(kept) == set('abcd') and all(abs(n / 500 - 0.7) < 4 * (0.21 / 500) ** 0.5 for n in kept.values())
+    assert all(list(text) == sorted(text) for text in (t.replace(', ', '') for t in texts))
+    assert len({build('CaptionTagDrop', prob=0.5)(sample(epoch=e))['text'] for e in range(30)}) > 8
+    with pytest.raises(UserError, match='prob=2'):
+        build('CaptionTagDrop', prob=2)
+
+
+def test_lines() -> None:
+    lines = dict(sample(), text='one \n\n two\nthree\n')
+    assert [build('CaptionLine', line=i)(dict(lines))['text'] for i in (0, 1, 7)] == ['one', 'two', 'three']
+    drawn = Counter(build('CaptionLine')({**lines, 'epoch': e})['text'] for e in range(300))
+    assert set(drawn) == {'one', 'two', 'three'} and min(drawn.values()) > 60
+    assert [build('CaptionLine')(dict(sample(), text=text))['text'] for text in ('', ' \n a')] == ['', 'a']
+    with pytest.raises(UserError, match='line=-1'):
+        build('CaptionLine', line=-1)
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('a dog', 'sks dog, a dog'), ('A SKS Dog runs', 'A SKS Dog runs'), ('sks doggy', 'sks dog, sks doggy'),
+    ('', 'sks dog'), ('(sks dog:1.1)', '(sks dog:1.1)')])
+def test_trigger(text: str, expected: str) -> None:
+    assert build('CaptionTrigger', word='sks dog')(dict(sample(), text=text))['text'] == expected
+
+
+def test_what_the_words_of_captions_are_counted_in() -> None:
+    """`captions` applies what changes them and drops none; the cache knows that they read no image."""
+    dataset = Shapes(length=3, transforms=[
+        dict(type='CaptionTrigger', word='sks'), dict(type='CaptionLine', line=1),
+        dict(type='CaptionSuffix', suffix='!'), dict(type='CaptionDrop', prob=1.0)])
+    dataset.caption_texts = lambda: ['a\nb', 'c']  # type: ignore[method-assign]
+    assert list(dataset.captions()) == ['b!', 'sks, c!']
+    assert [getattr(t, 'reads', None) for t in dataset.transforms] == ['text'] * 4
 
 
 @pytest.mark.parametrize('paired', [False, True])
@@ -104,7 +178,8 @@ def test_sample_grids_show_the_captions(drop: dict[str, Any], paired: bool) -> N
                                                      dict(type='ComputeTimeIds'), dict(type='PackInputs')])
     config = dict(type='PriorPreservation', instance=half, prior=half) if paired else half
     dataset: Any = DATASETS.build(config)
-    runner: Any = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=dataset), seed=0, bare_model=SimpleNamespace(
+    loader = SimpleNamespace(dataset=dataset, sampler=None)
+    runner: Any = SimpleNamespace(train_dataloader=loader, seed=0, bare_model=SimpleNamespace(
         data_preprocessor=lambda samples: {'inputs': pack(samples)}))
     batches = SampleHook(num_from_dataset=2, size=64)._from_dataset(runner)
     captions = [f'a drawing, {Shapes(length=2)[i]["text"]}' for i in range(2)]

@@ -156,6 +156,48 @@ def test_time_ids_by_hand():
     assert refiner.tolist() == [50, 100, 4, 24, 6] and str(refiner.dtype) == 'torch.float32'
 
 
+def test_the_size_of_a_bucket():
+    image, bucket = noise(100, 51), (24, 40)
+    out = build('Resize', size='bucket')(sample(image, bucket=bucket, mask=noise(50, 26)))
+    assert out['img'].size == out['mask'].size == (47, 24)
+    out = build('ComputeTimeIds')(build('Crop', size='bucket')(out))
+    assert out['img'].size == out['mask'].size == (40, 24)
+    # 51 x 100 -> 24 x 47; centre 24 x 40 at (0, round(3.5))
+    assert out['time_ids'].tolist() == [51, 100, 0, 4, 24, 40]
+    for name in ('Resize', 'Crop'):
+        with pytest.raises(UserError, match="^Sample 'a' has no bucket for size='bucket': set train_dataloader"):
+            build(name, size='bucket')(sample(image))
+
+
+def test_random_geometry_goes_by_the_variant_in_place_of_the_epoch():
+    crop, flip, image = build('Crop', size=8, mode='random'), build('Flip'), noise(60, 60)
+    for transform in (crop, flip):
+        plain = [transform(sample(image, epoch=e)) for e in range(20)]
+        for epoch, one in enumerate(plain):
+            other = transform(sample(image, epoch=100 + epoch, variant=epoch))
+            assert one.get('crop_top_left') == other.get('crop_top_left')
+            np.testing.assert_array_equal(one['img'], other['img'])
+
+
+def test_what_a_transform_draws_is_told_without_its_image():
+    crop, flip, image = build('Crop', size=8, mode='random'), build('Flip'), noise(60, 60)
+
+    def told(transform, **options):
+        return transform.draws({k: v for k, v in sample(image, **options).items() if k != 'img'})
+    for epoch in range(20):
+        assert told(flip, epoch=epoch) == (flip(sample(image, epoch=epoch))['img'] is not image)
+    # Equal if and only if the crop is drawn from the same key.
+    assert told(crop, epoch=3, variant=1) == told(crop, epoch=1, variant=1) == told(crop, epoch=1)
+    different = [{}, dict(epoch=1), dict(seed=1), dict(key='b')]
+    assert len({told(crop, **options) for options in different}) == 4 and crop.draws_anew
+    assert told(build('Crop', size=8)) == told(build('Crop', size=8), key='b', epoch=9)
+    assert not build('Crop', size=8).draws_anew
+    for name in ('Crop', 'Resize'):
+        assert told(build(name, size='bucket'), bucket=(8, 9)) != told(build(name, size='bucket'), bucket=(9, 8))
+    assert told(build('ComputeTimeIds')) is None
+    assert {t.reads for t in (crop, flip, build('Resize', size=8), build('ComputeTimeIds'))} == {'images'}
+
+
 def test_a_strip_is_refused():
     with pytest.raises(UserError, match=r"Sample 'k': An image of 800 x 1, scaled to cover 1024 x 1024, would be "
                                         r'819200 x 1024 pixels .* limits.image_pixels is 67108864'):

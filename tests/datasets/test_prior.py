@@ -1,4 +1,4 @@
-"""Prior preservation: pairs of samples whose mean loss is L_instance + w L_prior."""
+"""Prior preservation: pairs of samples whose mean loss is L_instance + w L_prior; regularisation sets."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from parity import assert_same, grads, t2i
 
 from diffengine_sdxl.datasets import Draw, KeyedSampler, PriorPreservation, Shapes, collate
+from diffengine_sdxl.datasets.mixture import Mixture
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.data_preprocessor import pack
 from diffengine_sdxl.models.sdxl import SDXL
@@ -42,6 +43,20 @@ def test_the_loss_is_a_sum_of_means(model: SDXL, weight: float) -> None:
         halves.append(grads(model, batch_of(samples)))
     expected = {'loss': halves[0][0] + weight * halves[1][0],
                 **{k: halves[0][1][k] + weight * halves[1][1][k] for k in gradients}}
+    assert_same({'loss': loss, **gradients}, expected, 1e-10)
+
+
+def test_a_regularisation_set(model: SDXL) -> None:
+    """Kohya's way: the mean of the samples' losses, each times the weight of its set; loss and gradients, fp64."""
+    data = Mixture(dict(thing=shapes(2), reg=shapes(2, 'class')), weights=dict(thing=1, reg=1),
+                   loss_weights=dict(reg=0.25))
+    samples = [data[Draw(i, 0, 0)] for i in range(3)]
+    weights = [0.25 if sample['data_set'] == 'reg' else 1.0 for sample in samples]
+    assert [sample['weight'] for sample in samples] == weights and len({*weights}) == 2
+    loss, gradients = grads(model, batch_of(samples))
+    alone = [grads(model, batch_of([{k: v for k, v in s.items() if k != 'weight'}])) for s in samples]
+    expected = {'loss': sum(w * x for w, (x, _) in zip(weights, alone, strict=True)) / 3, **{
+        k: sum(w * g[k] for w, (_, g) in zip(weights, alone, strict=True)) / 3 for k in gradients}}
     assert_same({'loss': loss, **gradients}, expected, 1e-10)
 
 

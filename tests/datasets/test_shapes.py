@@ -38,7 +38,7 @@ def test_a_row_shows_the_scene_of_its_number(kind: str) -> None:
         sample, scene = data[Draw(index, 2, 5)], draw_scene(3, index, split='val')
         np.testing.assert_array_equal(sample['img'], draw.render(scene, 48))
         np.testing.assert_array_equal(sample['conditioning_image'], draw.condition(scene, 48, kind))
-        assert list(sample) == ['img', 'text', 'conditioning_image', 'key', 'epoch', 'seed', 'num_skipped']
+        assert list(sample) == ['img', 'conditioning_image', 'text', 'key', 'epoch', 'seed', 'num_skipped']
         assert [sample[k] for k in ('text', 'key', 'epoch', 'seed', 'num_skipped')] == [
             scene.caption, f'val/{index}', 2, 5, 0]
     assert same(data[3], data[Draw(3, 9, 1)] | {'epoch': 0, 'seed': 0}), 'the image is the same in every epoch'

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from runs import build, curves, first_gradients, plain_arguments, weights
 
-from diffengine_sdxl.testing import write_tiny_image_encoder
+from diffengine_sdxl.testing import write_circles, write_tiny_image_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Random crops, dropped captions, three micro-batches: all that could tell the ranks apart.
@@ -23,7 +24,12 @@ CASES = {'float64': {'model.dtype': 'float64', 'optim_wrapper.accumulative_count
                      # One process samples, with weights that are frozen meanwhile, and DDP must not feel it.
                      'default_hooks.samples': dict(type='SampleHook', interval=1, at_start=True, num_from_dataset=1,
                                                    num_images=1, size=32)},
-         'float32': {}, 'ema': {'custom_hooks': [dict(type='EMAHook', decay=0.5)], 'train_dataloader.num_workers': 1}}
+         'float32': {}, 'cached': {'cache': 'cache', 'train_dataloader.dataset.variants': 1},
+         'ema': {'custom_hooks': [dict(type='EMAHook', decay=0.5)], 'train_dataloader.num_workers': 1,
+                 'train_dataloader.sampler': dict(_delete_=True, type='BucketSampler', step=16,
+                                                  resolution='$resolution', max_ratio=4),
+                 'train_dataloader.dataset.transforms': [
+                     dict(type='Resize', size='bucket'), dict(type='Crop', size='bucket'), *RANDOM[2:]]}}
 
 
 #: With image prompts, dropped at random.
@@ -51,6 +57,15 @@ def launched(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[s
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
 
 
+def stretched(folder: Path) -> Path:
+    """Write circles, of which every second one is four times as wide as high: two buckets."""
+    for path in write_circles(folder).rglob('*.png'):
+        if int(path.stem) % 2:
+            with Image.open(path) as image:
+                image.resize((128, 32)).save(path)
+    return folder
+
+
 @pytest.fixture(scope='module')
 def base_options(tiny_base: Path, circles: Path) -> dict[str, Any]:
     return {'model.pretrained': str(tiny_base), 'train_dataloader.dataset.source': str(circles), 'resolution': 32,
@@ -64,8 +79,11 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
     """Name of a case -> (folder and gradients of one process, folder and gradients of two)."""
     folder = tmp_path_factory.mktemp('distributed')
     cases, results = {}, {}
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.chdir(folder)  # where the two processes have their cache, too
     for name, changes in CASES.items():
         cases[name] = {'work_dir': str(folder / f'{name}-two'), 'options': {**base_options, **changes}, 'resume': False}
+    cases['ema']['options']['train_dataloader.dataset.source'] = str(stretched(folder / 'stretched'))
     cases['kinds'] = {'work_dir': str(folder / 'kinds-two'), 'resume': False, 'options': {
         **base_options, 'model.dtype': 'float64', 'train_dataloader.dataset.transforms': PROMPTED,
         'model.adapters': kinds_together(write_tiny_image_encoder(folder / 'encoder'))}}
@@ -81,8 +99,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
         options = {**case['options'], 'train_dataloader.batch_size': batch_size}
         runner = build(folder / f'{name}-one', options)
         one = first_gradients(runner)
+        assert runner.cache is None or all(not misses for _, misses in runner.cache.store.counts.values())
         two = [torch.load(folder / f'{name}.{rank}.pt') for rank in range(2)]
         results[name] = (folder / f'{name}-one', one, Path(case['work_dir']), two)
+    monkeypatch.undo()
     return results
 
 
@@ -108,6 +128,13 @@ def test_logged_losses_are_those_of_all(case: str, bound: float, results: dict[s
     assert len(rows[0]) == len(rows[1]) == 2
     for a, b in zip(*rows, strict=True):
         assert a == pytest.approx(b, rel=bound)
+
+
+def test_a_cache_changes_no_bit(results: dict[str, tuple[Any, ...]]) -> None:
+    """Two processes fill it, without waiting for each other; one reads all of it."""
+    runs = [(results[case][1], *results[case][3]) for case in ('cached', 'float32')]
+    for cached, without in zip(*runs, strict=True):
+        assert cached.keys() == without.keys() and all(torch.equal(cached[k], without[k]) for k in cached)
 
 
 def test_weights_after_two_steps(results: dict[str, tuple[Any, ...]]) -> None:

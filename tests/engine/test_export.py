@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from mmengine.config import Config
 from runs import assert_same_run, build, train, weights
 from safetensors import safe_open
 
 from diffengine_sdxl.adapters.base import Adapter
 from diffengine_sdxl.engine import export
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.inference.add_adapters import use_caption_chunks
 from diffengine_sdxl.registry import ADAPTERS
 
 
@@ -37,9 +39,13 @@ def test_the_manifest(tmp_path: Path, tiny: dict[str, Any], circles: Path, tiny_
 
 
 def test_the_headers_of_its_files(tmp_path: Path, tiny: dict[str, Any], tiny_base: Path) -> None:
-    """What a user says of it, and without that title, date, base, size; the base's own files have them too."""
+    """What a user says of it, and without that title, date, base, size; the base's own files have them too.
+
+    And the chunks that captions were read in, which inference takes from there unless its config says otherwise.
+    """
     adapters = dict(_delete_=True, word=dict(type='TextualInversion', token='red', init='blue'))
     train(tmp_path / 'cats', {**tiny, 'model.adapters': adapters, 'model.trainable': ['unet'], 'train_cfg.max_iters': 1,
+                              'model.caption_chunks': 2,
                               'default_hooks.checkpoint.metadata': dict(license='CC0-1.0', author='me')})
     headers = []
     for name in ('word/learned_embeds.safetensors', 'pipeline/unet/diffusion_pytorch_model.safetensors'):
@@ -54,6 +60,18 @@ def test_the_headers_of_its_files(tmp_path: Path, tiny: dict[str, Any], tiny_bas
         assert header['modelspec.resolution'] == '32x32' and header['modelspec.date'].endswith('Z')
         assert header['ss_new_sd_model_hash'] == hashlib.sha256(
             (tiny_base / 'unet' / 'diffusion_pytorch_model.safetensors').read_bytes()).hexdigest()
+    step = tmp_path / 'cats' / 'step1'
+    for model, loaded in ((dict(adapters=dict(a=dict(weights=str(step), subfolder='word'), b=None)), None),
+                          (dict(pretrained=str(step / 'pipeline')), None), ({}, step.with_suffix('.pth')), ({}, step),
+                          (dict(unet=str(step / 'pipeline/unet/diffusion_pytorch_model.safetensors')), None)):
+        for own, expected in (({}, 2), (dict(caption_chunks=3), 3), (dict(pretrained=str(tiny_base)), 2)):
+            cfg = Config(dict(model={**own, **model}))
+            use_caption_chunks(cfg, loaded)
+            assert cfg.model.caption_chunks == expected
+    for model in (dict(pretrained=str(tiny_base)), dict(pretrained='a/b'), dict(adapters=dict(a=dict(
+            weights=str(step / 'word'), subfolder='../pipeline')))):
+        use_caption_chunks(cfg := Config(dict(model=model)), None)
+        assert 'caption_chunks' not in cfg.model
     with pytest.raises(UserError, match="checkpoint.metadata.licence: .*Did you mean 'license'"):
         build(tmp_path / 'other', {**tiny, 'default_hooks.checkpoint.metadata': dict(licence='CC0-1.0')})
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from asking import SIZE, Here, adapters, by_hand, config, picture, pictures
+from asking import SIZE, Here, adapters, asked, by_hand, config, picture, pictures
 from kinds import CASES, WORD, build, shaken
 from mmengine.config import Config
 from torch import Tensor
 
+from diffengine_sdxl.adapters.formats.modelspec import stamp
 from diffengine_sdxl.commands.infer import command
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.inference.add_adapters import CAPTION_CHUNKS
 from diffengine_sdxl.inference.inferencer import SDXLInferencer
 
 Saved = Callable[[str], Path]
@@ -47,8 +49,10 @@ def made(ours: SDXLInferencer, **call: Any) -> Tensor:
     return latents
 
 
-def in_config(base: Path, **adapters: Any) -> SDXLInferencer:
-    return SDXLInferencer(config(base, adapters, steps=2), device='cpu')
+def in_config(base: Path, caption_chunks: int = 1, **adapters: Any) -> SDXLInferencer:
+    cfg = config(base, adapters, steps=2)
+    cfg.model.caption_chunks = caption_chunks
+    return SDXLInferencer(cfg, device='cpu')
 
 
 def in_python(base: Path, **adapters: Any) -> SDXLInferencer:
@@ -122,6 +126,29 @@ def test_another_file_for_an_adapter_of_the_config(saved: Saved, tiny_base: Path
     lora = ours(dict(type='LoRA', weights=saved('lora')), **at)
     assert lora.cfg.model.adapters.mine == dict(type='LoRA', weights=str(saved('lora')), trainable=False)
     assert torch.equal(made(lora), made(in_config(tiny_base, mine=named('lora', saved('lora')))))
+
+
+def test_an_adapter_of_long_captions(saved: Saved, tiny_base: Path, tmp_path: Path) -> None:
+    """Prompts are read as its captions, unless the request or the config says otherwise; stock reads embeddings."""
+    shutil.copytree(saved('lora'), tmp_path / 'long')
+    stamp(tmp_path / 'long', {CAPTION_CHUNKS: '2'})
+    ours, short = (in_python(tiny_base, mine=folder) for folder in (tmp_path / 'long', saved('lora')))
+    assert ours.cfg.model.caption_chunks == ours.model.caption_chunks == 2
+    got, plain = made(ours), made(short)
+    assert torch.equal(made(ours, prompt_syntax='plain'), plain) and (got - plain).abs().max() > 1e-4
+    assert torch.equal(made(ours, prompt_syntax='long'), got)
+    assert torch.equal(made(in_config(tiny_base, mine=named('lora', saved('lora')), caption_chunks=2)), got)
+    embeds = ours.prompt_embeds('x ' * 100, negative_prompt='blurry')
+    assert {name: tuple(value.shape) for name, value in embeds.items()} == {
+        f'{negative}{name}': shape for negative in ('', 'negative_')
+        for name, shape in (('prompt_embeds', (1, 154, 64)), ('pooled_prompt_embeds', (1, 32)))}
+    stock = asked(ours.model.to_diffusers(), steps=2, output_type='latent', **embeds, **SIZE)
+    assert torch.equal(made(ours, prompt='x ' * 100, negative_prompt='blurry'), stock)
+    for value, sentence in (('99', "safetensors': caption_chunks=99 must be at most 32"),
+                            ('1e3', "safetensors': caption_chunks='1e3' must be a whole number")):
+        stamp(tmp_path / 'long', {CAPTION_CHUNKS: value})
+        with pytest.raises(UserError, match=sentence):
+            in_python(tiny_base, mine=tmp_path / 'long')
 
 
 @pytest.mark.parametrize(('given', 'sentence'), [

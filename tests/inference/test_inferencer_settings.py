@@ -107,7 +107,7 @@ def test_batches_of_image_prompts(tiny_base: Path, tmp_path: Path, pipelines: di
     (dict(refiner=dict(aesthetic_score=5)), 'aesthetic_score=5 is a setting of a refiner'),
     (dict(clip_skip=2), 'clip_skip=2 must be between 0 and, for these text encoders, 1'),
     (dict(clip_skip=1, prompt_syntax='compel'),
-     "clip_skip=1 goes with prompt_syntax='plain' only; 'compel' reads the penultimate"),
+     "clip_skip=1 does not go with prompt_syntax='compel', which reads the penultimate layer; use 'plain' or 'long'"),
     (dict(prompt='a \ud800 b'), r"prompt='a \\ud800 b': character 3 is a lone surrogate"),
     (dict(prompt=['a', 'b'], negative_prompt='\udfff', prompt_syntax='compel', batch_size=2),
      "negative_prompt='.*surrogate"),

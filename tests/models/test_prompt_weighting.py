@@ -97,8 +97,8 @@ def test_short_prompts_without_weights_are_plain(model: SDXL) -> None:
     handle = model.text_encoder.register_forward_hook(lambda _m, _a, out: rows.append(len(out[0])))
     texts, words = ['a red circle', 'a (red)1 (circle)', r'\(b\)', ''], ['a red circle', 'a red circle', '(b)', '']
     for text_2, words_2 in ((None, None), (texts[::-1], words[::-1])):
-        plain = model.encode(make_batch(4, text=words, text_2=words_2))
-        got = model.encode(make_batch(4, text=texts, text_2=text_2, prompt_syntax='compel'))
+        plain = model.encode(make_batch(4, text=words, text_2=words_2), project=True)
+        got = model.encode(make_batch(4, text=texts, text_2=text_2, prompt_syntax='compel'), project=True)
         assert torch.equal(got.text, plain.text) and torch.equal(got.pooled, plain.pooled)
     handle.remove()
     assert rows == [4] * 4
@@ -138,7 +138,7 @@ def test_rows_of_a_batch(model: SDXL) -> None:
     model.null_prompt = 'zeros'
     with pytest.raises(UserError, match=r"prompts of 'z.*' and 'short' take \d and 1 chunks of 77 tokens"):
         model.encode(make_batch(2, text=[texts[2], 'short'], prompt_syntax='compel'))
-    with pytest.raises(UserError, match="prompt_syntax='a1111' is unknown; choose one of 'plain', 'compel'"):
+    with pytest.raises(UserError, match="prompt_syntax='a1111' is unknown; choose one of 'plain', 'long', 'compel'"):
         model.encode(make_batch(1, prompt_syntax='a1111'))
 
 
@@ -160,11 +160,13 @@ def test_new_tokens(tiny_base: Path) -> None:
     pipeline = pipeline_with(tiny_base, tokens)
     model = SDXL(pretrained=str(tiny_base))
     model.new_tokens = lambda: tokens
-    for prompt in ('a <thing>++ and (a <two> of <two>)0.7', 'a <two>', 'x' * 73 + ' <two> (<thing>)1.2'):
+    for prompt in ('a <thing>++ and (a <two> of <two>)0.7', 'x' * 73 + ' <two> <thing>',
+                   'x' * 73 + ' <two> (<thing>)1.2'):
         with torch.no_grad():
             expected = CompelForSDXL(pipeline, DiffusersTextualInversionManager(pipeline))(prompt)
-        got = model.encode(make_batch(1, text=[prompt], prompt_syntax='compel'))
-        assert torch.equal(got.text, expected.embeds)
+        for syntax in ('compel', *(['long'] if '(' not in prompt else [])):
+            got = model.encode(make_batch(1, text=[prompt], prompt_syntax=syntax))
+            assert torch.equal(got.text, expected.embeds)
         assert not torch.equal(got.text, compel(model, prompt).embeds)
     with model.disable_adapters():
         assert torch.equal(model.encode(make_batch(1, text=['a <two>++'], prompt_syntax='compel')).text,
@@ -197,8 +199,9 @@ def test_the_refiner(tmp_path: Path) -> None:
         expected = Compel(model.tokenizer_2, model.text_encoder_2, truncate_long_prompts=False, requires_pooled=True,
                           returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED)
         text, pooled = expected('o' * 200)
-    for texts in (dict(text=['o' * 200]), dict(text=['o' * 200], text_2=['(x)2'])):
-        got = model.encode(make_batch(1, **texts, prompt_syntax='compel'))
+    for texts in (dict(text=['o' * 200]), dict(text=['o' * 200], text_2=['(x)2']),
+                  dict(text=['o' * 200], prompt_syntax='long')):
+        got = model.encode(make_batch(1, **{'prompt_syntax': 'compel', **texts}))
         assert torch.equal(got.text, text) and torch.equal(got.pooled, pooled) and text.shape == (1, 231, 32)
 
 
@@ -226,7 +229,8 @@ def test_plain_logs_what_it_truncates(model: SDXL, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(text_module, '_TRUNCATED', set())
     for _ in range(2):
         model.encode(make_batch(3, text=['a' * 75, 'a' * 75 + ' the end', 'b' * 75 + ' the end']))
-    assert len(logged) == 1 and "more than 77 tokens, so its end is ignored: 'the end'" in logged[0]
+    assert len(logged) == 1 and "81 tokens and 75 are read, so its end is ignored: 'the end'. " in logged[0]
+    assert "prompt_syntax='long' reads all of a prompt; in training, model.caption_chunks=2." in logged[0]
     model.encode(make_batch(1, text=['a' * 75 + ' the end'], prompt_syntax='compel'))
     for number in range(12):
         model.encode(make_batch(1, text=['a' * 75 + str(number)]))

@@ -99,13 +99,16 @@ def test_state_dict_goes_in_place_and_back(tiny_base: Path) -> None:
 
 
 def test_latents_are_scaled(tiny_base: Path) -> None:
-    """mean + std * keyed noise, times the factor."""
+    """mean + std * keyed noise, times the factor; each image is encoded alone, so that its bits don't go by its batch."""
     model, pipeline = SDXL(pretrained=str(tiny_base)), stock(tiny_base)
     batch = make_batch(2)
     noise = Draws(batch.seed, batch.key, batch.epoch).normal('vae', (4, 8, 8))
     with torch.no_grad():
-        dist = pipeline.vae.encode(batch.img).latent_dist
-    assert torch.equal(model.latents(batch), (dist.mean + dist.std * noise) * 0.13025)
+        dists = [pipeline.vae.encode(image).latent_dist for image in batch.img.split(1)]
+    mean, std = (torch.cat([getattr(dist, name) for dist in dists]) for name in ('mean', 'std'))
+    latents = model.latents(batch)
+    assert torch.equal(latents, (mean + std * noise) * 0.13025)
+    assert latents.is_contiguous(memory_format=torch.channels_last)  # as the VAE's output of a batch
 
 
 @pytest.fixture(scope='module')

@@ -19,9 +19,16 @@ PROMPTS = ['a cat', 'x' * 300, 'Ünïcode 東京 & emoji 🦀', '']
 
 
 def test_prompts(model: SDXL, pipeline: Any) -> None:
-    """Any text, also longer than 77 tokens; both encoders, each with its own padding."""
+    """Any text, also longer than 77 tokens; both encoders, each with its own padding.
+
+    Sampling encodes a batch as diffusers does; training each caption by itself, as diffusers does with one.
+    """
+    for i, prompt in enumerate(PROMPTS):
+        text, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        got = model.encode(make_batch(4, text=PROMPTS))
+        assert torch.equal(got.text[i], text[0]) and torch.equal(got.pooled[i], pooled[0])
     text, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-    got = model.encode(make_batch(4, text=PROMPTS))
+    got = model.encode(make_batch(4, text=PROMPTS), project=True)
     assert torch.equal(got.text, text) and torch.equal(got.pooled, pooled)
     assert got.text.shape == (4, 77, 64) and got.pooled.shape == (4, 32)
     assert len({float(row.sum()) for row in got.text}) == 4
@@ -31,9 +38,9 @@ def test_other_prompts_for_the_second_encoder(model: SDXL, pipeline: Any) -> Non
     """The second encoder's are the second half of the widths, and the pooled embedding."""
     two = PROMPTS[::-1]
     text, _, pooled, _ = pipeline.encode_prompt(PROMPTS, two, do_classifier_free_guidance=False)
-    got = model.encode(make_batch(4, text=PROMPTS, text_2=two))
+    got = model.encode(make_batch(4, text=PROMPTS, text_2=two), project=True)
     assert torch.equal(got.text, text) and torch.equal(got.pooled, pooled)
-    plain = model.encode(make_batch(4, text=PROMPTS))
+    plain = model.encode(make_batch(4, text=PROMPTS), project=True)
     assert torch.equal(got.text[..., :32], plain.text[..., :32])
     assert not torch.equal(got.text[..., 32:], plain.text[..., 32:])
 
@@ -87,7 +94,7 @@ def test_skipped_layers(model: SDXL, pipeline: Any) -> None:
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[1][4:, :, :32], texts[2][4:, :, :32])
     for changes, sentence in ((dict(clip_skip=2), 'clip_skip=2 must be between 0 and, .* 1\\.'),
                               (dict(clip_skip=-1), 'clip_skip=-1 must be between 0'),
-                              (dict(clip_skip=1, prompt_syntax='compel'), "goes with prompt_syntax='plain' only")):
+                              (dict(clip_skip=1, prompt_syntax='compel'), "does not go with prompt_syntax='compel'")):
         with pytest.raises(UserError, match=sentence):
             model.encode(replace(batch, **changes))
 

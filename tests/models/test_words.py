@@ -42,7 +42,7 @@ def embed(prompts: list[str], tokenizer: Any, encoder: Any, tokens: NewTokens | 
 
 
 def token_ids(tokenizer: Any, prompts: list[str], tokens: NewTokens) -> Tensor:
-    return TextEncoder(tokenizer, None, tokens).token_ids(prompts)
+    return TextEncoder(tokenizer, None, tokens).token_ids(prompts)[0]
 
 
 @pytest.mark.parametrize(('dtype', 'legacy'), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])

@@ -59,14 +59,19 @@ class Reference:
         """Loss and gradients; noise, timestep and VAE sample by their documented keys."""
         draws = rng.Draws(batch.seed, batch.key, batch.epoch)
         assert batch.img is not None
-        posterior = self.vae.encode(batch.img.to(self.dtype)).latent_dist
-        sample = draws.normal('vae', posterior.mean.shape[1:]).to(self.dtype)
-        latents = (posterior.mean + posterior.std * sample) * self.vae.config.scaling_factor
-        latents = latents.detach()
+        # One image and one caption a call, as ours: what is frozen may be cached, and kernels go by the batch size.
+        posteriors = [self.vae.encode(image).latent_dist for image in batch.img.to(self.dtype).split(1)]
+        mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ('mean', 'std'))
+        latents = (mean + std * draws.normal('vae', mean.shape[1:]).to(self.dtype)) * self.vae.config.scaling_factor
+        # In the memory layout of the VAE's output for the whole batch.
+        latents = latents.detach().contiguous(memory_format=torch.channels_last if len(batch) > 1 else
+                                              torch.contiguous_format)
         noise, u = draws.normal('noise', latents.shape[1:]).to(self.dtype), draws.uniform('timestep')
         timesteps = ((1 - u ** 3) * 1000 if cubic else u.double() * 1000).long().clamp(0, 999)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        text, pooled = self.encode(batch.text)
+        trains = any(p.requires_grad for e in (self.text_encoder, self.text_encoder_2) for p in e.parameters())
+        text, pooled = self.encode(batch.text) if trains else map(torch.cat, zip(
+            *(self.encode([caption]) for caption in batch.text), strict=True))
         kwargs = {}
         if self.adapter is not None:
             features = self.adapter(batch.conditions['conditioning_image'].to(self.dtype))
@@ -271,7 +276,7 @@ def test_precomputed_latents_and_embeddings(model: SDXL) -> None:
     got, _ = grads(model, full)
     assert torch.equal(got, expected) and called == []
     grads(model, batch)
-    assert called == ['vae', 'text_encoder', 'text_encoder_2']
+    assert called == ['vae', 'vae', 'text_encoder', 'text_encoder_2', 'text_encoder', 'text_encoder_2']  # row by row
     for handle in handles:
         handle.remove()
     # One of the two embeddings is not enough: the prompt is encoded.

@@ -1,10 +1,12 @@
 """What the data sets share: the size, the loader, and the transforms at both ends; a data set adds its own."""
 # Pixels; transforms, time ids and sample images follow it.
 resolution = 1024
+# What Resize and Crop make of images: pixels, or 'bucket' with a BucketSampler (docs/buckets.md).
+image_size = '$resolution'
 # The first and last transforms; a data set writes [*_base_.to_size, ..., *_base_.to_inputs].
 to_size = [
-    dict(type='Resize', size='$resolution', interpolation='bilinear'),
-    dict(type='Crop', size='$resolution', mode='center'),
+    dict(type='Resize', size='$image_size', interpolation='bilinear'),
+    dict(type='Crop', size='$image_size', mode='center'),
 ]
 to_inputs = [dict(type='ComputeTimeIds'), dict(type='PackInputs')]
 train_dataloader = dict(

@@ -77,7 +77,7 @@ def of_export(config: Mapping[str, Any], kind: str | None, title: str, predictio
     """Return the fields that an export has without a word of the user's.
 
     Args:
-        config: the resolved config: its `resolution`, and the base in `model`.
+        config: the resolved config: its `resolution`, and the base and `caption_chunks` in `model`.
         kind: class of the adapter; None for a base.
         title: of the file.
         prediction_type: of the base.
@@ -98,6 +98,8 @@ def of_export(config: Mapping[str, Any], kind: str | None, title: str, predictio
         fields['ss_new_sd_model_hash'] = digest
     if phrase := ', '.join(words):
         fields['modelspec.trigger_phrase'] = phrase
+    if model.get('caption_chunks', 1) > 1:
+        fields['diffengine_sdxl.caption_chunks'] = str(model['caption_chunks'])
     return fields
 
 

@@ -2,6 +2,8 @@
 
 import importlib
 import operator
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,10 @@ from PIL import Image
 from torch import nn
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.datasets.row_digests import FileDigest, package_digest
 from diffengine_sdxl.datasets.transforms.geometry import covering
 from diffengine_sdxl.errors import UserError, first_line, whole_number
+from diffengine_sdxl.loading.hub import commit_in_cache
 from diffengine_sdxl.loading.strict import as_user_error
 from diffengine_sdxl.registry import TRANSFORMS
 
@@ -25,6 +29,8 @@ class ConditionMap:
         detection_resolution: short edge in pixels at which the map is computed; it is scaled back. None: the image's.
     """
 
+    reads = 'images'
+
     def __init__(self, source: str = 'img', key: str = 'conditioning_image',
                  detection_resolution: int | None = None) -> None:
         self.source, self.key = source, key
@@ -33,6 +39,10 @@ class ConditionMap:
 
     def compute(self, image: Image.Image) -> Any:
         """Return the map of an RGB image: an image, or an array [h, w] or [h, w, 3], uint8 or float in [0, 1]."""
+        raise NotImplementedError
+
+    def made_of(self, file_digest: FileDigest) -> Any:
+        """Return what decides the maps besides code and settings of this class, by digests: weights and packages."""
         raise NotImplementedError
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +91,10 @@ class Canny(ConditionMap):
     def compute(self, image: Image.Image) -> Any:
         import cv2
         return cv2.Canny(np.asarray(image), self.low, self.high)
+
+    def made_of(self, file_digest: FileDigest) -> Any:
+        """Return the version of OpenCV."""
+        return package_digest('cv2')
 
 
 class ModelMap(ConditionMap):
@@ -142,6 +156,17 @@ class Depth(ModelMap):
         self._processor = as_user_error(shown, AutoImageProcessor.from_pretrained, self.name, backend='pil', **options)
         return as_user_error(shown, AutoModelForDepthEstimation.from_pretrained, self.name, **options)
 
+    def made_of(self, file_digest: FileDigest) -> Any:
+        """Return the content of the model's files; of the hub's, those of the commit that is in its cache."""
+        folder = Path(os.path.expanduser(self.name))
+        if not folder.is_dir():
+            if commit_in_cache(self.name, self.revision) is None:
+                _ = self.model  # downloads it
+            weights: Any = commit_in_cache(self.name, self.revision)
+        else:
+            weights = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        return [weights, *map(package_digest, ('transformers', 'torch'))]
+
     def compute(self, image: Image.Image) -> Any:
         model = self.model
         inputs = self._processor(images=image, return_tensors='pt').to(self.device)
@@ -190,6 +215,10 @@ class Preprocessor(ModelMap):
         if not callable(function):
             raise UserError(f'{shown} is a {type(function).__name__}, which cannot be called.')
         return function.to(self.device) if hasattr(function, 'to') else function
+
+    def made_of(self, file_digest: FileDigest) -> Any:
+        """Return the version of the function's package; of a module without one, its content."""
+        return package_digest(self.function.partition(':')[0])
 
     def compute(self, image: Image.Image) -> Any:
         return self.model(image, **self.call)

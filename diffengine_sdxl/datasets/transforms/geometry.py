@@ -3,7 +3,7 @@
 All PIL images of a sample are transformed; ImagePrompt turns one that must not be into a tensor before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from diffengine_sdxl.registry import TRANSFORMS
 
 Size = int | Sequence[int]
 FILTERS = {name: Image.Resampling[name.upper()] for name in ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box')}
+BucketOrSize = Size | Literal['bucket']
 GEOMETRY_KEYS = ('original_size', 'crop_top_left', 'canvas_size')
 """For ComputeTimeIds: (height, width) of the image as read, (top, left) of the crop in the resized image, and that
 image's (height, width)."""
@@ -32,6 +33,23 @@ def height_width(size: Size, key: str = 'size') -> tuple[int, int]:
     if len(values) != 2 or not all(isinstance(v, int) and v > 0 for v in values):
         raise UserError(f'{key}={size!r} must be a positive whole number, or two (height, width).')
     return values[0], values[1]
+
+
+def _target(size: BucketOrSize, key: str) -> tuple[int, int] | None:
+    """Return (height, width) of an option of Resize or Crop; None for 'bucket'."""
+    return None if size == 'bucket' else height_width(size, key)  # type: ignore[arg-type]  # errors name other words
+
+
+def _size_in(sample: dict[str, Any], size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return `size`, or the sample's bucket if it is None."""
+    if size is not None:
+        return size
+    if 'bucket' not in sample:
+        raise UserError(f"Sample '{sample.get('key')}' has no bucket for size='bucket': set train_dataloader.sampler="
+                        "dict(type='BucketSampler', resolution=...), or give the transforms a size in pixels. Streams, "
+                        'validations and tests have no buckets.')
+    bucket: tuple[int, int] = sample['bucket']
+    return bucket
 
 
 def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -69,6 +87,11 @@ def sample_generator(sample: dict[str, Any], stream: str) -> torch.Generator:
     return rng.generator(sample['seed'], sample['key'], sample['epoch'], stream)
 
 
+def _geometry_key(sample: dict[str, Any], stream: str) -> tuple[int, str, int, str]:
+    """Return what random geometry is drawn from: as other draws, but by the variant in place of the epoch."""
+    return sample['seed'], sample['key'], sample.get('variant', sample['epoch']), stream
+
+
 def probability(value: float, key: str = 'prob') -> float:
     """Return `value`; check that it lies in [0, 1].
 
@@ -93,14 +116,17 @@ class Resize:
 
     Args:
         size: pixels; an int is the short edge, (height, width) what the image must cover. The aspect ratio stays.
+            'bucket': that of the sample's bucket, see `BucketSampler`.
         interpolation: 'nearest', 'bilinear', 'bicubic', 'lanczos' or 'box', by PIL, so antialiased.
 
     Raises:
-        UserError: a condition has another aspect ratio than the image.
+        UserError: a condition has another aspect ratio than the image, or the sample has no bucket.
     """
 
-    def __init__(self, size: Size, interpolation: str = 'bilinear') -> None:
-        self.size = height_width(size)
+    reads = 'images'
+
+    def __init__(self, size: BucketOrSize, interpolation: str = 'bilinear') -> None:
+        self.size = _target(size, 'Resize: size')
         one_of('interpolation', interpolation, FILTERS)
         self.filter = FILTERS[interpolation]
 
@@ -108,8 +134,9 @@ class Resize:
         image = main_image(sample)
         if 'canvas_size' in sample:
             raise UserError("Resize must stand before Crop: SDXL's time ids locate the crop in the resized image.")
+        size = _size_in(sample, self.size)
         try:
-            height, width = covering(image.height, image.width, self.size)
+            height, width = covering(image.height, image.width, size)
         except UserError as error:  # a strip; `on_bad_image` may pass it over
             raise BadImageError(f"Sample '{sample.get('key')}': {error}") from error
         for key, other in images_in(sample).items():
@@ -122,27 +149,44 @@ class Resize:
                 sample[key] = other.resize((width, height), self.filter)
         return sample
 
+    def draws(self, sample: dict[str, Any]) -> Hashable:
+        """Return what this transform takes from the sample besides its images."""
+        return _size_in(sample, self.size)
+
 
 @TRANSFORMS.register_module()
 class Crop:
     """Cut the same window out of the image and all conditions, and record its place.
 
     Args:
-        size: pixels; an int or (height, width).
+        size: pixels; an int or (height, width); 'bucket': that of the sample's bucket, see `BucketSampler`.
         mode: 'center', rounded as in torchvision, or 'random', keyed.
 
     Raises:
-        UserError: the image is smaller than the window, or a condition has another size than the image.
+        UserError: the image is smaller than the window, a condition has another size than the image, or the sample has
+            no bucket.
     """
 
-    def __init__(self, size: Size, mode: Literal['center', 'random'] = 'center') -> None:
-        self.size = height_width(size)
+    reads = 'images'
+
+    def __init__(self, size: BucketOrSize, mode: Literal['center', 'random'] = 'center') -> None:
+        self.size = _target(size, 'Crop: size')
         one_of('mode', mode, ('center', 'random'))
         self.mode = mode
 
+    @property
+    def draws_anew(self) -> bool:
+        """Whether every epoch, or variant, has another result."""
+        return self.mode == 'random'
+
+    def draws(self, sample: dict[str, Any]) -> Hashable:
+        """Return what this transform takes from the sample besides its images."""
+        key = _geometry_key(sample, 'crop') if self.mode == 'random' else None
+        return _size_in(sample, self.size), key
+
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         image = main_image(sample)
-        height, width = self.size
+        height, width = _size_in(sample, self.size)
         margins = image.height - height, image.width - width
         for key, other in images_in(sample).items():
             if other.size != image.size:
@@ -154,7 +198,7 @@ class Crop:
         if self.mode == 'center':
             top, left = (round(margin / 2) for margin in margins)
         else:
-            generator = sample_generator(sample, 'crop')
+            generator = rng.generator(*_geometry_key(sample, 'crop'))
             top, left = (int(torch.randint(margin + 1, (), generator=generator)) for margin in margins)
         for key, other in images_in(sample).items():
             sample[key] = other.crop((left, top, left + width, top + height))
@@ -176,12 +220,18 @@ class Flip:
         prob: probability of a flip, 0 to 1.
     """
 
+    reads = 'images'
+
     def __init__(self, prob: float = 0.5) -> None:
         self.prob = probability(prob)
 
+    def draws(self, sample: dict[str, Any]) -> bool:
+        """Return whether the sample is mirrored."""
+        return float(torch.rand((), generator=rng.generator(*_geometry_key(sample, 'flip')))) < self.prob
+
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         image = main_image(sample)
-        if float(torch.rand((), generator=sample_generator(sample, 'flip'))) >= self.prob:
+        if not self.draws(sample):
             return sample
         for key, other in images_in(sample).items():
             sample[key] = other.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -206,6 +256,8 @@ class ComputeTimeIds:
         aesthetic_score: for the refiner, which takes it in place of the target size: float32 [5].
     """
 
+    reads = 'images'
+
     def __init__(self, original_size: Size | None = None, crops_coords_top_left: Size | None = None,
                  target_size: Size | None = None, aesthetic_score: float | None = None) -> None:
         self.original_size = None if original_size is None else height_width(original_size, 'original_size')
@@ -215,6 +267,9 @@ class ComputeTimeIds:
         if self.crop is not None and len(self.crop) != 2:
             raise UserError(f'crops_coords_top_left={crop!r} must be two numbers (top, left).')
         self.aesthetic_score = aesthetic_score
+
+    def draws(self, sample: dict[str, Any]) -> None:
+        """Return None: the time ids follow from the images and the transforms before."""
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         image = main_image(sample)

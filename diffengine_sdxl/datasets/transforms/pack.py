@@ -39,6 +39,8 @@ class ImagePrompt:
         UserError: an option is invalid; in a call, an image is missing.
     """
 
+    reads = 'images'
+
     def __init__(self, key: str = 'reference', source: str | Sequence[str] | None = None, size: int = 224,
                  resample: str = 'bicubic', short_edge: int | None = None, stretch: bool = False,
                  keep: bool = False) -> None:
@@ -86,6 +88,8 @@ class LossMask:
         UserError: the sample has no such image.
     """
 
+    reads = 'images'
+
     def __init__(self, key: str = 'loss_mask', outside: float = 0.0) -> None:
         self.key, self.outside = key, probability(outside, 'outside')
 
@@ -110,6 +114,7 @@ class PackInputs:
         UserError: the images of a sample have different sizes.
     """
 
+    reads = 'images'
     #: Whether a transform that is not of this package follows; the data set says so.
     followed = False
 

@@ -1,3 +1,13 @@
 """Hooks, one file each."""
 
-from . import checkpoint, curves, ema, first_steps, hub, progress, samples  # noqa: F401  (fill the registry)
+from . import (  # noqa: F401  (fill the registry)
+    checkpoint,
+    curves,
+    ema,
+    first_steps,
+    hub,
+    progress,
+    samples,
+    utilization,
+    validation_loss,
+)

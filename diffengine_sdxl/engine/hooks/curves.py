@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,19 @@ from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.images import save_curves
 from diffengine_sdxl.registry import HOOKS
 
+#: What ValidationLoss writes: a line of JSON for each validation, step and losses by name.
+VAL_LOSS = 'val_loss.jsonl'
+#: Begin of a curve's name -> the panel that such curves share.
+SHARED_PANELS = {'loss/': 'loss of each data set', 'val/loss_ema/': 'val/loss of each data set',
+                 'val/loss/': 'val/loss of each data set', 'val/loss': 'val/loss'}
+
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
     """Write every step's loss and learning rate to `curves.jsonl`, and `curves.png` at the end.
 
-    The image also has a panel for each metric of the validations. A resumed run appends to the same file, after the
-    step of its checkpoint.
+    The image also has a panel for each metric of the validations, and for validation losses. A resumed run appends to
+    the same file, after the step of its checkpoint.
     """
 
     priority = 'LOW'
@@ -64,20 +69,26 @@ class CurvesHook(Hook):
         rows = read_rows(self.path)
         if not rows:
             return
-        curves: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-        for row in rows:
+        panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+
+        def add(panel: str, name: str, step: int, value: float) -> None:
+            steps, values = panels.setdefault(panel, {}).setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+
+        folder = Path(runner.work_dir)
+        for row in [*rows, *read_rows(folder / VAL_LOSS)]:
             for name, value in row.items():
                 if name != 'step':
-                    curves[name][0].append(row['step'])
-                    curves[name][1].append(value)
-        for step, file in report.step_files(Path(runner.work_dir) / 'val').items():
+                    panel = next((panel for start, panel in SHARED_PANELS.items() if name.startswith(start)), name)
+                    add(panel, name, row['step'], value)
+        for step, file in report.step_files(folder / 'val').items():
             for image_set, metrics in report.read(file).items():
                 for name, result in metrics.items():
                     if result['value'] is not None:
-                        curves[f'{name}, {image_set}'][0].append(step)
-                        curves[f'{name}, {image_set}'][1].append(result['value'])
-        path = Path(runner.work_dir) / 'curves.png'
-        save_curves(path, curves, f'{Path(runner.work_dir).name}, {rows[-1]["step"]} steps')
+                        add(f'{name}, {image_set}', f'{name}, {image_set}', step, result['value'])
+        path = folder / 'curves.png'
+        save_curves(path, panels, f'{folder.name}, {rows[-1]["step"]} steps')
         runner.logger.info(f"Curves: '{path}'")
 
     def _flush(self) -> None:

@@ -103,7 +103,8 @@ class ProgressHook(hooks.Hook):
         seconds = scalars['train/time'].mean(20) if 'train/time' in scalars else 0.0
         speed = f'{1 / seconds:.2f} steps/s' if seconds else ''
         loss = f'loss {scalars["train/loss"].current():.4f}  ' if 'train/loss' in scalars else ''
-        self.bar.update(self.task, advance=1, info=f'{loss}{speed}')
+        share = f'  {scalars["train/utilization"].current():.0%} of the peak' if 'train/utilization' in scalars else ''
+        self.bar.update(self.task, advance=1, info=f'{loss}{speed}{share}')
 
     def after_train(self, runner: ExperimentRunner) -> None:
         """Remove the bar."""

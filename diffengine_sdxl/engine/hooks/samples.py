@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class SampleHook(Hook):
         interval: optimizer steps; None for no images.
         prompts: texts, one row of the grid each.
         conditions: adapter name -> images (paths or URLs), one for each prompt, or one for all.
-        num_from_dataset: without prompts, use captions and conditions of the data set's first samples.
+        num_from_dataset: without prompts, use captions and conditions of the data set's first samples; with buckets
+            their images have the buckets' sizes.
         num_images: images per prompt, each with its own seed.
         size: (height, width) or one number for both, in pixels.
         seed: of the first image; the following ones count up.
@@ -177,19 +178,23 @@ class SampleHook(Hook):
         dataset: Any = runner.train_dataloader.dataset
         # Dropping captions and conditions at random is for training.
         dataset = dataset.without_drops() if hasattr(dataset, 'without_drops') else dataset
+        sizes: Iterable[tuple[int, int] | None]
         if isinstance(dataset, torch.utils.data.IterableDataset):
             # The stream's first samples, also in a resumed run: from its start, without the shuffle buffer.
             stream: Any = copy.copy(dataset)
             stream.start, stream.buffer_size = 0, 0
-            samples = list(itertools.islice(iter(stream), self.num_from_dataset))
+            samples, sizes = list(itertools.islice(iter(stream), self.num_from_dataset)), itertools.repeat(None)
         else:
-            samples = [dataset[Draw(i, 0, runner.seed)] for i in range(min(self.num_from_dataset, len(dataset)))]
+            sampler: Any = runner.train_dataloader.sampler
+            draw = getattr(sampler, 'draw', lambda index: Draw(index, 0, runner.seed))
+            draws = [draw(i) for i in range(min(self.num_from_dataset, len(dataset)))]
             # Of several samples in a row (PriorPreservation) the first is the one to learn.
-            samples = [sample[0] if isinstance(sample, list) else sample for sample in samples]
+            samples = [sample[0] if isinstance(sample, list) else sample for sample in map(dataset.__getitem__, draws)]
+            sizes = [draw.size for draw in draws]
         batches = [runner.bare_model.data_preprocessor(collate([sample]))['inputs'] for sample in samples]
-        for batch in batches:
-            # A user's own transform may drop conditions, too.
-            batch.size, batch.drop = self.size, {}
+        for batch, size in zip(batches, sizes, strict=False):
+            # With buckets, conditions have the bucket's size. A user's own transform may drop conditions, too.
+            batch.size, batch.drop = size or self.size, {}
         return batches
 
 

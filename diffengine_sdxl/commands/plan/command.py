@@ -1,0 +1,124 @@
+"""`diffengine-sdxl plan CONFIG`: what a training will need, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffengine_sdxl.commands.common import hide_loading_bars
+from diffengine_sdxl.commands.plan import devices, meta_model, step_counts
+from diffengine_sdxl.commands.plan.devices import Device
+from diffengine_sdxl.commands.plan.estimate import Setting, Training, Weights, propose, setting
+from diffengine_sdxl.commands.plan.step_counts import StepCounts
+from diffengine_sdxl.commands.plan.table import report
+from diffengine_sdxl.config import load, resolve
+from diffengine_sdxl.errors import UserError, whole_number
+from diffengine_sdxl.speed import Memory, Speed, image_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training needs, and what is proposed.
+
+    Attributes:
+        device: what it is planned for.
+        training, weights: of the config.
+        size: height and width of the images, in pixels.
+        own: the config's setting.
+        proposed: the fastest one that fits; None: none does.
+        notes: sentences on what was counted in place of what is not here.
+    """
+
+    device: Device
+    training: Training
+    weights: Weights
+    size: tuple[int, int]
+    own: Setting
+    proposed: Setting | None
+    counts: StepCounts
+    notes: list[str]
+
+    def uncached(self, cached: Setting) -> Setting:
+        """Return a setting without a cache."""
+        return setting(self.counts, self.weights, self.device, self.training, batch_size=cached.batch_size,
+                       checkpointing=cached.checkpointing, cached=False)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the plan as plain values, of bytes, seconds and TFLOP."""
+        settings = {name: s and {**asdict(s), 'peak': s.peak, 'images_per_second': s.images_per_second}
+                    for name, s in (('own', self.own), ('proposed', self.proposed))}
+        return {'device': asdict(self.device), 'size': self.size, 'steps': self.training.steps,
+                'weights': asdict(self.weights), **settings, 'notes': self.notes}
+
+
+def run(args: Any, _: Any) -> None:
+    """Print what a training will need.
+
+    Args:
+        args: config, device, json, cfg_options; as `cli` parses them.
+
+    Raises:
+        UserError: see `make_plan`.
+        OSError: the JSON file cannot be written.
+    """
+    hide_loading_bars()
+    plan = make_plan(load(args.config, args.cfg_options or ()), args.device)
+    print(report(plan))
+    if args.json is not None:
+        args.json.write_text(json.dumps(plan.figures(), indent=1) + '\n')
+
+
+def make_plan(config: Any, device: str | None = None) -> Plan:
+    """Count the training of a config, as `config.load.load` returns it.
+
+    Raises:
+        UserError: the device is unknown, the config trains nothing, or its model cannot be built.
+    """
+    config = resolve(config)
+    if config.get('train_cfg') is None:
+        raise UserError('The config has no `train_cfg`, so it trains nothing and there is nothing to plan.')
+    target = devices.find(device, bool((config.get('env_cfg') or {}).get('allow_tf32')))
+    size = image_size(config)
+    model, notes = meta_model.build(config.model)
+    if not model.trainables():
+        raise UserError('Nothing to train: no adapter has trainable parameters and the config names no part of the '
+                        'base to train. Add an adapter to model.adapters.')
+    if config.model.get('mixed_precision') == 'bf16' and not target.has_bf16:
+        notes.append(f'A {target.name} has no bf16: set mixed_precision=fp16.')
+    training = _training(config, 'off')
+    speed = Speed.of(config.get('speed'), config.model)
+    own = speed.checkpointing
+    counts = step_counts.count(model, size, training.batch_size, target.rates, 'off' if own == 'auto' else own)
+    weights = Weights.of(model, training, counts)
+    if own == 'auto':
+        own = _automatic(config, target, weights, training, size, model)
+    training = _training(config, own)
+    mine = setting(counts, weights, target, training, batch_size=training.batch_size, checkpointing=own,
+                   cached=training.cached or not counts.encoders)
+    return Plan(target, training, weights, size, mine, propose(counts, weights, target, training), counts, notes)
+
+
+def _training(config: Any, checkpointing: str) -> Training:
+    loader, wrapper = config.train_dataloader, config.optim_wrapper
+    hooks = [*(config.get('custom_hooks') or []), *(config.get('default_hooks') or {}).values()]
+    steps = config.train_cfg.get('max_iters')
+    return Training(
+        whole_number('train_dataloader.batch_size', loader.get('batch_size') or 1, 1),
+        whole_number('optim_wrapper.accumulative_counts', wrapper.get('accumulative_counts', 1), 1), checkpointing,
+        None if steps is None else whole_number('train_cfg.max_iters', steps, 1),
+        bool(config.get('cache')), wrapper.optimizer,
+        any(hook and str(hook.get('type')).endswith('EMAHook') for hook in hooks),
+        wrapper.get('set_grads_to_none') is False)
+
+
+def _automatic(config: Any, device: Device, weights: Weights, training: Training, size: tuple[int, int],
+               model: Any) -> str:
+    """Return what speed.checkpointing='auto' will be, by the same estimate as the training's."""
+    if device.type != 'cuda' or device.memory is None:
+        return 'off'
+    loaded = weights.base + weights.adapters + (0 if training.cached else weights.encoders)
+    dtype = model.compute_dtype or model.unet_weight.dtype
+    return Memory.of(config.model, free=int(device.memory - loaded), trained=weights.num_trained,
+                     batch_size=training.batch_size, pixels=size[0] * size[1],
+                     bytes_per_value=dtype.itemsize).checkpointing()

@@ -45,6 +45,10 @@ class Lookups:
     keys: list[str]
     values: list[dict[str, Tensor] | None]
 
+    def pin_memory(self) -> Lookups:
+        """Pin the tensors, in a data loader's thread."""
+        return replace(self, values=[found and {k: t.pin_memory() for k, t in found.items()} for found in self.values])
+
 
 @dataclass
 class Batch:
@@ -68,10 +72,9 @@ class Batch:
             `caption_chunks`.
         clip_skip: layers of the text encoders that `text` skips besides the last one; None as 0.
         num_skipped: unreadable images that the data set skipped to fill this batch.
-        drawn: what the loader's worker drew for the objective, by the names in its `draw`; {}: nothing, as outside of
-            training.
+        drawn: what the loader's worker drew for the objective, by the names in its `draw`; {}: nothing.
         lookups: what the cache holds of these samples: 'moments' (mean, std [4, h, w]), 'text' (text_embeds [S, D],
-            pooled [P]) and '<condition_key>' of an image prompt (embeds [n, E] or [n, T, E]). Of samples that it holds
+            pooled [P]), '<condition_key>' of an image prompt (embeds [n, E] or [n, T, E]). Of samples that it holds
             wholly `img` and image prompts are zeros, or absent if those are all. {}: no cache.
         data_set: name of each sample's data set, if there are several.
     """
@@ -384,10 +387,8 @@ def to_device(data: Data, device: torch.device | str) -> Data:
 
 
 def as_floats(pixels: Tensor, centred: bool = False) -> Tensor:
-    """Turn pixels of 8 bits into fp32 in [0, 1], or in [-1, 1] if `centred`; another tensor is returned as it is.
-
-    By a table from the CPU, so that all devices give the same bits: CUDA rounds a division by 255 otherwise.
-    """
+    """Turn pixels of 8 bits into fp32 in [0, 1], or in [-1, 1] if `centred`; another tensor is returned as it is."""
+    # By a table from the CPU, so that all devices give the same bits: CUDA rounds a division by 255 otherwise.
     if pixels.dtype != torch.uint8:
         return pixels
     return _levels(centred, pixels.device).index_select(0, pixels.flatten().int()).view(pixels.shape)

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,7 +86,10 @@ class Index:
             else:
                 self.rebuild(error)
         if not read_only or self.private is not None:
-            self.adopt()
+            try:
+                self.adopt()
+            except sqlite3.OperationalError as error:  # another process writes for too long, or the disk is full
+                report(f"The index of the cache '{folder}' cannot be completed ({error}); what it lacks is computed.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_db': None}
@@ -111,28 +114,44 @@ class Index:
             return self.query(sql, *values)
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self, patience: float = PATIENCE) -> Iterator[sqlite3.Connection]:
         """Yield a connection to write; commit in the end.
+
+        Args:
+            patience: seconds to wait for another process that writes.
 
         Raises:
             sqlite3.Error: the index is damaged or busy, or the disk is full.
         """
-        with _LOCK:
-            db = self._connection()
-            try:
-                db.execute('BEGIN IMMEDIATE')
-            except sqlite3.OperationalError:  # another process has replaced the file
-                db.close()
-                self._db = None
+        due, reopened = time.monotonic() + patience, False
+        while True:
+            with _LOCK:
                 db = self._connection()
-                db.execute('BEGIN IMMEDIATE')
-            try:
-                yield db
-                db.execute('COMMIT')
-            except BaseException:
-                if db.in_transaction:
-                    db.execute('ROLLBACK')
-                raise
+                # Not SQLite's own patience, which would keep this process's other threads waiting for _LOCK.
+                db.execute('PRAGMA busy_timeout = 0')
+                try:
+                    db.execute('BEGIN IMMEDIATE')
+                    begun = True
+                except sqlite3.OperationalError as error:
+                    begun = False
+                    if error.sqlite_errorcode != sqlite3.SQLITE_BUSY and not reopened:  # replaced by another process
+                        db.close()
+                        self._db, reopened = None, True
+                    elif error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > due:
+                        raise
+                finally:
+                    if self._db is not None:
+                        db.execute(f'PRAGMA busy_timeout = {PATIENCE * 1000}')
+                if begun:
+                    try:
+                        yield db
+                        db.execute('COMMIT')
+                    except BaseException:
+                        if db.in_transaction:
+                            db.execute('ROLLBACK')
+                        raise
+                    return
+            time.sleep(0.02)
 
     def find(self, key: str) -> Place | None:
         """Return where an entry lies.
@@ -142,7 +161,9 @@ class Index:
         """
         rows = self.query('SELECT name, checksum, layout, device FROM entries JOIN shards ON shards.id = shard '
                           'WHERE key = ?', bytes.fromhex(key))
-        return Place(*rows[0]) if rows and rows[0][0] not in self.unreadable else None
+        # A name from a foreign index must not lead out of the folder.
+        is_shard = bool(rows) and shards.NAME.fullmatch(str(rows[0][0])) and rows[0][0] not in self.unreadable
+        return Place(*rows[0]) if is_shard else None
 
     def adopt(self) -> None:
         """Add shards of the folder that the index lacks, and forget those that are gone or damaged."""
@@ -184,6 +205,8 @@ class Index:
                 os.unlink(self.folder / name)
             except FileNotFoundError:  # another process has dropped it
                 return
+            except OSError:  # it is another user's
+                pass
         self._report(f"'{self.folder / name}' is damaged ({reason}) and is dropped; what it held is computed again.")
 
     def ignore(self, name: str, error: OSError) -> None:
@@ -225,7 +248,7 @@ class Index:
         Raises:
             sqlite3.Error: the index is damaged or busy.
         """
-        with self.transaction() as db:
+        with self.transaction(patience=0.5) as db:  # else it is noted another time
             db.executemany('INSERT OR REPLACE INTO files VALUES (?, ?, ?)',
                            [(path, state, digest) for path, (state, digest) in digests.items()])
             db.executemany('UPDATE shards SET used = ? WHERE name = ?', [(time.time(), name) for name in used])
@@ -266,6 +289,8 @@ class Index:
 
     def _check_version(self) -> int:
         version = int(self.query('PRAGMA user_version')[0][0])
+        if any(kind != 'table' for kind, in self.query('SELECT type FROM sqlite_master WHERE sql IS NOT NULL')):
+            raise sqlite3.DatabaseError('it holds views or triggers')
         if version not in (0, shards.VERSION):
             raise UserError(f"The cache '{self.folder}' was written by another version of this package (layout "
                             f'{version}, not {shards.VERSION}). Name another folder in `cache`, or delete this one: it '
@@ -287,14 +312,22 @@ def _remove(folder: Path, pid: int) -> None:
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     # Threads share it under _LOCK. Transactions are begun by hand.
-    return sqlite3.connect(f'{path.absolute().as_uri()}?mode={mode}', timeout=PATIENCE, isolation_level=None, uri=True,
-                           check_same_thread=False)
+    db = sqlite3.connect(f'{path.absolute().as_uri()}?mode={mode}', timeout=PATIENCE, isolation_level=None, uri=True,
+                         check_same_thread=False)
+    # A killed process harms nothing without it, and an index that a power failure damaged is made anew.
+    db.execute('PRAGMA synchronous = OFF')
+    return db
 
 
 def _list_shards(folder: Path) -> dict[str, int]:
     """Return name -> bytes of all shards in a folder."""
+    sizes: dict[str, int] = {}
     with os.scandir(folder) as found:
-        return {entry.name: entry.stat().st_size for entry in found if shards.NAME.fullmatch(entry.name)}
+        for entry in found:
+            if shards.NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with suppress(FileNotFoundError):  # another process has pruned it
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+    return sizes
 
 
 def _insert(db: sqlite3.Connection, name: str, state: os.stat_result, entries: list[Entry]) -> None:

@@ -28,6 +28,8 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: As in safetensors.
 MAX_HEADER = 100_000_000
+#: Bytes of an entry: far above those of any sample.
+MAX_ENTRY = 2**30
 
 
 class DamagedError(Exception):
@@ -89,17 +91,21 @@ def read_header(path: Path) -> list[Entry]:
         metadata = header.pop('__metadata__')
         found_format = metadata.pop('format')
         tensors: dict[str, list[tuple[str, str, list[int], int]]] = {key: [] for key in metadata}
+        sizes: dict[str, int] = {}
         for full_name, one in header.items():
             key, _, name = full_name.partition('.')
             begin, end = one['data_offsets']
             num_bytes = math.prod(one['shape']) * DTYPES[one['dtype']].itemsize
             if not 0 <= begin <= end <= size - 8 - length or end - begin != num_bytes:
                 raise DamagedError('it is cut off')
-            bytes.fromhex(key)
             tensors[key].append((name, one['dtype'], one['shape'], 8 + length + begin))
+            sizes[key] = sizes.get(key, 0) + num_bytes
         entries = [Entry(key, str(kind), str(device), int(checksum), json.dumps(sorted(tensors[key])))
                    for key, (kind, device, checksum) in ((key, json.loads(text)) for key, text in metadata.items())]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        if any(not 0 <= entry.checksum < 2**32 or len(bytes.fromhex(entry.key)) != 16 for entry in entries) or max(
+                sizes.values(), default=0) > MAX_ENTRY:
+            raise DamagedError('its header is damaged')
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, ArithmeticError) as error:
         raise DamagedError(f'its header is damaged ({type(error).__name__})') from error
     if found_format != FORMAT:
         raise UserError(f"'{path}' was written by another version of this package ({found_format}, not {FORMAT}). Name "
@@ -116,15 +122,33 @@ def read(file: int, key: str, checksum: int, layout: str) -> dict[str, Tensor]:
     """
     try:
         tensors = {}
-        for name, dtype, shape, begin in json.loads(layout):
+        parts = json.loads(layout)
+        if sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape, _ in parts) > MAX_ENTRY:
+            raise DamagedError('an entry of it is too large')
+        for name, dtype, shape, begin in parts:
             tensor = tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
             if tensor.numel() and os.preadv(file, [_bytes(tensor)], begin) != tensor.nbytes:
                 raise DamagedError('it is cut off')
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of a damaged index
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:  # of a damaged index
         raise DamagedError(f'its index is damaged ({type(error).__name__})') from error
     if _checksum(key, tensors) != checksum:
         raise DamagedError('its checksum differs')
     return tensors
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy on the CPU; one from CUDA is complete when the stream has come to this place."""
+    if tensor.is_cuda:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return copy.copy_(tensor, non_blocking=True)
+    return tensor.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes on a device: its type, and what decides which kernels it takes."""
+    if device.type == 'cuda':
+        return f'cuda {torch.cuda.get_device_name(device)}'
+    return f'{device.type} {torch.backends.cpu.get_cpu_capability()}'
 
 
 def _checksum(key: str, tensors: Mapping[str, Tensor]) -> int:

@@ -6,6 +6,7 @@ import atexit
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -16,7 +17,6 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
 from multiprocessing import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,10 @@ SHARD_BYTES, SHARD_ENTRIES, SHARD_SECONDS = 2**26, 10_000, 20.0
 PENDING_BYTES = 2**30
 #: What a process learnt of files and shards is noted when there is this much of it, or after this many seconds.
 NOTES, NOTE_SECONDS = 256, 2.0
+#: That a shard is used is noted again after this many seconds.
+USED_SECONDS = 86400.0
+#: Digests that a process remembers where it can note nothing.
+MAX_DIGESTS = 100_000
 #: A file that changed less than this many nanoseconds ago may change again without showing it in its times.
 SETTLED = 2 * 10**9
 #: Open shards of a process.
@@ -93,7 +97,7 @@ class Store:
         self._files: dict[str, int] = {}
         self._digests: dict[bytes, tuple[str, str]] = {}
         self._used: set[str] = set()
-        self._noted: set[str] = set()
+        self._noted: dict[str, float] = {}
         self._note_due = time.monotonic() + NOTE_SECONDS
         host = re.sub(r'[^\w.-]', '_', socket.gethostname()) or 'host'
         self._prefix = f'{host}-{self._pid}-{secrets.token_hex(4)}'
@@ -140,9 +144,11 @@ class Store:
         except OSError as error:
             self.index.ignore(place.shard, error)
             return None
-        if place.shard not in self._noted:
-            self._noted.add(place.shard)
+        if time.monotonic() > self._noted.get(place.shard, -math.inf) + USED_SECONDS:
+            self._noted[place.shard] = time.monotonic()
             self._used.add(place.shard)
+        if self._used and time.monotonic() > self._note_due:
+            self._note()
         return tensors
 
     def _open(self, name: str) -> int:
@@ -162,10 +168,10 @@ class Store:
         if not self._writes or key in self._pending or self._num_bytes + num_bytes > PENDING_BYTES:
             return
         with torch.no_grad():
-            copies = {name: _copy(tensor) for name, tensor in tensors.items()}
+            copies = {name: shards.copy_to_host(tensor) for name, tensor in tensors.items()}
         device = next(iter(tensors.values())).device
         copied = torch.cuda.current_stream(device).record_event() if device.type == 'cuda' else None
-        entry = shards.NewEntry(kind, device_name(device), copies)
+        entry = shards.NewEntry(kind, shards.device_name(device), copies)
         with self._changed:
             self._pending[key] = _Pending(entry, num_bytes, copied)
             self._num_bytes += num_bytes
@@ -285,6 +291,8 @@ class Store:
             self._digests[name] = state, digest
             if len(self._digests) >= NOTES or time.monotonic() > self._note_due:
                 self._note()
+            if len(self._digests) > MAX_DIGESTS:
+                self._digests.clear()
         return digest
 
     def _note(self) -> None:
@@ -295,8 +303,10 @@ class Store:
         with self._changed:
             digests, self._digests = self._digests, {}
             used, self._used = self._used, set()
-        with suppress(sqlite3.Error):  # it is learnt again
+        try:
             self.index.note(digests, used)
+        except sqlite3.Error:  # it is learnt again, or noted the next time
+            self._used |= used
         self._note_due = time.monotonic() + NOTE_SECONDS
 
     # What the user is told
@@ -350,21 +360,6 @@ def _check_folder(folder: Path, read_only: bool) -> None:
 def _note_at_end(reference: weakref.ref[Store]) -> None:
     if (store := reference()) is not None:
         store._note()
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU; one from CUDA is complete when the stream has come to this place."""
-    if tensor.is_cuda:
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return copy.copy_(tensor, non_blocking=True)
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def device_name(device: torch.device) -> str:
-    """Return what computes on a device: its type, and what decides which kernels it takes."""
-    if device.type == 'cuda':
-        return f'cuda {torch.cuda.get_device_name(device)}'
-    return f'{device.type} {torch.backends.cpu.get_cpu_capability()}'
 
 
 def _state(found: os.stat_result) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffengine_sdxl.atomic_files import clean
 from diffengine_sdxl.cache import shards
-from diffengine_sdxl.cache.store import Store, device_name, file_state
+from diffengine_sdxl.cache.store import Store, file_state
 
 #: Largest difference over largest value between two kinds of processors, of 4-byte and of 2-byte numbers.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
@@ -43,7 +43,7 @@ class Verifier:
             self.missing.add(key)
             return
         device = next(iter(tensors.values())).device
-        exact = device.type == 'cpu' and place.device == device_name(device)
+        exact = device.type == 'cpu' and place.device == shards.device_name(device)
         if (found := difference(kept, {name: t.cpu() for name, t in tensors.items()}, exact)) is None:
             self.right.add(key)
         else:
@@ -112,6 +112,7 @@ def prune(store: Store, days: float) -> tuple[int, int]:
     index = store.index
     old = index.query('SELECT name, size FROM shards WHERE used < ? OR id NOT IN (SELECT shard FROM entries)',
                       time.time() - days * 86400)
+    old = [(name, size) for name, size in old if shards.NAME.fullmatch(str(name))]  # of a foreign index: no other paths
     for name, _ in old:
         (store.folder / name).unlink(missing_ok=True)
     index.forget(name for name, _ in old)

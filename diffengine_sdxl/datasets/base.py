@@ -61,7 +61,16 @@ class SampleBuilder:
         self._warned: set[str] = set()
 
     def attach_cache(self, plan: CachePlan) -> None:
-        """Look rows up in a cache from now on; before a loader's workers start."""
+        """Look rows up in a cache from now on; before a loader's workers start.
+
+        Not if a user's class has its own `__getitem__`, `build` or `transform`: what these do, no key tells.
+        """
+        ours = [getattr(base, name) is getattr(type(self), name) for base in (SampleBuilder, MapDataset)
+                for name in ('transform', 'build', '__getitem__') if hasattr(base, name) and isinstance(self, base)]
+        if not all(ours):
+            print_log(f'{type(self).__name__} has its own __getitem__, build or transform, so of its samples only the '
+                      'captions are cached.', logger='current')
+            return
         self.cache = RowCache(plan, self.transforms, self.variants, self.draws_anew, getattr(self, 'source', ''))
 
     def without_drops(self) -> Self:

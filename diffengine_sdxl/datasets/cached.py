@@ -13,7 +13,8 @@ from torch import Tensor
 from diffengine_sdxl.cache.keys import digest
 from diffengine_sdxl.cache.plan import CachePlan
 from diffengine_sdxl.cache.samples import pack_entry, unpack_entry
-from diffengine_sdxl.datasets.row_digests import FileDigest, describe, is_ours, tensor_digest
+from diffengine_sdxl.datasets.row_digests import FileDigest, describe, is_ours, plain, tensor_digest
+from diffengine_sdxl.datasets.transforms.geometry import GEOMETRY_KEYS
 from diffengine_sdxl.structures import Lookups
 
 #: What a sample holds for its transforms only: the number of the geometric variant, a bucket's (height, width).
@@ -83,6 +84,8 @@ class RowCache:
                 sample = self._found(rest, entry, prompts)
                 return self._with_text(sample, {**lookups, 'sample': Lookups([sample_key], [None])})
         sample = run(row.load())
+        if name is not None and self._row_digest(row, rest) != name:  # a file was replaced meanwhile
+            name = None
         if name is None:
             return self._with_text(sample, self._pixel_lookups(sample) if self.keeps_images else {})
         lookups = {key: found for key, found in lookups.items() if key == 'moments' or key in sample}
@@ -104,7 +107,8 @@ class RowCache:
             self._transforms = digest([describe(t, store.file_digest) for t in images])
         drawn = [t.draws(rest) if hasattr(t, 'draws') else None for t in images]
         # Numbers of a row may take part, such as its original size in the time ids.
-        numbers = {key: tensor_digest(value) for key, value in rest.items() if isinstance(value, Tensor)}
+        numbers = {key: tensor_digest(value) if isinstance(value, Tensor) else plain(value)
+                   for key, value in rest.items() if isinstance(value, Tensor) or key in GEOMETRY_KEYS}
         return digest(content, self._transforms, drawn, numbers, rest.get('bucket'))
 
     def _image_lookups(self, row: str, prompts: Sequence[str]) -> dict[str, Lookups]:
@@ -134,7 +138,7 @@ class RowCache:
             if transform.reads == 'text':
                 sample = transform(sample)
         sample = {key: value for key, value in sample.items()
-                  if not isinstance(value, Tensor) and key not in ONLY_FOR_TRANSFORMS}
+                  if not isinstance(value, Tensor) and key not in (*ONLY_FOR_TRANSFORMS, *GEOMETRY_KEYS)}
         return {**sample, **unpack_entry(entry), 'img': None, **dict.fromkeys(prompts)}
 
     def _with_text(self, sample: dict[str, Any], lookups: dict[str, Lookups]) -> dict[str, Any]:

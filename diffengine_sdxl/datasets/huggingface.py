@@ -167,10 +167,11 @@ class HFDataset(HFRows, MapDataset):
 
     def _cells_of(self, index: int) -> dict[str, Any]:
         """Return a row; the last one is kept, as a sample's images and texts are asked for one after the other."""
-        if self._last is None or self._last[0] != index:
+        last = self._last  # threads read sizes
+        if last is None or last[0] != index:
             with reading(self.source):
-                self._last = index, self.data[index]
-        return self._last[1]
+                last = self._last = index, self.data[index]
+        return last[1]
 
 
 def _text_or_numbers(name: str, value: Any, what: str) -> Any:

@@ -176,9 +176,10 @@ class Mixture(SeveralSets):
         name, dataset = list(self.sets.items())[number]
         epochs, within = np.divmod(positions, len(dataset))
         rows = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
+        numbers, starts = np.unique(epochs, return_index=True)  # positions ascend
+        for epoch, (begin, end) in zip(numbers.tolist(), pairwise([*starts.tolist(), len(rows)]), strict=True):
             order = torch.randperm(len(dataset), generator=rng.generator(seed, 'order', name, epoch)).numpy()
-            rows[epochs == epoch] = order[within[epochs == epoch]]
+            rows[begin:end] = order[within[begin:end]]
         return rows, epochs
 
     def __getitem__(self, item: Draw | int) -> Sample:

@@ -6,8 +6,6 @@ versions, URLs by their names.
 
 from __future__ import annotations
 
-import ast
-import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from diffengine_sdxl import limits
-from diffengine_sdxl.cache.keys import digest
+from diffengine_sdxl.cache.keys import code_digest, digest
 from diffengine_sdxl.datasets.image_files import ImageReader, Member
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.images import to_rgb
 from diffengine_sdxl.registry import SCOPE
 
 FileDigest = Callable[[Path], str]
 #: Besides its own, the modules whose code decides the pixels that a transform makes.
 SHARED_CODE = tuple(f'{SCOPE}.{name}' for name in (
-    'images', 'datasets.image_files', 'datasets.image_formats', 'datasets.transforms.geometry'))
+    'rng', 'structures', 'images', 'datasets.image_files', 'datasets.image_formats', 'datasets.transforms.geometry'))
 
 
 def is_ours(part: Any) -> bool:
@@ -57,7 +56,8 @@ def content_digest(cell: Any, reader: ImageReader | None, what: str, file_digest
     if isinstance(found, Member):
         return ['member', file_digest(found.archive), found.prefixes]
     if isinstance(found, Image.Image):
-        return ['pixels', found.mode, found.size, digest(found.tobytes())]
+        rgb = to_rgb(found)  # as reading it does: palette and profile count
+        return ['pixels', rgb.size, digest(rgb.tobytes())]
     if isinstance(found, bytes | bytearray):
         return ['bytes', digest(bytes(found))]
     if isinstance(found, str):
@@ -76,7 +76,8 @@ def describe(transform: Any, file_digest: FileDigest) -> list[Any]:
     kind, settings = type(transform), {k: v for k, v in vars(transform).items() if not k.startswith('_')}
     made_of = transform.made_of(file_digest) if hasattr(transform, 'made_of') else None
     code = code_digest(kind.__module__, *SHARED_CODE)
-    return [kind.__module__, kind.__qualname__, code, PIL.__version__, plain(settings), plain(made_of)]
+    readers = [PIL.__version__, *map(package_digest, ('pillow_heif', 'pillow_jxl'))]
+    return [kind.__module__, kind.__qualname__, code, readers, plain(settings), plain(made_of)]
 
 
 def plain(value: Any) -> Any:
@@ -88,17 +89,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)  # an enum's too
     return value if value is None or isinstance(value, str | bytes | bool | float) else repr(value)
-
-
-@cache
-def code_digest(*modules: str) -> str:
-    """Return the digest of the code of modules; comments, docstrings and layout don't count."""
-    trees = [ast.parse(Path(str(importlib.import_module(name).__file__)).read_bytes()) for name in modules]
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        match getattr(node, 'body', None):
-            case [ast.Expr(value=ast.Constant()), *_] as body:
-                del body[0]
-    return digest([ast.dump(tree) for tree in trees])
 
 
 @cache

@@ -44,8 +44,6 @@ class RunCache:
     def __init__(self, store: Store, model: SDXL) -> None:
         self.store, self.model = store, model
         self.plan: CachePlan = cache_plan(model, store)
-        #: Data sets of other classes that cannot look up anything; their captions are looked up here.
-        self._looks_up_text = False
         print_log(store.describe(), logger='current')
 
     def attach(self, dataset: Any, trains: bool = False) -> None:
@@ -57,7 +55,6 @@ class RunCache:
         if hasattr(dataset, 'attach_cache'):
             dataset.attach_cache(self.plan)
         elif trains:
-            self._looks_up_text = True
             print_log(f'{type(dataset).__name__} has no attach_cache, so of its samples only the captions are '
                       'cached.', logger='current')
 
@@ -65,7 +62,7 @@ class RunCache:
         """Keep what the workers found to be new in a collated batch, before it goes to the device."""
         if not isinstance(collated, dict):
             return
-        if self._looks_up_text and 'lookups' not in collated and 'text_embeds' not in collated:
+        if 'lookups' not in collated and 'text_embeds' not in collated:  # of a data set that cannot look up anything
             collated['lookups'] = self._look_up_text(collated)
         keep_samples(collated, self.store)
 

@@ -48,7 +48,7 @@ class Source:
             weights = [file_digest(path) for path in self.weights]
         except OSError as error:
             raise UserError(f'The weights of the {name} cannot be read: {first_line(error)}.') from error
-        # Random weights are drawn by these libraries.
-        drawn = None if self.seed is None else [self.seed, {k: versions()[k] for k in ('torch', 'diffusers',
-                                                                                       'transformers')}]
-        return digest('component', name, str(dtype), settings, weights, drawn)
+        # Their code computes; torch draws random weights.
+        libraries = {k: versions()[k] for k in ('diffusers', 'transformers')}
+        drawn = None if self.seed is None else [self.seed, versions()['torch']]
+        return digest('component', name, str(dtype), settings, weights, libraries, drawn)

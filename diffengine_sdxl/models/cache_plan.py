@@ -12,6 +12,7 @@ from diffengine_sdxl.loading.base import MODULES
 from diffengine_sdxl.loading.deferred import Deferred
 from diffengine_sdxl.loading.digests import FileDigest
 from diffengine_sdxl.models.prompt_branches import encode_text, text_digest
+from diffengine_sdxl.registry import SCOPE
 from diffengine_sdxl.structures import Batch
 
 
@@ -83,7 +84,13 @@ def cache_plan(model: Any, store: EntryStore) -> CachePlan:
     images: dict[str, set[str | None]] = {}
     for adapter in model._image_prompts():
         images.setdefault(adapter.condition_key, set()).add(adapter.encoder.digest(adapter.plus, store.file_digest))
-    reads_images = model.objective is not None and getattr(model.objective, 'reads_images', True)
+    for adapter in model.adapters.values():  # others read the images themselves
+        if not hasattr(adapter, 'encoder'):
+            images.pop(adapter.condition_key, None)
+    # A user's own class says so itself: what it adds to one of ours may read images.
+    own = type(model.objective)
+    inherits = not own.__module__.startswith(f'{SCOPE}.') and 'reads_images' not in vars(own)
+    reads_images = model.objective is not None and (inherits or getattr(own, 'reads_images', True))
     return CachePlan(
         store, moments=None if reads_images or 'vae' not in model.deferred else
         model.component_digest('vae', store.file_digest),

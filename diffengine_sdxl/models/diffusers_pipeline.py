@@ -54,7 +54,8 @@ def to_diffusers(model: Model, task: str | None = None) -> Any:
 
         pipeline(prompt, image=edges, num_inference_steps=30, **pipeline.call_arguments)
 
-    Prompts of several chunks of 77 tokens go in as `SDXLInferencer.prompt_embeds` returns them. Pass several images of one kind as a list, in the order of the adapters' names; the masks of IP-Adapters as
+    Prompts of several chunks of 77 tokens go in as `SDXLInferencer.prompt_embeds` returns them. Pass several images of
+    one kind as a list, in the order of the adapters' names; the masks of IP-Adapters as
     `cross_attention_kwargs={'ip_adapter_masks': [mask]}`, each [1, n, H, W], None for an adapter without. The
     pipeline's `set_adapters`, `fuse_lora` and `delete_adapters` know LoRAs by their adapters' names.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffengine_sdxl.adapters.precision import under_autocast
-from diffengine_sdxl.cache.keys import digest
+from diffengine_sdxl.cache.keys import code_digest, digest
 from diffengine_sdxl.cache.rows import by_row
 from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.models.prompt_weighting import plain_text
@@ -181,7 +181,7 @@ def text_digest(model: Model, digest_of: Callable[[str], str]) -> str | None:
             backend.no_truncation()
             backend.no_padding()
             parts.append((digest_of(part), backend.to_str(), tokenizer.model_max_length, tokenizer.pad_token_id))
-    return digest('text encoders', parts, model.caption_chunks)
+    return digest('text encoders', parts, model.caption_chunks, code_digest(encode_prompts.__module__))
 
 
 def _reading(model: Model, batch: Batch) -> tuple[str, int]:

@@ -50,7 +50,8 @@ def output(model: SDXL, progress: float = 0.5, **changes: Any) -> Tensor:
     """The denoiser's output for two samples, prompts encoded by the model's own encoders."""
     batch = make_batch(2, **changes)
     x = torch.randn((2, 4, 8, 8), generator=rng.generator('x'))
-    return model.predict(x, torch.tensor([5, 900]), model.encode(batch), torch.full((2, 2), progress))
+    encoded = model.encode(batch, by_row=False)  # as text encoders that are adapted are called
+    return model.predict(x, torch.tensor([5, 900]), encoded, torch.full((2, 2), progress))
 
 
 def sample(model: SDXL) -> Tensor:

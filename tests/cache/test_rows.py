@@ -92,7 +92,7 @@ def test_wrong_entries_are_found_and_removed(store: Store, monkeypatch: pytest.M
     (store.folder / 'index.sqlite').unlink()
     again = Store(store.folder)
     assert [again.get(key) is not None for key in keys] == [True, False, True, False]
-    monkeypatch.setattr(verify, 'device_name', lambda device: 'cpu of another kind')
+    monkeypatch.setattr(verify.shards, 'device_name', lambda device: 'cpu of another kind')
     elsewhere = Verifier(again)
     elsewhere.put(keys[2], 'text', value(2 + 1e-6))
     assert elsewhere.right == {keys[2]}

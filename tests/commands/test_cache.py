@@ -104,9 +104,9 @@ def test_a_run_finds_what_was_filled_ahead(tmp_path: Path, tiny: dict[str, Any])
 def test_wrong_entries_are_found(run: Callable[..., Any], tmp_path: Path) -> None:
     """Compared bit by bit on the processor that made them; removed; exit code 1; then the rest is right."""
     run()
-    (path,) = (tmp_path / 'cache').glob('*.safetensors')
-    listed = shards.read_header(path)
-    wrong = next(entry for entry in listed if entry.kind == 'moments')
+    files = {path: shards.read_header(path) for path in (tmp_path / 'cache').glob('*.safetensors')}
+    path, wrong = next((path, entry) for path, listed in files.items() for entry in listed if entry.kind == 'moments')
+    listed = files[path]
     store = Store(tmp_path / 'cache')
     tensors = {entry.key: store.get(entry.key) for entry in listed}
     store.close()

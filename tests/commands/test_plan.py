@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from diffengine_sdxl import config
 from diffengine_sdxl.commands.plan import devices, meta_model, step_counts
-from diffengine_sdxl.commands.plan.command import Plan, make_plan, run
+from diffengine_sdxl.commands.plan.command import make_plan, run
 from diffengine_sdxl.commands.plan.counter import Autocast, Rates, counted
 from diffengine_sdxl.commands.plan.estimate import propose, setting, states_of
 from diffengine_sdxl.commands.plan.step_counts import set_all_checkpointing
-from diffengine_sdxl.commands.plan.table import report
+from diffengine_sdxl.commands.plan.table import Plan, report
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 

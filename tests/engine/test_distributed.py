@@ -91,6 +91,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
                         # Its first two steps had batches of two.
                         'options': {**cases['ema']['options'], 'train_cfg.max_iters': 4,
                                     'train_dataloader.batch_size': 1, 'optim_wrapper.accumulative_counts': 2}}
+    cases['ema']['options']['default_hooks.val'] = dict(
+        type='ValidationLoss', batch_size=2, timesteps=[500], interval=None, dataset=dict(
+            type='HFDataset', source=base_options['train_dataloader.dataset.source'], max_samples=5,
+            transforms=[dict(type='Resize', size=32), *RANDOM[3:]]))
     (folder / 'cases.json').write_text(json.dumps(cases))
     done = launched(ROOT / 'tests' / 'two_processes.py', folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -157,6 +161,13 @@ def test_resumed_on_two_processes(results: dict[str, tuple[Any, ...]]) -> None:
     assert [r['step'] for r in rows[1]] == [1, 2, 3, 4]
     assert [r['loss'] for r in rows[0]] == pytest.approx([r['loss'] for r in rows[1]], rel=1e-4)
     assert distance(weights(one, 4), weights(two, 4)) < 1e-3
+
+
+def test_validation_losses_do_not_depend_on_the_processes(results: dict[str, tuple[Any, ...]]) -> None:
+    """Bitwise, before the first step."""
+    one, _, two, _ = results['ema']
+    rows = [json.loads((folder / 'val_loss.jsonl').read_text().splitlines()[0]) for folder in (one, two)]
+    assert rows[0] == rows[1] and rows[0]['step'] == 0
 
 
 def test_the_whole_command(tmp_path: Path, base_options: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def test_state_dict_goes_in_place_and_back(tiny_base: Path) -> None:
 
 
 def test_latents_are_scaled(tiny_base: Path) -> None:
-    """mean + std * keyed noise, times the factor; each image is encoded alone, so that its bits don't go by its batch."""
+    """mean + std * keyed noise, times the factor; each image alone, as bits go by the batch."""
     model, pipeline = SDXL(pretrained=str(tiny_base)), stock(tiny_base)
     batch = make_batch(2)
     noise = Draws(batch.seed, batch.key, batch.epoch).normal('vae', (4, 8, 8))

@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from diffengine_sdxl.commands.common import hide_loading_bars
 from diffengine_sdxl.commands.plan import devices, meta_model, step_counts
 from diffengine_sdxl.commands.plan.devices import Device
-from diffengine_sdxl.commands.plan.estimate import Setting, Training, Weights, propose, setting
-from diffengine_sdxl.commands.plan.step_counts import StepCounts
-from diffengine_sdxl.commands.plan.table import report
+from diffengine_sdxl.commands.plan.estimate import Training, Weights, propose, setting
+from diffengine_sdxl.commands.plan.table import Plan, report
 from diffengine_sdxl.config import load, resolve
 from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.speed import Memory, Speed, image_size
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training needs, and what is proposed.
-
-    Attributes:
-        device: what it is planned for.
-        training, weights: of the config.
-        size: height and width of the images, in pixels.
-        own: the config's setting.
-        proposed: the fastest one that fits; None: none does.
-        notes: sentences on what was counted in place of what is not here.
-    """
-
-    device: Device
-    training: Training
-    weights: Weights
-    size: tuple[int, int]
-    own: Setting
-    proposed: Setting | None
-    counts: StepCounts
-    notes: list[str]
-
-    def uncached(self, cached: Setting) -> Setting:
-        """Return a setting without a cache."""
-        return setting(self.counts, self.weights, self.device, self.training, batch_size=cached.batch_size,
-                       checkpointing=cached.checkpointing, cached=False)
-
-    def figures(self) -> dict[str, Any]:
-        """Return the plan as plain values, of bytes, seconds and TFLOP."""
-        settings = {name: s and {**asdict(s), 'peak': s.peak, 'images_per_second': s.images_per_second}
-                    for name, s in (('own', self.own), ('proposed', self.proposed))}
-        return {'device': asdict(self.device), 'size': self.size, 'steps': self.training.steps,
-                'weights': asdict(self.weights), **settings, 'notes': self.notes}
 
 
 def run(args: Any, _: Any) -> None:

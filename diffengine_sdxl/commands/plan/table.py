@@ -1,16 +1,51 @@
-"""The page that `plan` prints."""
+"""A plan, and the page that `plan` prints of it."""
 
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from diffengine_sdxl.commands.plan.estimate import Setting
-
-if TYPE_CHECKING:
-    from diffengine_sdxl.commands.plan.command import Plan
+from diffengine_sdxl.commands.plan.devices import Device
+from diffengine_sdxl.commands.plan.estimate import Setting, Training, Weights, setting
+from diffengine_sdxl.commands.plan.step_counts import StepCounts
 
 GIB, WIDTH = 2**30, 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training needs, and what is proposed.
+
+    Attributes:
+        device: what it is planned for.
+        training, weights: of the config.
+        size: height and width of the images, in pixels.
+        own: the config's setting.
+        proposed: the fastest one that fits; None: none does.
+        notes: sentences on what was counted in place of what is not here.
+    """
+
+    device: Device
+    training: Training
+    weights: Weights
+    size: tuple[int, int]
+    own: Setting
+    proposed: Setting | None
+    counts: StepCounts
+    notes: list[str]
+
+    def uncached(self, cached: Setting) -> Setting:
+        """Return a setting without a cache."""
+        return setting(self.counts, self.weights, self.device, self.training, batch_size=cached.batch_size,
+                       checkpointing=cached.checkpointing, cached=False)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the plan as plain values, of bytes, seconds and TFLOP."""
+        settings = {name: s and {**asdict(s), 'peak': s.peak, 'images_per_second': s.images_per_second}
+                    for name, s in (('own', self.own), ('proposed', self.proposed))}
+        return {'device': asdict(self.device), 'size': self.size, 'steps': self.training.steps,
+                'weights': asdict(self.weights), **settings, 'notes': self.notes}
 
 
 def report(plan: Plan) -> str:

@@ -154,7 +154,11 @@ class ValidationLoss(Hook):
                             runner.keep_samples(collated)
                             batch = model.data_preprocessor(collated)['inputs']
                             keys = [f'{name}/{key}' for key in batch.key] if name else batch.key
-                            for which, losses in self._losses(runner, replace(batch, drop={}, key=keys)).items():
+                            # Nothing is dropped here; a dropped caption was looked up as ''.
+                            lookups = {k: found for k, found in batch.lookups.items()
+                                       if k != 'text' or 'text' not in batch.drop}
+                            batch = replace(batch, drop={}, key=keys, lookups=lookups)
+                            for which, losses in self._losses(runner, batch).items():
                                 for of in {'', f'/{name}' if name else ''}:
                                     found.setdefault(which + of, []).extend(losses)
         finally:

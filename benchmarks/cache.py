@@ -258,9 +258,9 @@ def fill_in_child(folder: Path, shuffle: bool) -> None:
     fill(kills_config(folder, shuffle))
 
 
-def is_writing(folder: Path) -> bool:
-    """Return whether a shard is half-written."""
-    return any(any(part.iterdir()) for part in folder.glob('.*.part') if part.is_dir())
+def half_written(folder: Path) -> set[Path]:
+    """Return the temporary folders of shards that are being written, or whose writer was killed."""
+    return {part for part in folder.glob('.*.part') if part.is_dir() and any(part.iterdir())}
 
 
 def right_entries(folder: Path, expected: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -303,13 +303,13 @@ def measure_kills(kills: int, seed: int) -> int:
         before, done = right_entries(folder, recorder.entries), 0
         while done < kills:
             children = [context.Process(target=fill_in_child, args=(folder, shuffle)) for shuffle in (False, True)]
-            begun = time.monotonic()
+            begun, left = time.monotonic(), half_written(folder / 'cache')
             for child in children:
                 child.start()
             # Every other one in the middle of writing a shard, the others at random.
             moment, writing = draws.uniform(0.3, 1.0) * seconds, done % 2 == 0
             while any(c.is_alive() for c in children) and not (
-                    is_writing(folder / 'cache') if writing else time.monotonic() - begun > moment):
+                    half_written(folder / 'cache') - left if writing else time.monotonic() - begun > moment):
                 time.sleep(0.0005)
             if writing and draws.random() < 0.5:
                 time.sleep(draws.uniform(0, 0.02))

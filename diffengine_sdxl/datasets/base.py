@@ -16,7 +16,7 @@ from diffengine_sdxl.datasets.cached import ONLY_FOR_TRANSFORMS, Row, RowCache
 from diffengine_sdxl.datasets.data_sampler import Draw
 from diffengine_sdxl.datasets.image_files import BadImageError
 from diffengine_sdxl.datasets.row_digests import FileDigest, content_digest, is_ours
-from diffengine_sdxl.errors import UserError, one_of, whole_number
+from diffengine_sdxl.errors import UserError, error_prefix, one_of, whole_number
 from diffengine_sdxl.registry import SCOPE, TRANSFORMS
 
 Sample = dict[str, Any]
@@ -50,7 +50,11 @@ class SampleBuilder:
     def __init__(self, transforms: Transforms = (), on_bad_image: OnBadImage = 'raise',
                  max_samples: int | None = None, variants: int | None = None) -> None:
         one_of('on_bad_image', on_bad_image, ('raise', 'skip'))
-        self.transforms: list[Transform] = [TRANSFORMS.build(t) if isinstance(t, dict) else t for t in transforms]
+        self.transforms: list[Transform] = []
+        for transform in transforms:
+            name = str(transform.get('type')).split('.')[-1] if isinstance(transform, dict) else ''
+            with error_prefix(f'{name}: ', unless=name):
+                self.transforms.append(TRANSFORMS.build(transform) if isinstance(transform, dict) else transform)
         for i, transform in enumerate(self.transforms):
             if hasattr(transform, 'followed'):  # PackInputs
                 transform.followed = any(not is_ours(later) for later in self.transforms[i + 1:])

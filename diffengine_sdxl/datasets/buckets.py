@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from diffengine_sdxl.datasets.base import MapDataset
 from diffengine_sdxl.datasets.data_sampler import Draw, KeyedSampler, check_start
 from diffengine_sdxl.datasets.image_sizes import read_sizes
+from diffengine_sdxl.datasets.row_digests import is_ours
 from diffengine_sdxl.datasets.transforms.geometry import Size, height_width
 from diffengine_sdxl.errors import UserError, listed, one_of, whole_number
 from diffengine_sdxl.registry import DATA_SAMPLERS
@@ -112,11 +113,18 @@ class BucketSampler(KeyedSampler):
             raise UserError(f'BucketSampler cannot read the sizes of a {type(dataset).__name__}: it takes data sets of '
                             'numbered rows with one image each. For regularisation images use a Mixture with '
                             'loss_weights in place of PriorPreservation, whose rows are pairs.')
+        for prefix, part in self._sets.items():
+            known = bool(part.transforms) and all(map(is_ours, part.transforms))
+            if known and not any(getattr(t, 'size', 0) is None for t in part.transforms):  # None: 'bucket'
+                raise UserError(f"BucketSampler: no transform of {prefix}{part.source} makes images the shape of their "
+                                "bucket. Set image_size='bucket', or size='bucket' in Resize and in Crop.")
         self._first = np.cumsum([0, *map(len, self._sets.values())])
         sizes = self._read_sizes()
         readable = sizes[:, 0] > 0
-        self.sizes = [height_width(size, 'BucketSampler: buckets') for size in buckets] if buckets else (
-            bucket_sizes(height * width, step, max_ratio, num, sizes[readable]))
+        self.sizes = bucket_sizes(height * width, step, max_ratio, num, sizes[readable]) if buckets is None else [
+            height_width(size, 'BucketSampler: buckets') for size in buckets]
+        if not self.sizes or len({*self.sizes}) < len(self.sizes):
+            raise UserError(f'BucketSampler: buckets={buckets} must be a list of different (height, width).')
         shapes, sizes = np.array(self.sizes), np.maximum(sizes, 1)
         self._bucket = np.abs(_log_ratios(sizes)[:, None] - _log_ratios(shapes)).argmin(axis=1)
         self._fits = readable.copy()
@@ -181,8 +189,8 @@ class BucketSampler(KeyedSampler):
         self.samples_per_step = samples_per_step
         if bad := [size for size in self.sizes if size[0] % size_divisor or size[1] % size_divisor]:
             raise UserError(f'The bucket of {_shape(bad[0])} pixels does not suit this model and its adapters, which '
-                            f'take multiples of {size_divisor}: set train_dataloader.sampler.step to one, or change '
-                            '`buckets`.')
+                            f'take multiples of {size_divisor}: set train_dataloader.sampler.step to such a multiple, '
+                            'or choose other `buckets`.')
 
     def describe(self) -> str:
         """Return a line with the number of images in each bucket, and one with the buckets that are rarely full."""

@@ -125,7 +125,7 @@ def _stem(listing: Listing, path: Path) -> str:
 def _existing_folder(path: str | Path, option: str) -> Path:
     folder = Path(os.path.expanduser(path)).absolute()
     if not os.path.isdir(folder):  # also of a name that is too long
-        raise UserError(f"{option}='{path}' is not a folder.")
+        raise UserError(f"{option}='{path}' is not a folder; name one that exists.")
     return folder
 
 

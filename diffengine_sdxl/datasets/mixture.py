@@ -17,7 +17,7 @@ from diffengine_sdxl import rng
 from diffengine_sdxl.cache.plan import CachePlan
 from diffengine_sdxl.datasets.base import MapDataset, Sample
 from diffengine_sdxl.datasets.data_sampler import Draw
-from diffengine_sdxl.errors import UserError, did_you_mean, whole_number
+from diffengine_sdxl.errors import UserError, did_you_mean, error_prefix, whole_number
 from diffengine_sdxl.registry import DATASETS
 
 #: Entries that `collate.fill_absent` gives to the samples without them.
@@ -40,8 +40,10 @@ class SeveralSets(Dataset[Any]):
 
     def __init__(self, sets: Mapping[str, Any]) -> None:
         kind = type(self).__name__
-        self.sets = {name: DATASETS.build(dict(value)) if isinstance(value, Mapping) else value
-                     for name, value in sets.items()}
+        self.sets = {}
+        for name, value in sets.items():
+            with error_prefix(f"{kind}, set '{name}': ", unless=f"'{name}'"):
+                self.sets[name] = DATASETS.build(dict(value)) if isinstance(value, Mapping) else value
         for name, dataset in self.sets.items():
             if not isinstance(dataset, MapDataset) or len(dataset) == 0:
                 raise UserError(f'{kind}: {name} must be a data set of numbered rows, not empty; streams, and data '
@@ -100,8 +102,12 @@ class Mixture(SeveralSets):
 
     def __init__(self, sets: Mapping[str, Any], weights: Mapping[str, float] | None = None,
                  repeats: Mapping[str, int] | None = None, loss_weights: Mapping[str, float] | None = None) -> None:
-        # An override takes a set out with None.
+        # An override takes a set out with None; its weight may stay.
+        gone = {name for name, value in sets.items() if value is None}
         sets = {name: value for name, value in sets.items() if value is not None}
+        weights, repeats, loss_weights = (
+            None if given is None else {name: value for name, value in given.items() if name not in gone}
+            for given in (weights, repeats, loss_weights))
         if not sets:
             raise UserError('Mixture: sets is empty; name at least one data set.')
         for name in sets:
@@ -116,6 +122,8 @@ class Mixture(SeveralSets):
                    for name, value in self._by_name('repeats', repeats).items()}
         shares = self._by_name('weights', weights)
         self.loss_weights = None if loss_weights is None else self._by_name('loss_weights', loss_weights)
+        if self.loss_weights is not None and not any(self.loss_weights.values()):
+            raise UserError(f'Mixture: loss_weights={loss_weights} let nothing train; give a set one above 0.')
         rows = [len(dataset) for dataset in self.sets.values()]
         if weights is None:
             counts = [num * repeats[name] for name, num in zip(self.sets, rows, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -82,7 +83,7 @@ class TextEncoder:
         return length
 
     def _warn_of_lost(self, ids: Sequence[int], kept: int) -> None:
-        lost, length = self.tokenizer.decode(ids[kept:]), self._chunk_length
+        lost, length = textwrap.shorten(self.tokenizer.decode(ids[kept:]), 200, placeholder=' ...'), self._chunk_length
         num = min(MAX_CHUNKS, len(split_tokens(self.tokenizer, ids[:length * MAX_CHUNKS], length)))
         _warn_once(_TRUNCATED, lost, f'A text has {len(ids)} tokens and {kept} are read, so its end is ignored: '
                    f"'{lost}'. prompt_syntax='long' reads all of a prompt; in training, model.caption_chunks={num}.")

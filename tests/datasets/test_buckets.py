@@ -13,6 +13,7 @@ from diffengine_sdxl.datasets.base import MapDataset
 from diffengine_sdxl.datasets.buckets import BucketSampler, bucket_sizes
 from diffengine_sdxl.datasets.image_files import BadImageError
 from diffengine_sdxl.datasets.mixture import Mixture
+from diffengine_sdxl.datasets.shapes import Shapes
 from diffengine_sdxl.errors import UserError
 
 SIZES = [(64, 64), (90, 60), (60, 90), (100, 60), (64, 70), (60, 100), (80, 80)]
@@ -210,6 +211,7 @@ def test_given_buckets():
     (dict(resolution='big'), "BucketSampler: resolution='big'"), (dict(step=0), 'step=0 must be at least 1'),
     (dict(step=128), 'step=128 is more than the side'), (dict(max_buckets=0), 'max_buckets=0'),
     (dict(max_ratio=0.5), 'max_ratio=0.5'), (dict(unfit='drop'), "unfit='drop' is unknown"),
+    (dict(buckets=[]), 'different .height, width.'), (dict(buckets=[64, (64, 64)]), 'different .height, width.'),
     (dict(buckets=[64, 'wide']), "BucketSampler: buckets='wide'")])
 def test_refused_options(options, message):
     with pytest.raises(UserError, match=message):
@@ -221,6 +223,8 @@ def test_other_data_sets_are_refused():
     for dataset in (PriorPreservation(rows, rows), [1, 2]):
         with pytest.raises(UserError, match=f'sizes of a {type(dataset).__name__}: .* Mixture'):
             BucketSampler(dataset)
+    with pytest.raises(UserError, match="no transform of Shapes.* Set image_size='bucket'"):
+        BucketSampler(Shapes(length=1, size=64, transforms=[dict(type='PackInputs')]))
 
 
 def test_a_mixture_shares_its_steps():

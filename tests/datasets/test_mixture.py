@@ -103,6 +103,13 @@ def test_sets_with_different_entries() -> None:
         data[1]
 
 
+def test_a_set_is_taken_out_with_its_weight() -> None:
+    data = Mixture(dict(a=shapes(1), b=None), weights=dict(a=1, b=2), loss_weights=dict(b=0))
+    assert list(data.sets) == ['a'] and len(data) == 1
+    with pytest.raises(UserError, match="Mixture, set 'b': Shapes: length=0"):
+        Mixture(dict(a=shapes(1), b=dict(type='Shapes', length=0)))
+
+
 def test_captions_and_caches_reach_the_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     data = mixture(2, 1)
     monkeypatch.setattr(Shapes, 'caption_texts', lambda self: [f'of {len(self)}'] * len(self))
@@ -119,6 +126,7 @@ def test_captions_and_caches_reach_the_sets(monkeypatch: pytest.MonkeyPatch) -> 
     (None, dict(weights=dict(bb=1)), "weights names 'bb', which is not one of its sets a, b"),
     (None, dict(weights=dict(a=float('nan'))), 'weights.a=nan'), (None, dict(repeats=dict(a=0)), 'repeats.a=0'),
     (None, dict(repeats=dict(a=1.5)), 'repeats.a=1.5'), (None, dict(repeats={}, weights={}), 'exclude one another'),
+    (None, dict(loss_weights=dict(a=0, b=0)), "loss_weights={'a': 0, 'b': 0} let nothing train"),
     (None, dict(loss_weights=dict(a='much')), "loss_weights.a='much'"),
     (dict(a=dict(type='Mixture', sets=dict(b=shapes(1)))), {}, 'Mixture: a must be a data set of numbered rows'),
     (dict(a=PriorPreservation(shapes(1), shapes(1))), {}, 'Mixture: a must be a data set of numbered rows')])

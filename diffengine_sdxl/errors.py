@@ -45,6 +45,11 @@ def listed(names: Iterable[object], num: int = 10) -> str:
     return ', '.join(texts[:num]) + (' ...' if len(texts) > num else '')
 
 
+def count_of(number: int, one: str, several: str) -> str:
+    """Return a number with the word for one or for several, such as '1 image'."""
+    return f'{number:,} {one if number == 1 else several}'
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """Return " Did you mean 'a' or 'b'?" with the entries of `known` closest to `name`, or '' if none is close."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)

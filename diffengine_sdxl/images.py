@@ -315,6 +315,7 @@ def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: st
                 axes.plot(steps[window - 1:], mean, linewidth=1.6, color='C1' if alone else f'C{k}', label=label)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
+        axes.ticklabel_format(axis='y', useOffset=False)
         axes.set_ylabel(panel)
         axes.set_xlabel('optimizer step')
         axes.grid(alpha=0.3)

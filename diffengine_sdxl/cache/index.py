@@ -62,12 +62,14 @@ class Index:
     Attributes:
         private: the temporary folder of a private copy of the index.
         unreadable: shards that this process has found damaged or could not read.
+        lost: key -> a line on an entry of these.
     """
 
     def __init__(self, folder: Path, read_only: bool, report: Report) -> None:
         self.folder, self.read_only = folder, read_only
         self.path, self.private = folder / NAME, None  # type: Path, Path | None
         self.unreadable: set[str] = set()
+        self.lost: dict[str, str] = {}
         self._report, self._repaired = report, False
         self._db: sqlite3.Connection | None = None
         self._pid = os.getpid()
@@ -197,8 +199,8 @@ class Index:
             _insert(db, name, state, entries)
 
     def drop(self, name: str, reason: str) -> None:
-        """Forget a damaged shard and delete it; its entries are computed again."""
-        self.unreadable.add(name)
+        """Forget a damaged shard and delete it."""
+        self._lose(name, f'is damaged ({reason})')
         self.forget([name])
         if not self.read_only:
             try:
@@ -207,13 +209,21 @@ class Index:
                 return
             except OSError:  # it is another user's
                 pass
-        self._report(f"'{self.folder / name}' is damaged ({reason}) and is dropped; what it held is computed again.")
+        self._report(f"'{self.folder / name}' is damaged ({reason}) and is dropped; training computes what it held "
+                     'again.')
 
     def ignore(self, name: str, error: OSError) -> None:
         """Pass over a shard that this process cannot read."""
         if name not in self.unreadable:
-            self.unreadable.add(name)
-            self._report(f"'{self.folder / name}' cannot be read ({error.strerror}); what it holds is computed again.")
+            self._lose(name, f'cannot be read ({error.strerror})')
+            self._report(f"'{self.folder / name}' cannot be read ({error.strerror}); training computes what it holds "
+                         'again.')
+
+    def _lose(self, name: str, why: str) -> None:
+        self.unreadable.add(name)
+        rows = self.query('SELECT lower(hex(key)), kind FROM entries JOIN shards ON shards.id = shard WHERE name = ?',
+                          name)
+        self.lost.update((key, f"{kind} {key}: its file '{name}' {why}") for key, kind in rows)
 
     def forget(self, names: Iterable[str]) -> None:
         """Forget shards and their entries."""

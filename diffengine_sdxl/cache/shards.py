@@ -69,7 +69,10 @@ def write(path: Path, entries: Mapping[str, NewEntry]) -> None:
                 for key, entry in entries.items()}
     tensors = {f'{key}.{name}': tensor for key, entry in entries.items() for name, tensor in entry.tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; safetensors makes a file that only its owner may read
         save_file(tensors, temporary, metadata={'format': FORMAT, **metadata})
+        temporary.chmod(mode)
 
 
 def read_header(path: Path) -> list[Entry]:

@@ -16,6 +16,7 @@ import stat
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from multiprocessing import util
 from pathlib import Path
@@ -72,6 +73,8 @@ class Store:
 
     Attributes:
         counts: kind -> [hits, misses].
+        written: kind -> entries that this process has written.
+        stopped: why this process writes, or also reads, nothing more.
     """
 
     def __init__(self, folder: str | Path, read_only: bool = False) -> None:
@@ -94,6 +97,7 @@ class Store:
         self._thread: threading.Thread | None = None
         self._writes, self._reads, self._closing = not self.read_only, True, False
         self._num_shards = 0
+        self.written, self.stopped = Counter(), None  # type: Counter[str], str | None
         self._files: dict[str, int] = {}
         self._digests: dict[bytes, tuple[str, str]] = {}
         self._used: set[str] = set()
@@ -156,7 +160,7 @@ class Store:
             if name not in self._files:
                 if len(self._files) >= OPEN_FILES:
                     os.close(self._files.pop(next(iter(self._files))))
-                self._files[name] = os.open(self.folder / name, os.O_RDONLY)
+                self._files[name] = os.open(self.folder / name, os.O_RDONLY | os.O_NONBLOCK)  # no pipe blocks it
             return self._files[name]
 
     # Writing
@@ -220,6 +224,7 @@ class Store:
         if entries:
             name = self.next_name()
             shards.write(self.folder / name, entries)
+            self.written.update(entry.kind for entry in entries.values())
             self.index.add(name)
 
     def next_name(self) -> str:
@@ -232,8 +237,10 @@ class Store:
         before = self._reads, self._writes
         self._writes, self._reads = False, self._reads and not isinstance(error, sqlite3.Error)
         if (self._reads, self._writes) != before:
+            cause = error.__cause__ or error  # of a UserError, whose advice is for checkpoints
+            self.stopped = getattr(cause, 'strerror', None) or first_line(cause)
             what = 'Nothing more is written to' if self._reads else 'Nothing more is looked up in'
-            _report(f"{what} the cache '{self.folder}', but the run goes on: {first_line(error)}")
+            _report(f"{what} the cache '{self.folder}': {self.stopped}.")
 
     def flush(self) -> None:
         """Write what is pending, and wait for it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -38,9 +37,12 @@ class Verifier:
 
     def put(self, key: str, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Compare an entry with what was computed."""
-        place, kept = self.store.index.find(key), self.store.get(key)
+        kept = self.store.get(key)
+        place = None if kept is None else self.store.index.find(key)
         if place is None or kept is None:
-            self.missing.add(key)
+            self.right.discard(key)
+            if key not in self.wrong:
+                self.missing.add(key)
             return
         device = next(iter(tensors.values())).device
         exact = device.type == 'cpu' and place.device == shards.device_name(device)
@@ -48,6 +50,13 @@ class Verifier:
             self.right.add(key)
         else:
             self.wrong[key] = f'{kind} {key}: {found}'
+
+    def settle(self) -> None:
+        """Count entries as wrong whose file was dropped since: it is damaged, or cannot be read."""
+        lost = self.store.index.lost
+        self.wrong.update((key, lost[key]) for key in sorted((self.right | self.missing) & lost.keys()))
+        self.right -= lost.keys()
+        self.missing -= lost.keys()
 
     def count(self, kind: str, hits: int, misses: int) -> None:
         """Count nothing: all is computed."""
@@ -95,7 +104,8 @@ def discard(store: Store, keys: Collection[str]) -> None:
         new = store.next_name()
         if left:
             shards.write(store.folder / new, left)
-        os.unlink(store.folder / name)  # before the new one is known: the index finds it at the next opening, too
+        # Before the new one is known: the index finds it at the next opening, too.
+        (store.folder / name).unlink(missing_ok=True)
         index.forget([name])
         if left:
             index.add(new)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +44,8 @@ def run(args: Any, cleanup: Any) -> int:
         The exit code: 1 if entries were wrong.
 
     Raises:
-        UserError: the config names no cache, has nothing that can be cached, or its parts cannot be built.
+        UserError: the config names no cache, has nothing that can be cached, or its parts cannot be built; or the
+            cache cannot be written.
     """
     cfg = resolve(load(args.config, args.cfg_options or ()))
     limits.set_limits(cfg.get('limits') or {})
@@ -50,39 +53,53 @@ def run(args: Any, cleanup: Any) -> int:
         cfg.cache = args.folder
     if not cfg.get('cache'):
         raise UserError("The config names no cache. Add --folder F, or cache='F' to the config.")
+    setting = cfg.cache
+    folder = setting.get('folder') if isinstance(setting, dict) else setting
+    exists = not isinstance(folder, str) or Path(folder).expanduser().exists()
+    if not exists and (args.verify or args.show or args.prune is not None):
+        raise UserError(f"There is no cache '{folder}'.")
     if args.launcher != 'none' and (args.verify or args.prune is not None):
         raise UserError('--verify and --prune work in one process; leave out --launcher.')
     num_samples = None if args.num_samples is None else whole_number('num_samples', args.num_samples, 1)
     start_processes(args.launcher, (cfg.get('env_cfg') or {}).get('dist_cfg'))
-    store = open_store(cfg)
-    assert store is not None
-    cleanup.callback(store.close)
+
+    @functools.cache
+    def opened() -> Store:
+        store: Any = open_store(cfg)
+        cleanup.callback(store.close)
+        if not (args.verify or args.show):
+            _check_writable(store, 'filled' if args.prune is None else 'pruned')
+        return store  # type: ignore[no-any-return]
+    if exists:
+        opened()  # a folder that cannot be used is said at once; a new one is made when all else is built
     if args.prune is not None:
-        _prune(store, args.prune)
+        number, num_bytes = prune(opened(), args.prune)
+        print(f'{number:,} files with {num_bytes / 2**20:,.1f} MiB are removed.')
     if args.prune is not None or args.show:
-        print(store.describe())
+        print(opened().describe())
         return 0
     hide_loading_bars()
     if args.verify:
-        return _verify(cfg, store, num_samples)
-    if store.read_only:
-        raise UserError(f"The cache '{store.folder}' is only read, so it cannot be filled. Set read_only=False.")
-    encode(cfg, store, num_samples)
+        return _verify(cfg, opened(), num_samples)
+    encode(cfg, opened, num_samples)
+    store = opened()
     store.close()
     rank, world = get_dist_info()
     share = f'Process {rank + 1} of {world}: ' if world > 1 else ''
-    for kind, (hits, misses) in sorted(store.counts.items()):
-        print(f'{share}{kind}: {hits:,} were there, {misses:,} are new.')
+    for kind, (hits, _) in sorted(store.counts.items()):
+        print(f'{share}{kind}: {hits:,} were there, {store.written[kind]:,} are new.')
+    _check_stopped(store)
     print(store.describe())
     return 0
 
 
-def encode(config: Any, store: Store | Verifier, num_samples: int | None = None) -> None:
+def encode(config: Any, store: Store | Verifier | Callable[[], Store], num_samples: int | None = None) -> None:
     """Read the training data of a resolved config, every variant of each image, and put what `store` lacks.
 
     Of captions that a transform draws anew in each epoch, those of the epochs that are read.
 
     Args:
+        store: or what opens it, called when data and model are built.
         num_samples: only the first ones of each epoch.
 
     Raises:
@@ -98,12 +115,13 @@ def encode(config: Any, store: Store | Verifier, num_samples: int | None = None)
         raise UserError(f"A {type(dataset).__name__} cannot be read ahead; its training fills the cache as it goes, if "
                         'the config names one.')
     model: Any = MODELS.build({'seed': seed, **config.model, 'lazy_encoders': True}).to(get_device())
-    dataset.attach_cache(cache_plan(model, store))
     sampler = DATA_SAMPLERS.build({'type': 'KeyedSampler', **(loader.get('sampler') or {}), 'dataset': dataset,
                                    'seed': seed})
     batches = functools.partial(_batches, dataset, sampler, num_samples, int(loader.get('batch_size') or 1))
     # Counted first: the number of batches depends on the buckets.
     total = sum(map(len, batches()))
+    store = store() if callable(store) else store
+    dataset.attach_cache(cache_plan(model, store))
     settings = {key: loader[key] for key in LOADER if loader.get(key) is not None}
     data: Any = DataLoader(dataset, batch_sampler=batches(), collate_fn=collate,  # type: ignore[arg-type]
                            pin_memory=torch.cuda.is_available(), **settings)
@@ -119,6 +137,8 @@ def _run(model: Any, batches: Any, store: Store | Verifier, total: int) -> None:
             keep_samples(collated, store)
             model.encode_frozen(model.data_preprocessor(collated)['inputs'])
             progress.advance(task, num)
+            if getattr(store, 'stopped', None):  # the disk is full: the rest would be lost
+                return
 
 
 def _batches(dataset: Any, sampler: Any, num_samples: int | None, batch_size: int) -> Iterator[list[Draw]]:
@@ -157,12 +177,14 @@ def _num_epochs(dataset: Any) -> int:
 def _verify(config: Any, store: Store, num_samples: int | None) -> int:
     verifier = Verifier(store)
     encode(config, verifier, num_samples)
-    print(f'{len(verifier.right):,} entries are right, {len(verifier.wrong):,} are wrong, {len(verifier.missing):,} '
-          'are not there.')
+    _check_stopped(store)
+    verifier.settle()
+    print(f'Of the entries that this config reads, {len(verifier.right):,} are right, {len(verifier.wrong):,} are '
+          f'wrong, {len(verifier.missing):,} are not in the cache.')
     for line in itertools.islice(verifier.wrong.values(), 20):
         print(line)
     if not verifier.wrong:
-        return 0
+        return 1 if store.index.unreadable else 0
     if store.read_only:
         print('The cache is only read, so the wrong entries stay in it.')
     else:
@@ -171,9 +193,14 @@ def _verify(config: Any, store: Store, num_samples: int | None) -> int:
     return 1
 
 
-def _prune(store: Store, days: float) -> None:
-    if store.read_only or not 0 <= days < float('inf'):
-        raise UserError(f"The cache '{store.folder}' is only read, so it cannot be pruned." if store.read_only else
-                        f'--prune {days:g} must be a number of days of at least 0.')
-    number, num_bytes = prune(store, days)
-    print(f'{number:,} files with {num_bytes / 2**20:,.1f} MiB are removed.')
+def _check_writable(store: Store, what: str) -> None:
+    if store.read_only:
+        fix = ('Set read_only=False.' if os.access(store.folder, os.W_OK) else
+               'Its folder is not writable here; name another one in `cache`.')
+        raise UserError(f"The cache '{store.folder}' is only read, so it cannot be {what}. {fix}")
+
+
+def _check_stopped(store: Store) -> None:
+    if store.stopped:
+        raise UserError(f"The cache '{store.folder}' cannot be used any further: {store.stopped}. What is in it stays, "
+                        'and the same command goes on.')

@@ -123,15 +123,25 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, 'model.pretrained=BASE')
 
 
+def _days(text: str) -> float:
+    try:
+        if 0 <= (days := float(text)) < float('inf'):
+            return days
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' must be a number of days of at least 0")
+
+
 def _cache(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument('--folder', help='folder of the cache (default: the key `cache` of the config)')
     parser.add_argument('--num-samples', type=int, help='fill only the first samples of each epoch that is filled')
-    parser.add_argument('--verify', action='store_true',
-                        help='compute what this config reads and compare it with the entries; remove wrong ones')
-    parser.add_argument('--prune', type=float, metavar='DAYS',
-                        help='remove what no run has used for so many days; nothing is encoded')
-    parser.add_argument('--show', action='store_true', help='say what the cache holds; nothing is encoded')
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument('--verify', action='store_true',
+                         help='compute what this config reads and compare it with the entries; remove wrong ones')
+    instead.add_argument('--prune', type=_days, metavar='DAYS',
+                         help='remove what no run has used for so many days; nothing is encoded')
+    instead.add_argument('--show', action='store_true', help='say what the cache holds; nothing is encoded')
     _add_overrides(parser, 'resolution=512')
     _add_launcher(parser)
 

@@ -40,5 +40,5 @@ def run(args: Any, _: Any) -> None:
     if sampler.get('type') == 'BucketSampler':
         buckets = DATA_SAMPLERS.build({**sampler, 'dataset': dataset})
         accumulated = (cfg.get('optim_wrapper') or {}).get('accumulative_counts') or 1
-        buckets.samples_per_step = whole_number('batch_size', loader.get('batch_size') or 1, 1) * accumulated
+        buckets.samples_per_step = whole_number('batch_size', loader.get('batch_size', 1), 1) * accumulated
         print(buckets.describe())

@@ -103,11 +103,11 @@ class Mixture(SeveralSets):
     def __init__(self, sets: Mapping[str, Any], weights: Mapping[str, float] | None = None,
                  repeats: Mapping[str, int] | None = None, loss_weights: Mapping[str, float] | None = None) -> None:
         # An override takes a set out with None; its weight may stay.
-        gone = {name for name, value in sets.items() if value is None}
+        options: list[Any] = [given and {name: value for name, value in given.items()
+                                         if name not in sets or sets[name] is not None}
+                              for given in (weights, repeats, loss_weights)]
+        weights, repeats, loss_weights = options
         sets = {name: value for name, value in sets.items() if value is not None}
-        weights, repeats, loss_weights = (
-            None if given is None else {name: value for name, value in given.items() if name not in gone}
-            for given in (weights, repeats, loss_weights))
         if not sets:
             raise UserError('Mixture: sets is empty; name at least one data set.')
         for name in sets:

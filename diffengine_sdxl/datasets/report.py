@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,13 +17,13 @@ from diffengine_sdxl.cache.keys import digest
 from diffengine_sdxl.datasets.base import MapDataset
 from diffengine_sdxl.datasets.image_sizes import read_sizes
 from diffengine_sdxl.datasets.mixture import Mixture, SeveralSets
-from diffengine_sdxl.datasets.transforms import Resize
-from diffengine_sdxl.errors import UserError, listed
+from diffengine_sdxl.datasets.transforms import CaptionTagDrop, Resize
+from diffengine_sdxl.errors import UserError, count_of, listed
 
 #: What is looked at of each set: captions; headers of images, evenly spaced; files that may be equal; bytes of these.
 MAX_CAPTIONS, MAX_HEADERS, MAX_FILES, MAX_BYTES = 10_000, 2_000, 10_000, 2**28
-#: Width and height of the ratios in the histogram, and its longest bar.
-RATIOS = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))
+#: Width and height of the ratios in the histogram, whose first and last take all longer ones; and its longest bar.
+RATIOS = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1))
 BAR = 30
 
 
@@ -31,11 +32,11 @@ class CaptionLimit:
     """How much of a caption the text encoders read.
 
     Attributes:
-        most: the number that is read; unit: of what, for people; count: captions -> the number of each.
+        most: the number that is read; unit: of what, for people: one, several; count: captions -> the number of each.
     """
 
     most: int
-    unit: str
+    unit: tuple[str, str]
     count: Callable[[Sequence[str]], Sequence[int]]
 
 
@@ -62,7 +63,7 @@ def describe_data(dataset: Any, limit: CaptionLimit | None = None, sampler: Any 
 def _length(dataset: Any, name: str, each: Any) -> str:
     if not hasattr(each, '__len__'):
         return 'a stream, which is not looked at'
-    text = f'{len(each):,} rows'
+    text = count_of(len(each), 'row', 'rows')
     if isinstance(dataset, Mixture):
         count = dataset.counts(1)[list(dataset.sets).index(name)]
         text += f', {count:,} of the {len(dataset):,} samples of an epoch'
@@ -72,21 +73,24 @@ def _length(dataset: Any, name: str, each: Any) -> str:
 
 
 def _captions(dataset: MapDataset, limit: CaptionLimit | None) -> Iterator[str]:
-    """Yield lines on the captions as transforms leave them."""
-    texts = list(islice(dataset.captions(), MAX_CAPTIONS))
+    """Yield lines on the captions as transforms leave them, but with all tags."""
+    whole = copy.copy(dataset)
+    whole.transforms = [each for each in dataset.transforms ]
+    texts = list(islice(whole.captions(), MAX_CAPTIONS))
     if not texts:
         return
-    counted = f'{len(texts):,} captions' if len(texts) == len(dataset) else f'the first {len(texts):,} captions'
+    counted = ('' if len(texts) == len(dataset) else 'the first ') + count_of(len(texts), 'caption', 'captions')
     different = list(dict.fromkeys(texts))
     by_text = {} if limit is None else dict(zip(different, limit.count(different), strict=True))
     lengths = [by_text.get(text, 0) for text in texts]
-    longest = f', the longest of {max(lengths)} {limit.unit}' if limit is not None else ''
+    longest = f', the longest of {count_of(max(lengths), *limit.unit)}' if limit is not None else ''
     yield f'{counted}, {len(different):,} different, {texts.count("")} empty{longest}'
     if limit is not None and (long := [i for i, length in enumerate(lengths) if length > limit.most]):
         examples = listed((f"'{dataset.key(i)}' ({lengths[i]}: {texts[i][:60]!r})" for i in long[:4]), 3)
-        yield f'{len(long):,} are longer than the {limit.most} {limit.unit} that are read: {examples}'
+        yield (f'{count_of(len(long), "is", "are")} longer than the {count_of(limit.most, *limit.unit)} that are read: '
+               f'{examples}')
     if several := sum('\n' in text for text in texts):
-        yield f'{several:,} have several lines, read as one text; CaptionLine would choose one'
+        yield f'{count_of(several, "has", "have")} several lines, read as one text; CaptionLine would choose one'
 
 
 def _images(dataset: MapDataset) -> Iterator[str]:
@@ -102,10 +106,13 @@ def _images(dataset: MapDataset) -> Iterator[str]:
         yield f'images are not looked at: {error}'
         return
     if errors:
-        yield f'{len(errors):,} images cannot be read: {listed((str(error) for error in errors.values()), 3)}'
+        names = listed((str(error) for error in errors.values()), 3)
+        yield f'{count_of(len(errors), "image", "images")} cannot be read: {names}'
     readable = np.asarray((sizes > 0).all(axis=1))
     if readable.any():
-        looked = f'{len(rows):,} images' if len(rows) == len(dataset) else f'{len(rows):,} of the images, evenly spaced'
+        num = int(readable.sum())
+        looked = (count_of(num, 'image', 'images') if len(rows) == len(dataset) else
+                  f'{num:,} of the images, evenly spaced')
         areas = np.where(readable, sizes.prod(axis=1), -1)
         small, large = (_shape(sizes[i]) for i in (int(np.where(readable, areas, 2**62).argmin()), int(areas.argmax())))
         yield f'{looked}: {f"all {small}" if small == large else f"from {small} to {large}"} (height x width)'
@@ -122,19 +129,21 @@ def _too_small(dataset: MapDataset, rows: list[int], sizes: np.ndarray, readable
     small = np.flatnonzero(readable & (sizes < target).any(axis=1))
     if len(small):
         names = listed((f"'{dataset.key(rows[i])}' ({_shape(sizes[i])})" for i in small[:4]), 3)
-        yield f'{len(small):,} are smaller than {_shape(target)}, and will be enlarged: {names}'
+        yield f'{count_of(len(small), "is", "are")} smaller than {_shape(target)}, and will be enlarged: {names}'
 
 
 def _histogram(sizes: np.ndarray) -> Iterator[str]:
     """Yield a line for each aspect ratio to which some images are the nearest."""
-    ratios = np.log([width / height for width, height in RATIOS])
-    nearest = np.abs(np.log(sizes[:, 1] / sizes[:, 0])[:, None] - ratios).argmin(axis=1)
+    ratios, found = np.log([width / height for width, height in RATIOS]), np.log(sizes[:, 1] / sizes[:, 0])
+    nearest = np.abs(found[:, None] - ratios).argmin(axis=1)
+    longest = {RATIOS[0]: f', up to 1 : {math.exp(-found.min()):.3g}',
+               RATIOS[-1]: f', up to {math.exp(found.max()):.3g} : 1'}
     counts = np.bincount(nearest, minlength=len(RATIOS)).tolist()
     yield 'aspect ratios (width : height):'
     for (width, height), num in zip(RATIOS, counts, strict=True):
         if num:
             bar = '#' * math.ceil(BAR * num / max(counts))
-            yield f'  {width:>2} : {height:<2} {bar:<{BAR}} {num:,}'
+            yield f'  {width:>2} : {height:<2} {bar:<{BAR}} {num:,}{longest.get((width, height), "")}'
 
 
 def _equal_files(dataset: MapDataset) -> Iterator[str]:
@@ -159,7 +168,7 @@ def _equal_files(dataset: MapDataset) -> Iterator[str]:
             first.setdefault(content, index)
     if pairs:
         names = listed((f"'{dataset.key(a)}' = '{dataset.key(b)}'" for a, b in pairs[:4]), 3)
-        yield f'{len(pairs):,} images are exact duplicates: {names}'
+        yield f'{count_of(len(pairs), "image is an exact duplicate", "images are exact duplicates")}: {names}'
     if num < len(dataset) or left < 0:
         what = f'the first {num:,} files' if num < len(dataset) else f'{MAX_BYTES >> 20} MiB of files of equal sizes'
         yield f'duplicates were looked for among {what} only'

@@ -33,9 +33,9 @@ def caption_limit(tokenizers: Sequence[Any], num_chunks: int) -> CaptionLimit:
         return list(map(max, *split)) if len(split) > 1 else split[0]
 
     if num_chunks == 1:
-        return CaptionLimit(length, 'tokens', lambda texts: [max(map(len, rows)) + 2
+        return CaptionLimit(length, ('token', 'tokens'), lambda texts: [max(map(len, rows)) + 2
                                                              for rows in zip(*ids(texts), strict=True)])
-    return CaptionLimit(num_chunks, f'chunks of {length - 2} tokens', chunks)
+    return CaptionLimit(num_chunks, (f'chunk of {length - 2} tokens', f'chunks of {length - 2} tokens'), chunks)
 
 
 def log_data_report(runner: ExperimentRunner) -> None:

@@ -63,7 +63,7 @@ class Deferred:
             self._module = nn.Module.to(module, self.device, self.dtype).eval().requires_grad_(False)
             self._owner.__dict__.pop(self._attribute)
             setattr(self._owner, self._attribute, self._module)
-            print_log(f'Loaded the {TITLES[self._name]}: {reason or "something needs it that is not in the cache"}.',
+            print_log(f'Loaded the {TITLES[self._name]}: {reason or "something needs it"}.',
                       logger='current')
         return self._module
 

@@ -53,7 +53,7 @@ class VAEMixin:
         missing = len(batch) if lookups is None else sum(value is None for value in lookups.values)
 
         def compute(i: int) -> dict[str, Tensor]:
-            loaded(self.vae, f'{missing} of {len(batch)} images of this batch are not in the cache')
+            loaded(self.vae, f'{missing} of {len(batch)} images of this batch are to be encoded')
             dist = self.posterior(replace(batch, img=None if batch.img is None else batch.img[i:i + 1]))
             return {'mean': dist.mean[0], 'std': dist.std[0]}
 

@@ -22,6 +22,7 @@ from diffengine_sdxl.cache import shards
 from diffengine_sdxl.cache import store as store_file
 from diffengine_sdxl.cache.keys import digest
 from diffengine_sdxl.cache.store import Store
+from diffengine_sdxl.cache.verify import prune
 from diffengine_sdxl.errors import UserError
 
 FORK = multiprocessing.get_context('fork')
@@ -88,6 +89,8 @@ def test_what_is_put_is_got(make: Callable[..., Store], tmp_path: Path) -> None:
     pending['text_embeds'].zero_()
     expected, wide = wide.T[1:, ::2].clone(), wide.zero_()
     put(store, *range(5))
+    shard, index = (store.folder.glob(name).__next__().stat() for name in ('*.safetensors', 'index.sqlite'))
+    assert shard.st_mode == index.st_mode, "the umask's"
     for other in (store, make(), pickle.loads(pickle.dumps(store))):
         found = other.get(digest('wide'))
         assert torch.equal(found['text_embeds'], expected) and found['text_embeds'].is_contiguous()
@@ -197,7 +200,7 @@ def test_a_damaged_shard_is_dropped_and_filled_again(damage: str, make: Callable
     left = there(again, *range(4), 10)
     assert left[-1] == 10 and len(left) < 5 and (damage == 'bit' or left == [10])
     assert there(again, *range(4), 10) == [10]
-    assert len(told) == (damage != 'gone') and all('is dropped; what it held is computed again' in t for t in told)
+    assert len(told) == (damage != 'gone') and all('is dropped; training computes what it' in t for t in told)
     put(again, *range(4))
     assert there(make(), *range(4), 10) == [*range(4), 10] and len(told) <= 1
     assert path.exists() is False
@@ -225,6 +228,44 @@ def test_a_shard_that_says_what_is_not_so(tmp_path: Path) -> None:
         for layout in ('x', '[["x", "F32", [99999], 8]]', '[["x", "F32", [3], 0]]', '[["x", "F32", [-3], 0]]'):
             with pytest.raises(shards.DamagedError):
                 shards.read(file.fileno(), found.key, found.checksum, layout)
+
+
+def test_what_a_foreign_folder_may_do(make: Callable[..., Store], told: list[str], tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reach no file outside, write nothing of its own, take no memory, block nothing."""
+    victim = tmp_path / 'victim.txt'
+    victim.write_text('mine')
+    store = make()
+    put(store, 1)
+    (shard,) = store.folder.glob('*.safetensors')
+    with store.index.transaction() as db:
+        db.execute("UPDATE shards SET name = '../victim.txt'")
+    assert there(store, 1) == []
+    assert prune(store, 0) == (0, 0) and victim.read_text() == 'mine' and there(make(), 1) == [1]
+    store.close()
+    with sqlite3.connect(store.folder / index_file.NAME) as db:
+        db.execute('CREATE TRIGGER t AFTER DELETE ON shards BEGIN INSERT INTO files VALUES (1, 2, 3); END')
+    store = make()
+    assert 'it holds views or triggers' in told.pop() and there(store, 1) == [1]
+    assert store.index.query("SELECT name FROM sqlite_master WHERE type = 'trigger'") == []
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, 'MAX_ENTRY', 100)
+        with pytest.raises(shards.DamagedError, match='its header is damaged'):
+            shards.read_header(shard)
+
+        def denied(*_: Any) -> None:
+            raise PermissionError(1, 'Operation not permitted')
+        patch.setattr(os, 'unlink', denied)
+        assert there(store, 1) == [] and 'an entry of it is too large' in told.pop() and shard.exists()
+    shard.unlink()
+    os.mkfifo(shard)
+    assert there(make(), 1) == []
+    reader = make()
+    with reader.index.transaction() as db:
+        db.execute('INSERT INTO shards (id, name) VALUES (1, ?)', (shard.name,))
+        db.execute('INSERT INTO entries VALUES (?, 1, ?, ?, 0, ?)',
+                   (bytes.fromhex(digest(1)), 'text', 'cpu', '[["x", "F32", [3], 8]]'))
+    assert there(reader, 1) == [] and 'cannot be read (Illegal seek)' in told.pop()
 
 
 def test_a_read_only_cache(make: Callable[..., Store], told: list[str], monkeypatch: pytest.MonkeyPatch,
@@ -304,8 +345,9 @@ def test_no_room_stops_caching_only(error: OSError, make: Callable[..., Store], 
         patch.setattr(shards, 'save_file', full)
         put(store, 2)
         put(store, 3)
-    assert len(told) == 1 and 'Nothing more is written to the cache' in told[0] and error.strerror in told[0]
+    assert told == [f"Nothing more is written to the cache '{store.folder}': {error.strerror}."]
     put(store, 4)
+    assert store.stopped == error.strerror and store.written == {'moments': 1}
     assert there(store, 1, 2, 3, 4) == [1] and there(make(), 1, 4) == [1]
     assert [p.name for p in store.folder.iterdir() if p.name.startswith('.')] == []
 

@@ -1,6 +1,7 @@
 """The cache command: filled ahead is what training finds, bit for bit; shown, verified, pruned; mistakes."""
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from diffengine_sdxl import config
 from diffengine_sdxl.cache import shards
 from diffengine_sdxl.cache.store import Store
 from diffengine_sdxl.commands import cache as command
+from diffengine_sdxl.commands import cli
 from diffengine_sdxl.commands.cache import encode
 from diffengine_sdxl.errors import run_command
 from diffengine_sdxl.loading.deferred import Deferred
@@ -115,14 +117,23 @@ def test_wrong_entries_are_found(run: Callable[..., Any], tmp_path: Path) -> Non
     shards.write(path, {e.key: shards.NewEntry(e.kind, e.device, tensors[e.key]) for e in listed})  # type: ignore[arg-type]
     (tmp_path / 'cache' / 'index.sqlite').unlink()
     code, out, _ = run(verify=True)
-    assert code == 1 and '14 entries are right, 1 are wrong' in out and f"moments {wrong.key}: 'mean' differs" in out
+    assert code == 1 and 'this config reads, 14 are right, 1 are wrong' in out
+    assert f"moments {wrong.key}: 'mean' differs" in out
     code, out, _ = run(verify=True)
-    assert code == 0 and '14 entries are right, 0 are wrong, 1 are not there.' in out
+    assert code == 0 and '14 are right, 0 are wrong, 1 are not in the cache.' in out
+    (path,) = (tmp_path / 'cache').glob('*.safetensors')
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    code, out, error = run(verify=True)
+    assert code == 1 and '0 are right, 14 are wrong, 1 are not in the cache.' in out, 'also those read before it'
+    assert 'is damaged (its checksum differs)' in out and 'images of this batch are to be encoded' in out + error
 
 
 def test_showing_and_pruning(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, 'encode', lambda *_: Store(tmp_path / 'cache').put('ab' * 16, 'text', {
         'x': torch.zeros(3)}))
+    (tmp_path / 'cache').mkdir()
     assert run(show=True)[1] == f"Cache '{tmp_path / 'cache'}': empty."
     store = Store(tmp_path / 'cache')
     store.put('ab' * 16, 'text', {'x': torch.zeros(3)})
@@ -137,10 +148,21 @@ def test_showing_and_pruning(run: Callable[..., Any], tmp_path: Path, monkeypatc
 
 
 def test_mistakes_are_sentences(run: Callable[..., Any], circles: Path, tmp_path: Path,
-                                monkeypatch: pytest.MonkeyPatch) -> None:
+                                monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, new = tmp_path / 'cache', tmp_path / 'new'
+    for settings in (dict(show=True), dict(verify=True), dict(prune=1.0)):
+        code, _, error = run(folder=new, **settings)
+        assert code == 1 and f"There is no cache '{new}'." in error
+    assert run('model.vae=/nowhere', folder=new)[0] == run('train_dataloader=None', folder=new)[0] == 1
+    assert not new.exists()
+    for options, words in ((['--prune', 'x'], "argument --prune: 'x' must be a number of days of at least 0."),
+                           (['--prune', '-1'], "argument --prune: '-1' must be a number"),
+                           (['--show', '--verify'], 'argument --verify: not allowed with argument --show.')):
+        with pytest.raises(SystemExit):
+            cli.parse('cache', ['C', *options])
+        assert words in capfd.readouterr().err
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'a').touch()
-    folder = tmp_path / 'cache'
     Store(folder).close()
     read_only = f'cache=dict(folder={folder},read_only=True)'
     for words, options, settings in (
@@ -152,14 +174,25 @@ def test_mistakes_are_sentences(run: Callable[..., Any], circles: Path, tmp_path
             ('A HFStream cannot be read ahead; its training fills the cache', (
                 f'train_dataloader.dataset=dict(_delete_=True,type=HFStream,source={circles})',), {}),
             ("The config has no 'train_dataloader.dataset'", ('train_dataloader=None',), {}),
-            ('is only read, so it cannot be filled', (read_only,), dict(folder=None)),
+            ('is only read, so it cannot be filled. Set read_only=False.', (read_only,), dict(folder=None)),
             ('is only read, so it cannot be pruned', (read_only,), dict(folder=None, prune=1)),
-            ('--prune -1 must be', (), dict(prune=-1)),
             ('work in one process', (), dict(prune=1, launcher='pytorch'))):
         if 'launcher' in settings:
             monkeypatch.setattr('os._exit', lambda code: None)
         code, _, error = run(*options, **settings)
         assert code == 1 and error.splitlines()[-1].count('error: ') == 1 and words in error, (words, error)
+
+    with monkeypatch.context() as patch:
+        access = os.access
+        patch.setattr(os, 'access', lambda path, mode: mode != os.W_OK and access(path, mode))
+        assert 'Its folder is not writable here; name another one' in run()[2]
+    with monkeypatch.context() as patch:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, 'No space left on device')
+        patch.setattr(shards, 'save_file', full)
+        code, out, error = run(num_samples=1)
+        assert code == 1 and 'moments: 0 were there, 0 are new.' in out and error.endswith(
+            'cannot be used any further: No space left on device. What is in it stays, and the same command goes on.')
 
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt

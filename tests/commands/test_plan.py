@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from torch.profiler import ProfilerActivity, profile
 
 from diffengine_sdxl import config
 from diffengine_sdxl.commands.plan import devices, meta_model, step_counts
-from diffengine_sdxl.commands.plan.command import make_plan, run
+from diffengine_sdxl.commands.plan.command import _size, make_plan, run
 from diffengine_sdxl.commands.plan.counter import Autocast, Rates, counted
 from diffengine_sdxl.commands.plan.estimate import propose, setting, states_of
 from diffengine_sdxl.commands.plan.step_counts import set_all_checkpointing
@@ -127,6 +128,11 @@ def test_the_page_and_the_file(plan: Plan, tmp_path: Path, monkeypatch: pytest.M
     assert own['peak'] == pytest.approx(sum(own['memory'].values())) and own['seconds'] > proposed['seconds'] > 0
     assert figures['weights']['num_trained'] == 343088 and figures['steps'] == 3600
     assert own['images_per_second'] == pytest.approx(4 / own['seconds'])
+    for path, words in ((tmp_path, 'is no file'), (tmp_path / 'no' / 'plan.json', 'which is no folder')):
+        monkeypatch.setattr('diffengine_sdxl.commands.plan.command.make_plan', lambda *_: pytest.fail('it was counted'))
+        with pytest.raises(UserError, match=words):
+            run(SimpleNamespace(config=CONFIG, device='RTX3090', json=path, cfg_options=()), None)
+    assert [path.name for path in tmp_path.iterdir()] == ['plan.json']
     # What the page says can be pasted.
     options = page.replace('\n', ' ').split('--cfg-options ')[1].split('  ')[0].split()
     assert 'train_dataloader.batch_size=4' in options and 'optim_wrapper.accumulative_counts=1' in options
@@ -148,6 +154,23 @@ def test_memory_goes_by_what_the_config_says(plan: Plan) -> None:
     # All weights in fp32, and few buffers.
     assert now['frozen base'] + now['frozen encoders'] + now['adapters'] == pytest.approx(
         plan.weights.num_frozen * 4 + trained, rel=1e-3)
+
+
+def test_sides_with_buckets_are_those_of_their_step() -> None:
+    sampled = ConfigDict(resolution=1000, train_dataloader=dict(sampler=dict(type='BucketSampler')))
+    assert _size(sampled, 16) == (992, 992)
+
+
+def test_a_cpu_waits_for_its_host(plan: Plan) -> None:
+    def seconds(kind: str, host: float) -> float:
+        device = replace(plan.device, type=kind, rates=replace(plan.device.rates, host=host))
+        own = setting(plan.counts, plan.weights, device, plan.training, batch_size=2, checkpointing='off', cached=True)
+        return own.seconds
+    kernels = 2 * plan.counts.at(2, 'off').kernels
+    assert seconds('cpu', 1e-3) == pytest.approx(seconds('cpu', 0.0) + kernels * 1e-3)
+    assert seconds('cuda', 1e-3) == pytest.approx(kernels * 1e-3, rel=0.01)
+    page = report(replace(plan, device=replace(plan.device, type='cpu', memory=2**34)))
+    assert '16.0 GiB of memory' in page
 
 
 def test_the_fastest_setting_that_fits_is_proposed(plan: Plan) -> None:
@@ -186,13 +209,17 @@ def test_devices() -> None:
     assert devices.find('rtx 4090') == devices.find('RTX4090') and not devices.find('T4').has_bf16
     assert devices.find('A100', tf32=True).rates.full > devices.find('A100').rates.full
     rates = devices.probe(torch.device('cpu'), seconds=0.01)
-    assert all(1e6 < rate < 1e14 for rate in (rates.copy, rates.half, rates.full)) and 0 < rates.launch < 1e-3
+    assert all(1e6 < rate < 1e14 for rate in (rates.copy, rates.half, rates.full)) and rates.launch == 0
+    # A kernel that does nothing takes autograd and Python more than 2 us, and far less than 1 ms.
+    assert 2e-6 < rates.host < 1e-3
 
 
 @pytest.mark.parametrize(('changes', 'device', 'words'), [
     ({}, 'H10', "'H10' is unknown. Did you mean 'H100'"), ({'train_cfg': None}, 'T4', 'no `train_cfg`'),
     ({'model.adapters.adapter.trainable': False, 'model.adapters.style.trainable': False}, 'T4', 'Nothing to train'),
-    ({'model.adapters.adapter.channels': [32]}, 'T4', 'It was made for another base')])
+    ({'model.adapters.adapter.channels': [32]}, 'T4', 'It was made for another base'),
+    ({'train_dataloader.batch_size': 0}, 'T4', 'batch_size=0 must be at least 1'),
+    ({'resolution': 72}, 'T4', 'resolution: Images of 72 x 72 cannot be made: 16 must divide both sides')])
 def test_mistakes_are_sentences(changes: dict[str, Any], device: str, words: str, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=words):
         make_plan(config.load(CONFIG, {**options, **changes}), device)

@@ -45,7 +45,7 @@ class Rates:
         half, full: FLOP of matrix products in bf16 or fp16, and in fp32.
         attention: FLOP of attention, of 2 bytes a value.
         launch: seconds of the shortest kernel.
-        host: seconds that the host needs for each; a device other than a CPU works meanwhile.
+        host: seconds that the host needs for each kernel; a GPU works meanwhile, a CPU does not.
     """
 
     copy: float = 2.7e12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from diffengine_sdxl.commands.plan.counter import Rates
-from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.commands.plan.counter import Rates, counted
+from diffengine_sdxl.errors import UserError, count_of, did_you_mean
 
 #: What a training step reaches of a sheet's bandwidth, matrix products and, of these, attention: about what an H100
 #: does (2.7 of 3.35 TB/s, 600 and 380 of 989 TFLOP/s).
@@ -56,7 +58,7 @@ class Device:
     Attributes:
         name: for people.
         type: 'cuda' or 'cpu'.
-        memory: bytes that a process may have; None: unknown.
+        memory: bytes that a process may have; of a CPU, the machine's.
         rates: what it does in a second.
         measured: whether the rates were measured.
         has_bf16: whether it computes in bf16.
@@ -64,7 +66,7 @@ class Device:
 
     name: str
     type: str
-    memory: int | None
+    memory: int
     rates: Rates
     measured: bool
     has_bf16: bool = True
@@ -109,11 +111,13 @@ def _this(device: torch.device, tf32: bool) -> Device:
     if is_cuda:
         memory = int(USABLE * torch.cuda.get_device_properties(device).total_memory)
         return Device(torch.cuda.get_device_name(device), 'cuda', memory, rates, True, torch.cuda.is_bf16_supported())
-    return Device(f'CPU of this machine, {torch.get_num_threads()} threads', 'cpu', None, rates, True)
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    threads = count_of(torch.get_num_threads(), 'thread', 'threads')
+    return Device(f'CPU of this machine, {threads}', 'cpu', memory, rates, True)
 
 
 def probe(device: torch.device, seconds: float = 0.3) -> Rates:
-    """Measure matrix products, copies, attention and small operations on a device, each for `seconds`."""
+    """Measure matrix products, copies, attention and the host's part of a kernel on a device, each for `seconds`."""
     is_cuda = device.type == 'cuda'
     side, positions = (8192, 4096) if is_cuda else (384, 256)
 
@@ -126,14 +130,26 @@ def probe(device: torch.device, seconds: float = 0.3) -> Rates:
         q = torch.ones(4, 10, positions, 64, device=device, dtype=dtype)
         return 4 * 40 * positions**2 * 64 / duration(
             lambda: functional.scaled_dot_product_attention(q, q, q), device, seconds)
-    source, small = (torch.ones(num, device=device) for num in (2**28 if is_cuda else 2**22, 8))
+    source = torch.ones(2**28 if is_cuda else 2**22, device=device)
     target = torch.empty_like(source)
-    overhead = duration(lambda: [torch.add(small, small) for _ in range(50)], device, seconds) / 50
     # A matrix product of a step has other shapes than the largest one; attention's backward pass is slower.
     return Rates(copy=2 * source.nbytes / duration(lambda: target.copy_(source), device, seconds),
                  half=0.75 * products(torch.bfloat16), full=0.75 * products(torch.float32),
-                 attention=0.75 * attention(), launch=LAUNCH if is_cuda else overhead,
-                 host=overhead if is_cuda else 0.0)
+                 attention=0.75 * attention(), launch=LAUNCH if is_cuda else 0.0, host=_host(device, seconds))
+
+
+def _host(device: torch.device, seconds: float) -> float:
+    """Return the host's seconds for each kernel: of a layer's forward and backward pass that computes next to nothing.
+
+    So modules' and autograd's part counts, as in a step.
+    """
+    def layer_pass(where: torch.device) -> Callable[[], None]:
+        layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True, device=where)
+        x = torch.zeros(1, 4, 8, device=where)
+        return lambda: layer(x).sum().backward()
+    with counted() as counter:
+        layer_pass(torch.device('meta'))()
+    return duration(layer_pass(device), device, seconds) / counter.kernels
 
 
 def duration(work: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:

@@ -134,8 +134,8 @@ class Setting:
         return sum(self.memory.values())
 
     def fits(self, device: Device) -> bool:
-        """Return whether the device's memory suffices, if it is known."""
-        return device.memory is None or self.peak <= device.memory
+        """Return whether the device's memory suffices."""
+        return self.peak <= device.memory
 
     @property
     def images_per_second(self) -> float:
@@ -158,10 +158,10 @@ def setting(counts: StepCounts, weights: Weights, device: Device, training: Trai
 
 
 def _seconds(one: Pass, calls: list[Pass], batch_size: int, device: Device) -> tuple[float, bool]:
-    """Return the seconds of a micro-batch, and whether the host is slower than the device."""
+    """Return the seconds of a micro-batch, and whether the host is slower than the GPU, which works meanwhile."""
     work = one.seconds + batch_size * sum(call.seconds for call in calls)
     host = device.rates.host * (one.kernels + batch_size * sum(call.kernels for call in calls))
-    return max(work, host), host > work
+    return (work + host, False) if device.type == 'cpu' else (max(work, host), host > work)
 
 
 def _memory(one: Pass, calls: list[Pass], counts: StepCounts, weights: Weights, device: Device, training: Training,

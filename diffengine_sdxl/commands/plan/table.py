@@ -51,7 +51,7 @@ class Plan:
 def report(plan: Plan) -> str:
     """Return what a person wants to read: the device, the memory by part, the time, and what is proposed."""
     device, own, proposed = plan.device, plan.own, plan.proposed
-    memory = 'of unknown memory' if device.memory is None else f'{device.memory / GIB:.1f} GiB for PyTorch'
+    memory = f'{device.memory / GIB:.1f} GiB ' + ('of memory' if device.type == 'cpu' else 'for PyTorch')
     rates = 'rates measured here' if device.measured else "rates by its sheet, at a usual share of each"
     height, width = plan.size
     weights = plan.weights
@@ -95,7 +95,7 @@ def _advice(plan: Plan) -> list[str]:
     """Return sentences on what to set."""
     own, proposed, sentences = plan.own, plan.proposed, []
     if proposed is None:
-        room = (plan.device.memory or 0) / GIB
+        room = plan.device.memory / GIB
         sentences.append(f'Nothing fits into {room:.1f} GiB, not even batch 1 with checkpointing=full and a cache: '
                          'take a smaller resolution, a smaller adapter, an 8-bit optimizer or another device.')
     elif proposed != own:

@@ -75,7 +75,7 @@ def _length(dataset: Any, name: str, each: Any) -> str:
 def _captions(dataset: MapDataset, limit: CaptionLimit | None) -> Iterator[str]:
     """Yield lines on the captions as transforms leave them, but with all tags."""
     whole = copy.copy(dataset)
-    whole.transforms = [each for each in dataset.transforms ]
+    whole.transforms = [each for each in dataset.transforms if not isinstance(each, CaptionTagDrop)]
     texts = list(islice(whole.captions(), MAX_CAPTIONS))
     if not texts:
         return

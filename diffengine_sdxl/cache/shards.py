@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from diffengine_sdxl.atomic_files import replacing
@@ -69,10 +69,8 @@ def write(path: Path, entries: Mapping[str, NewEntry]) -> None:
                 for key, entry in entries.items()}
     tensors = {f'{key}.{name}': tensor for key, entry in entries.items() for name, tensor in entry.tensors.items()}
     with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the umask's; safetensors makes a file that only its owner may read
-        save_file(tensors, temporary, metadata={'format': FORMAT, **metadata})
-        temporary.chmod(mode)
+        # Not `save_file`, whose file only its owner may read, and which leaves one of another name if it is killed.
+        temporary.write_bytes(save(tensors, metadata={'format': FORMAT, **metadata}))
 
 
 def read_header(path: Path) -> list[Entry]:

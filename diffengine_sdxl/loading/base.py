@@ -294,7 +294,7 @@ def _weights(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _load_other(name: str, source: str, config: str | None, dtype: torch.dtype, cache_dir: str | None,
-                variant: str | None, lazy: Collection[str]) -> Any:
+                variant: str | None, lazy: Collection[str] = ()) -> Any:
     """Load a UNet or VAE from another source than the base, in `variant` if it has no plain weights."""
     load: Callable[[], Any]
     if is_single_file(source):

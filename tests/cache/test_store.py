@@ -342,7 +342,7 @@ def test_no_room_stops_caching_only(error: OSError, make: Callable[..., Store], 
     with monkeypatch.context() as patch:
         def full(*args: Any, **kwargs: Any) -> None:
             raise error
-        patch.setattr(shards, 'save_file', full)
+        patch.setattr(shards, 'save', full)
         put(store, 2)
         put(store, 3)
     assert told == [f"Nothing more is written to the cache '{store.folder}': {error.strerror}."]
@@ -460,7 +460,9 @@ def test_killed_at_random_nothing_is_wrong(tmp_path: Path) -> None:
         kept.append(len(there(store, *numbers)))
         store.close()
     assert kept == sorted(kept) and kept[-1] > 0, 'what was written stays'
-    fill(folder, numbers)
+    child = FORK.Process(target=fill, args=(folder, numbers))
+    child.start()
+    child.join()
     store = Store(folder)
     assert there(store, *numbers) == numbers
     store.close()

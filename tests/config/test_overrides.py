@@ -52,7 +52,7 @@ def test_entries_by_type_and_by_number() -> None:
         transforms = overridden(f'{TRANSFORMS}.{entry}.crops_coords_top_left=(0,0)', path=TRANSFORMS)
         assert transforms[key] == {'type': 'ComputeTimeIds', 'crops_coords_top_left': [0, 0]}
         assert [t['type'] for t in transforms] == ['Resize', 'Crop', 'CaptionDrop', 'ComputeTimeIds', 'PackInputs']
-        assert transforms[0]['size'] == '$resolution'
+        assert transforms[0]['size'] == '$image_size'
     assert overridden(f'{GUIDANCES}.CFG.scale=3', path=GUIDANCES) == [{'type': 'CFG', 'scale': 3}]
     both = overridden(f'{TRANSFORMS}.Resize.size=32', f'{TRANSFORMS}.0.interpolation=lanczos', path=TRANSFORMS)
     assert both[0] == {'type': 'Resize', 'size': 32, 'interpolation': 'lanczos'}

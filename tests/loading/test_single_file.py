@@ -52,7 +52,7 @@ def stock(base: Path) -> Any:
 def test_gives_the_weights_of_the_folder(base: Path, tensors: dict[str, Tensor], tmp_path: Path, suffix: str) -> None:
     parts = load_single_file(original_format.write(tmp_path / f'x{suffix}', tensors), config=base)
     pipeline = stock(base)
-    assert set(parts) == {*MODELS, 'tokenizer', 'tokenizer_2', 'scheduler', 'index'}
+    assert set(parts) == {*MODELS, 'tokenizer', 'tokenizer_2', 'scheduler', 'index', 'folder'}
     for name in MODELS:
         assert_same_weights(parts[name], getattr(pipeline, name))
         assert type(parts[name]) is type(getattr(pipeline, name))

@@ -26,6 +26,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
+from diffengine_sdxl.atomic_files import clean
 from diffengine_sdxl.cache import shards
 from diffengine_sdxl.cache.index import NAME as INDEX
 from diffengine_sdxl.cache.index import Index, Place
@@ -83,6 +84,8 @@ class Store:
         if not read_only and not os.access(self.folder, os.W_OK):
             _report(f"The cache '{self.folder}' is not writable: it is only read.")
             read_only = True
+        if not read_only:
+            clean(self.folder)  # what killed writers left
         self.read_only, self.counts = read_only, {}  # type: bool, dict[str, list[int]]
         self.index = Index(self.folder, read_only, _report)
         self._start()
@@ -298,7 +301,7 @@ class Store:
             self._digests[name] = state, digest
             if len(self._digests) >= NOTES or time.monotonic() > self._note_due:
                 self._note()
-            if len(self._digests) > MAX_DIGESTS:
+            if len(self._digests) > MAX_DIGESTS:  # nothing may be noted
                 self._digests.clear()
         return digest
 
@@ -315,8 +318,6 @@ class Store:
         except sqlite3.Error:  # it is learnt again, or noted the next time
             self._used |= used
         self._note_due = time.monotonic() + NOTE_SECONDS
-
-    # What the user is told
 
     def count(self, kind: str, hits: int, misses: int) -> None:
         """Count entries that were found, and that were not."""

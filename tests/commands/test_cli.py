@@ -195,7 +195,6 @@ def test_as_a_module_and_as_a_script(words: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('words', 'sentence'), [
-    (['nope.py'], "error: There is no config file 'nope.py' and no installed config of that name. `diffengine-sdxl"),
     ([CONFIG, '--lerning-rate', '3'], "error: unknown option '--lerning-rate'."),
     ([CONFIG, '--cfg-options', 'resolutoin=3'], "error: --cfg-options 'resolutoin': the config has no key 'resolutoin'."
                                                 " Did you mean 'resolution'?")])

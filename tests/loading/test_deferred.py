@@ -57,8 +57,7 @@ def test_every_source(tiny_base: Path, tmp_path: Path) -> None:
     file, vae = tmp_path / 'whole.safetensors', tiny_base / 'vae'
     original_format.write(file, original_format.original_tensors(base))
     weights = vae / 'diffusion_pytorch_model.safetensors'
-    for pretrained, other, config in ((file, None, base), (None, None, tiny_base), (base, vae, None),
-                                      (base, weights, tiny_base)):
+    for pretrained, other, config in ((file, vae, base), (None, None, tiny_base), (base, weights, tiny_base)):
         arguments = [None if path is None else str(path) for path in (pretrained, other, config)]
         dtypes = dict.fromkeys(('unet', *PARTS), torch.float32)
         eager, lazy = (load_components(*arguments, None, dtypes, 3, lazy=parts) for parts in ((), PARTS))

@@ -10,6 +10,7 @@ import torch
 from mmengine.dist import get_world_size
 
 from diffengine_sdxl.engine.runner import ExperimentRunner
+from diffengine_sdxl.errors import count_of
 
 #: Characters of a line; only a name or path that is longer exceeds it.
 WIDTH = 100
@@ -61,7 +62,8 @@ def _data(runner: ExperimentRunner) -> str:
 
 def _batch(runner: ExperimentRunner) -> str:
     return (f'{runner.train_dataloader.batch_size} x {runner.accumulative_counts} accumulated x '
-            f'{_count(get_world_size(), "process", "processes")} = {runner.train_loop.samples_per_iter} rows per step')
+            f'{count_of(get_world_size(), "process", "processes")} = '
+            f'{runner.train_loop.samples_per_iter} rows per step')
 
 
 def _steps(runner: ExperimentRunner) -> str:
@@ -106,10 +108,6 @@ def _name(dtype: torch.dtype) -> str:
 def _device(runner: ExperimentRunner) -> str:
     device, num = runner.bare_model.device, get_world_size()
     name = (torch.cuda.get_device_name(device) if device.type == 'cuda' else
-            f'{device.type} with {_count(torch.get_num_threads(), "thread", "threads")}' if device.type == 'cpu' else
+            f'{device.type} with {count_of(torch.get_num_threads(), "thread", "threads")}' if device.type == 'cpu' else
             device.type)
     return f'{num} x {name}' if num > 1 else name
-
-
-def _count(number: int, singular: str, plural: str) -> str:
-    return f'{number} {singular if number == 1 else plural}'

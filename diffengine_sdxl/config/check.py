@@ -18,6 +18,8 @@ from diffengine_sdxl.registry import SCOPE, NamedRegistry
 from diffengine_sdxl.request import OPTIONS, Request
 from diffengine_sdxl.speed import check_settings
 
+#: Where metrics stand: one, a list, or an evaluator's.
+METRIC_PLACES = ('*_evaluator', '*_evaluator.[0-9]*', '*_evaluator.metrics.*')
 #: Path in a config -> the registry of the type there; '*' matches one part of the path.
 PLACES: list[tuple[str, NamedRegistry]] = [
     *((f'{model}{path}', registry) for model in ('model', 'refiner') for path, registry in (
@@ -27,13 +29,15 @@ PLACES: list[tuple[str, NamedRegistry]] = [
     ('model.objective.noise', r.NOISES), ('model.objective.noise.inner', r.NOISES),
     ('model.objective.timesteps', r.TIMESTEPS),
     ('model.objective.weighting', r.WEIGHTINGS), ('model.objective.loss', r.LOSSES),
-    # A data set, of which some hold others.
-    *((f'{place}.dataset{part}{path}', registry)
-      for place in ('*_dataloader', 'default_hooks.*', 'custom_hooks.*')
+    # A data set, of which some hold others; also of a metric: that of the training images, or of real ones.
+    *((f'{place}{part}{path}', registry)
+      for place in ('*_dataloader.dataset', 'default_hooks.*.dataset', 'custom_hooks.*.dataset',
+                    *(f'{metric}.{key}' for metric in METRIC_PLACES for key in ('dataset', 'real')))
       for part in ('', '.instance', '.prior', '.sets.*')
       for path, registry in (('', r.DATASETS), ('.transforms.*', r.TRANSFORMS))),
+    *((f'{metric}.extractor', r.TRANSFORMS) for metric in METRIC_PLACES),
     ('*_dataloader.sampler', r.DATA_SAMPLERS),
-    ('*_evaluator', r.EVALUATOR), ('*_evaluator.metrics.*', r.METRICS), ('*_evaluator.[0-9]*', r.METRICS),
+    *zip(METRIC_PLACES, (r.EVALUATOR, r.METRICS, r.METRICS), strict=True),
     ('default_hooks.*', r.HOOKS),
     ('custom_hooks.*', r.HOOKS), ('train_cfg', r.LOOPS), ('val_cfg', r.LOOPS), ('test_cfg', r.LOOPS),
     ('optim_wrapper', r.OPTIM_WRAPPERS), ('optim_wrapper.optimizer', r.OPTIMIZERS),

@@ -1,13 +1,12 @@
 """Does the shape have the place and size of its mask?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.evaluation import interval
-from diffengine_sdxl.evaluation.base import ShapesMetric, observed
+from diffengine_sdxl.evaluation.shapes_metric import ShapesMetric, observed
 from diffengine_sdxl.registry import METRICS
 from diffengine_sdxl.shapes.measure import iou
 
@@ -29,8 +28,3 @@ class MaskIoU(ShapesMetric):
             raise UserError(f"MaskIoU: the shape_mask of sample '{sample['key']}' is {list(wanted.shape)} and its "
                             f"image {list(mask.shape)} (height, width); set the size of the data set to the images'.")
         return iou(mask, wanted)
-
-    @staticmethod
-    def estimate(values: Sequence[float], clusters: Sequence[str]) -> interval.Estimate:
-        """Return mean and interval of measured values."""
-        return interval.mean(values, clusters)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError, did_you_mean, listed
-from diffengine_sdxl.evaluation.base import ShapesMetric, observed
+from diffengine_sdxl.evaluation.shapes_metric import ShapesMetric, observed
 from diffengine_sdxl.registry import METRICS
 from diffengine_sdxl.shapes.palette import NAMES
 from diffengine_sdxl.shapes.scene import SHAPES, STYLES
@@ -22,6 +22,7 @@ class WordAccuracy(ShapesMetric):
         known: the words that can be observed.
     """
 
+    is_share = True
     word = ''
     known: tuple[str, ...] = ()
 

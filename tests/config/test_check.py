@@ -76,6 +76,14 @@ def test_names_that_only_type_checkers_import() -> None:
     (CONFIG, 'randomness', 3, 'randomness=3 must be a dict'), (CONFIG, 'work_dir', 5, 'work_dir=5 must be a text'),
     (CONFIG, 'limits', {'image_pixel': 3}, "no such limit. Did you mean 'image_pixels'"),
     (CONFIG, 'limits', {'image_pixels': -1}, 'limits.image_pixels=-1 must be a number above 0'),
+    # What metrics build, wherever they stand.
+    (CONFIG, 'test_evaluator', [dict(type='CannyF1', extractor=dict(type='Cany'))], "transform. Did you mean 'Canny'"),
+    (CONFIG, 'test_evaluator', dict(type='CannyF1', extractor=dict(type='Canny', lo=3)), "'lo'. Did you mean 'low'"),
+    (CONFIG, 'val_evaluator', dict(metrics=[dict(type='DepthRMSE', extractor=dict(type='Depth'))]), 'needs `model`'),
+    (CONFIG, 'test_evaluator.0.extractor', 'Canny', "extractor='Canny' must be a dict"),
+    (CONFIG, 'test_evaluator', [dict(type='KID', real=dict(type='Shape'))], r"0.real: .*Did you mean 'Shapes'"),
+    (CONFIG, 'test_evaluator', [dict(type='Memorisation', dataset=dict(type='Shapes', transforms=[dict(
+        type='Crop', siz=3)]))], r"0.dataset.transforms.0 \(Crop\) has no key 'siz'. Did you mean 'size'"),
     (DREAMBOOTH, 'train_dataloader.dataset.prior', None, 'needs `prior`, which is None'),
     (DREAMBOOTH, 'model.adapters.thing.rank', 16.0, 'rank=16.0 must be a whole number or None; write 16')])
 def test_a_value_of_another_type_is_refused(name: str, key: str, value: Any, words: str) -> None:

@@ -283,7 +283,8 @@ def test_a_config_from_the_pieces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(('options', 'words'), [
     ({'model': None}, 'no `model`'), ({'model.objective': None}, 'model.objective is not set'),
-    ({'train_dataloader': None}, 'no `train_dataloader`'), ({'optim_wrapper': None}, 'no `optim_wrapper`'),
+    ({'train_dataloader': None, 'test_dataloader': None}, 'no `train_dataloader`'),
+    ({'optim_wrapper': None}, 'no `optim_wrapper`'),
     ({'model.adapters.adapter': None}, 'Nothing to train'),
     ({'train_cfg.max_iters': 0}, 'max_iters=0'), ({'train_cfg.max_iters': None}, 'max_iters'),
     ({'train_cfg.max_iters': 'many'}, "max_iters='many'"),

@@ -124,6 +124,10 @@ class ModelMap(ConditionMap):
                 self._model.eval().requires_grad_(False).to(self.device)
         return self._model
 
+    def release(self) -> None:
+        """Drop the model; the next use builds it again."""
+        self._model = None
+
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         with torch.inference_mode():
             return super().__call__(sample)

@@ -36,7 +36,9 @@ SHA256 = re.compile('[0-9a-f]{64}')
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file; of a folder, that of the names and SHA-256s of its files, except hidden ones.
+    """Return the SHA-256 of a file; of a folder, that of the names and SHA-256s of its files.
+
+    Hidden files don't count, nor does the card of an export.
 
     A file of the same size and times as before is not read again.
 
@@ -59,9 +61,11 @@ def _files(folder: Path) -> Iterator[str]:
     count = 0
     # Follow links: a base may be assembled from other bases' folders.
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
+        # The card of an export and its images are written again when the export has been measured.
+        card = ('README.md', 'images') if 'manifest.json' in names else ()
+        folders[:] = [name for name in folders if not name.startswith('.') and name not in card]
         for name in names:
-            if not name.startswith('.'):
+            if not name.startswith('.') and name not in card:
                 count += 1
                 if count > MAX_FILES:
                     raise UserError(f"'{folder}' holds more than {MAX_FILES} files, so it is not a model's folder.")

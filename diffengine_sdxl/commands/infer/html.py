@@ -1,4 +1,4 @@
-"""The index.html of an image folder: one file without scripts, for any browser, light and dark."""
+"""The index.html of an image folder."""
 
 from __future__ import annotations
 
@@ -7,61 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from diffengine_sdxl import pages
 from diffengine_sdxl.commands.infer.digests import sha256
 from diffengine_sdxl.commands.infer.provenance import effective
-
-MARK = '<meta name="generator" content="diffengine_sdxl">'
-# The policy allows only images beside this file; a script in a prompt cannot run.
-HEAD = f'''<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{MARK}
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-'''
-STYLE = '''<style>
-:root { --paper: #f6f6f4; --card: #fff; --ink: #1d1d1f; --soft: #62626a; --line: #deded9; --link: #0b57c4; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #151517; --card: #202024; --ink: #ececef; --soft: #a0a0aa; --line: #36363d; --link: #8ab4ff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; padding: 1.5rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.45 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }
-h1 { margin: 0; font-size: 1.35rem; overflow-wrap: anywhere; }
-header p { margin: .2rem 0 1.2rem; color: var(--soft); }
-a { color: var(--link); }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1rem;
-  align-items: start; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-figure > a { display: block; }
-figure > a img { display: block; width: 100%; height: auto; }
-img.tiny { image-rendering: pixelated; }
-figcaption { padding: .7rem .85rem .8rem; }
-figcaption p { margin: 0 0 .45rem; overflow-wrap: anywhere; }
-.prompt { display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
-.facts, .adapters, summary, dl, pre { font-size: .84rem; color: var(--soft); }
-.facts span, .adapters span { display: inline-block; margin: 0 .3rem .25rem 0; padding: 0 .45rem;
-  border: 1px solid var(--line); border-radius: 99px; overflow-wrap: anywhere; }
-.inputs { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .45rem; }
-.inputs a { width: 4.6rem; font-size: .74rem; line-height: 1.25; text-decoration: none; color: var(--soft);
-  overflow-wrap: anywhere; }
-.inputs img { display: block; width: 100%; height: 4.6rem; object-fit: cover; border-radius: 6px;
-  border: 1px solid var(--line); margin-bottom: .15rem; }
-summary { cursor: pointer; }
-dl { margin: .5rem 0; }
-dt { margin-top: .35rem; overflow-wrap: anywhere; }
-dd { margin: 0; color: var(--ink); white-space: pre-wrap; overflow-wrap: anywhere; }
-pre { margin: .5rem 0 0; max-height: 22rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-</style>
-'''
 
 
 @dataclass(frozen=True)
@@ -85,49 +37,47 @@ class Shown:
                 and os.path.isfile(entry['path']) and sha256(entry['path']) == entry['sha256']}
 
 
-def is_ours(path: Path) -> bool:
-    """Return whether the file at `path` was written by `render`."""
-    try:
-        with open(path, encoding='utf-8', errors='replace') as file:
-            return MARK in file.read(2048)
-    except OSError:
-        return False
+class Input(NamedTuple):
+    """An input of an image: a link to it ('' for none), its name, what is said of it, whether it is a file here."""
+
+    link: str
+    label: str
+    note: str
+    is_file: bool
+
+
+class Card(NamedTuple):
+    """What the page shows of an image."""
+
+    link: str
+    prompt: str
+    width: int
+    height: int
+    facts: list[str]
+    adapters: list[str]
+    inputs: list[Input]
+    settings: list[tuple[str, str]]
+    config: str
 
 
 def render(folder: Path, shown: Sequence[Shown]) -> str:
     """Return the text of `folder`'s index.html, which shows its images `shown`."""
-    title = escape(folder.resolve().name)
-    cards = '\n'.join(_card(folder, one) for one in shown)
-    return (f'{HEAD}<title>{title}</title>\n{STYLE}</head>\n<body>\n<header><h1>{title}</h1>\n'
-            f'<p>{len(shown)} image{"s" if len(shown) != 1 else ""} · <a href="grid.png">all in one grid</a></p>'
-            f'</header>\n<main>\n{cards}\n</main>\n</body>\n</html>\n')
+    return pages.render('image_folder.html', title=folder.resolve().name, cards=[_card(folder, one) for one in shown])
 
 
-def _card(folder: Path, one: Shown) -> str:
-    prompt, link = one.settings['request'].get('prompt', ''), _link(one.path.name)
+def _card(folder: Path, one: Shown) -> Card:
     width, height = one.size
     facts = [f'seed {one.seed}', f'{width} × {height}']
     facts += [text.format(value) for key, text in (
         ('num_inference_steps', '{:g} steps'), ('guidance_scale', 'guidance {:g}'), ('strength', 'strength {:g}'),
         ('denoising_end', 'base to {:g}')) if isinstance(value := effective(one.settings, key), int | float)]
-    parts = [
-        f'<figure>\n<a href="{link}"><img src="{link}" alt="{escape(prompt)}" loading="lazy" width="{width}" '
-        f'height="{height}"{" class=" + repr("tiny") if width < 256 else ""}></a>\n<figcaption>',
-        f'<p class="prompt" title="{escape(prompt)}">{escape(prompt) or "<i>no prompt</i>"}</p>',
-        f'<p class="facts">{_pills(facts)}</p>']
-    if adapters := _adapters(one.settings):
-        parts.append(f'<p class="adapters">{_pills(adapters)}</p>')
-    if inputs := _inputs(folder, one):
-        parts.append(f'<div class="inputs">{inputs}</div>')
-    return '\n'.join([*parts, _details(one), '</figcaption>\n</figure>'])
+    return Card(_link(one.path.name), one.settings['request'].get('prompt', ''), width, height, facts,
+                _adapters(one.settings), _inputs(folder, one), _settings(one),
+                json.dumps(one.settings['config'], indent=1, ensure_ascii=False))
 
 
 def _link(path: str) -> str:
     return quote(os.fsencode(path))
-
-
-def _pills(texts: Sequence[str]) -> str:
-    return ''.join(f'<span>{escape(text)}</span>' for text in texts)
 
 
 def _adapters(settings: Mapping[str, Any]) -> list[str]:
@@ -138,23 +88,22 @@ def _adapters(settings: Mapping[str, Any]) -> list[str]:
             for name, adapter in ((settings['config'].get(part) or {}).get('adapters') or {}).items() if adapter]
 
 
-def _inputs(folder: Path, one: Shown) -> str:
-    """Return a linked thumbnail for each unchanged input file, and a note for each other input."""
-    links = []
+def _inputs(folder: Path, one: Shown) -> list[Input]:
+    """Return each unchanged input file, and a note for each other input."""
+    inputs = []
     for entry in one.settings['inputs']:
         key, path = entry['key'], entry['path']
-        label = escape(key.removeprefix('conditions.'))
+        label = key.removeprefix('conditions.')
         if key in one.inputs:
-            link = _link(os.path.relpath(path, folder.resolve()))
-            links.append(f'<a href="{link}"><img src="{link}" alt="{label}" loading="lazy">{label}</a>')
+            inputs.append(Input(_link(os.path.relpath(path, folder.resolve())), label, '', True))
         elif path and path.startswith(('http://', 'https://')):
-            links.append(f'<a href="{escape(path)}" rel="noreferrer">{label}: by URL</a>')
+            inputs.append(Input(path, label, ': by URL', False))
         elif key != 'latents':
-            links.append(f'<a>{label}: {"changed or gone" if path else "no file"}</a>')
-    return ''.join(links)
+            inputs.append(Input('', label, ': changed or gone' if path else ': no file', False))
+    return inputs
 
 
-def _details(one: Shown) -> str:
+def _settings(one: Shown) -> list[tuple[str, str]]:
     settings = one.settings
     rows = {'file': one.path.name, **{k: v for k, v in settings['request'].items() if k not in ('seed', 'conditions')}}
     for entry in [*settings['inputs'], *settings['sources']]:
@@ -164,9 +113,5 @@ def _details(one: Shown) -> str:
     if settings.get('weights'):
         rows.setdefault('weights', settings['weights'])
     rows.update({f'made, {key}': value for key, value in (settings.get('made') or {}).items()})
-    texts = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-             for key, value in rows.items()}
-    cells = ''.join(f'<dt>{escape(str(key))}</dt><dd>{escape(text)}</dd>' for key, text in texts.items())
-    config = escape(json.dumps(settings['config'], indent=1, ensure_ascii=False))
-    return (f'<details><summary>Settings</summary>\n<dl>{cells}</dl>\n'
-            f'<details><summary>Config</summary><pre>{config}</pre></details></details>')
+    return [(str(key), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for key, value in rows.items()]

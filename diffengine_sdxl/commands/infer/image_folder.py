@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffengine_sdxl import atomic_files
+from diffengine_sdxl import atomic_files, pages
 from diffengine_sdxl.commands.infer import html
 from diffengine_sdxl.commands.infer.html import Shown
 from diffengine_sdxl.commands.infer.provenance import KEY, write_png
@@ -50,7 +50,7 @@ class ImageFolder:
         self._missing = [place for place in (self.folder, *self.folder.parents) if not os.path.lexists(place)]
         #: Images of this process, which need not be read again.
         self._shown: dict[Path, Shown] = {}
-        for name, is_ours in ((INDEX, html.is_ours), (GRID, _is_our_grid)):
+        for name, is_ours in ((INDEX, pages.is_ours), (GRID, _is_our_grid)):
             if os.path.exists(self.folder / name) and not is_ours(self.folder / name):
                 raise UserError(f"'{self.folder / name}' was not written by diffengine_sdxl, and would be overwritten; "
                                 'choose another --out.')

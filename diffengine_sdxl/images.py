@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -288,11 +288,23 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return f'{text}...'
 
 
-Curve = tuple[Sequence[float], Sequence[float]]
+class Curve(NamedTuple):
+    """Values at steps; NaN breaks the line.
+
+    Attributes:
+        low, high: of a band around the values, such as 95 % intervals; NaN where a value has none.
+        better: 1 or -1 marks the step of the highest or lowest value, of equal ones the first; 0 marks none.
+    """
+
+    steps: Sequence[float]
+    values: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    better: int = 0
 
 
 def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str) -> None:
-    """Plot curves, panel -> name -> (steps, values); a loss also with its running mean.
+    """Plot curves, panel -> name -> curve; a loss also with its running mean.
 
     A curve alone in its panel needs no name. One of less than 20 values has dots.
     """
@@ -303,11 +315,17 @@ def save_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: st
     figure.suptitle(title, fontsize=10)
     for i, (panel, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(len(panels), 1, i + 1)
-        for k, (name, (steps, values)) in enumerate(sorted(curves.items())):
+        for k, (name, (steps, values, low, high, better)) in enumerate(sorted(curves.items())):
             alone = len(curves) == 1
             smooth = 'loss' in name and len(values) >= 20 and not name.startswith('val/')
             axes.plot(steps, values, linewidth=0.8, alpha=0.4 if smooth else 1.0, color=f'C{k}',
                       marker='.' if len(values) < 20 else '', label=None if alone or smooth else name)
+            if low:
+                axes.fill_between(steps, low, high, color=f'C{k}', alpha=0.15, linewidth=0)
+            if better and np.isfinite(values).any():
+                best = int(np.nanargmax(np.multiply(values, better)))
+                axes.plot(steps[best], values[best], 'o', markersize=9, markerfacecolor='none', color=f'C{k}',
+                          label=f'best: step {steps[best]:g}')
             if smooth:
                 window = max(5, len(values) // 20)
                 mean = np.convolve(values, np.ones(window) / window, mode='valid')

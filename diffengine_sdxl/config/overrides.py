@@ -16,7 +16,7 @@ from diffengine_sdxl.literals import parse_literal
 #: Hooks that the runner adds; a config may change them, or remove one with None.
 DEFAULT_HOOKS = {'runtime_info': 'RuntimeInfoHook', 'timer': 'IterTimerHook', 'logger': 'LoggerHook',
                  'param_scheduler': 'ParamSchedulerHook', 'checkpoint': 'CheckpointHook',
-                 'first_steps': 'FirstStepsHook'}
+                 'first_steps': 'FirstStepsHook', 'report': 'ReportHook'}
 
 
 def parse_overrides(items: Sequence[str], option: str = '--cfg-options') -> dict[str, Any]:

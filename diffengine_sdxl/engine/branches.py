@@ -21,9 +21,9 @@ from diffengine_sdxl.errors import UserError, first_line, listed
 from diffengine_sdxl.loading import checkpoint
 
 #: Where a run leaves files of steps, in its work_dir; and files that show the whole run.
-_FOLDERS = ('.', 'val', 'samples')
-_STEP = re.compile(r'step(\d+)(\.pth|\.json|\.png)?')
-_OF_ALL_STEPS = ('curves.png', 'val/pictures.png')
+_FOLDERS = ('.', 'val', 'samples', 'samples/images')
+_STEP = re.compile(r'step(\d+)(\.pth|\.json|\.samples\.csv|\.png|_\d+_seed-?\d+\.png)?')
+_OF_ALL_STEPS = ('curves.png', 'val/pictures.png', 'samples/steps.png', 'best.json', 'early_stop.json', 'report.html')
 #: Files with a line for each step.
 CURVES = ('curves.jsonl', 'val_loss.jsonl')
 

@@ -27,7 +27,7 @@ from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.run_cache import RunCache, open_store
 from diffengine_sdxl.errors import UserError, first_line, whole_number
 from diffengine_sdxl.loading import checkpoint
-from diffengine_sdxl.loading.trained import load_trained
+from diffengine_sdxl.loading.trained import load_trained, weights_label
 from diffengine_sdxl.models import measured
 from diffengine_sdxl.models.apply_speed import apply_speed
 from diffengine_sdxl.models.sdxl import SDXL
@@ -284,10 +284,10 @@ class ExperimentRunner(Runner):
         self.logger.info(f'Learning rates are scaled by {ratio:g}.')
 
     def state(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, after `iter + 1` steps."""
+        """Return all that a resumed run needs, after `train_loop.num_done` steps."""
         self.settle()
         return {
-            'meta': {'step': self.iter + 1, 'position': self.train_loop.position, 'seed': self.seed,
+            'meta': {'step': self.train_loop.num_done, 'position': self.train_loop.position, 'seed': self.seed,
                      'samples_per_iter': self.train_loop.samples_per_iter,
                      'identity': run_identity.identity(self.resolved),
                      'speed': speed_choice.record(self.speed, self.bare_model.device), 'measured': self.measured},
@@ -395,6 +395,5 @@ class ExperimentRunner(Runner):
             UserError: the file is damaged or its weights don't fit; which keys.
         """
         self.loaded_step, is_ema = load_trained(self.bare_model, filename)
-        step = f', step {self.loaded_step}' if self.loaded_step else ''
-        self.loaded = f"'{filename}'{step}{', EMA weights' if is_ema else ''}"
+        self.loaded = weights_label(filename, self.loaded_step, is_ema)
         self.logger.info(f'Loaded weights from {self.loaded}.')

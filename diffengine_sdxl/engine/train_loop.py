@@ -55,6 +55,7 @@ class StepLoop(BaseLoop):
         draw_in_workers(self.dataloader, runner.bare_model)
         self.val_interval = _count('val_interval', val_interval)
         self._iter, self._position, self.num_skipped, self._num_scalars = 0, 0, 0, 0
+        self.num_done, self._stops, self._validated = 0, False, -1
         self._values = DeferredValues()
         self._data_sets: tuple[str, ...] = ()
         self._max_iters = self._length(_count('max_iters', max_iters), _count('max_epochs', max_epochs))
@@ -91,6 +92,7 @@ class StepLoop(BaseLoop):
         streams = isinstance(self.dataloader.dataset, torch.utils.data.IterableDataset)
         source = self.dataloader.dataset if streams else self.dataloader.sampler
         self._iter, self._position, source.start = iteration, position, position
+        self.num_done = iteration
 
     @property
     def position(self) -> int:
@@ -113,6 +115,8 @@ class StepLoop(BaseLoop):
         runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
         self._begin_validation()
+        if self._iter > 0:
+            self._after_step()  # what a kill right after the checkpoint left undone
         # Once, not before every iteration as in mmengine: it walks all modules.
         runner.model.train()
         loaded = iter(self.dataloader) if self._iter < self._max_iters else iter(())
@@ -120,9 +124,7 @@ class StepLoop(BaseLoop):
         try:
             while self._iter < self._max_iters:
                 self.run_iter(batches)
-                if self._validates():
-                    self.flush()
-                    runner.val_loop.run()
+                self._after_step()
             self.flush()
         finally:
             shut_down_workers(loaded)
@@ -133,14 +135,40 @@ class StepLoop(BaseLoop):
         return runner.model
 
     def _begin_validation(self) -> None:
-        """Check that a validation can run; run the one that was interrupted right after its step's checkpoint."""
+        """Check that a validation can run; remove what an interrupted run measured after its last checkpoint."""
         validation = self.runner.val_loop
         if not isinstance(validation, ValLoop):  # None, or a custom loop
             return
         validation.check()
         validation.remove_results_after(self._iter)
-        if self._iter > 0 and self._validates() and on_main_process(lambda: not validation.path().is_file()):
-            validation.run()
+        if self._iter > 0 and on_main_process(lambda: validation.path().is_file()):
+            self._validated = self._iter
+
+    def stop(self) -> None:
+        """End the training after the step just done, as if it were the last; for a hook's `after_step`."""
+        self._stops = True
+
+    def _after_step(self) -> None:
+        """Validate where it is due, then call the hooks' `after_step(runner, step)`, which finds the results' files.
+
+        If one of them called `stop`, `at_stop(runner, step)` is called, in which hooks do what they do at the end.
+        """
+        self._validate()
+        self.runner.call_hook('after_step', step=self._iter)
+        if not self._stops or self._iter == self._max_iters:
+            return
+        self._max_iters = self._iter
+        self.flush()
+        self.runner.call_hook('at_stop', step=self._iter)
+        self._validate()
+        self.runner.call_hook('after_step', step=self._iter)
+
+    def _validate(self) -> None:
+        """Run the validation of the step just done, if it is due and its results are not there."""
+        if self._validates() and self._validated != self._iter:
+            self.flush()
+            self.runner.val_loop.run()
+            self._validated = self._iter
 
     def _validates(self) -> bool:
         """Return whether the step just done is followed by a validation."""
@@ -177,6 +205,7 @@ class StepLoop(BaseLoop):
             self._arrived(step, values, *reports)
             outputs = losses if wrapper.on_device else values
         self._position += self.samples_per_iter
+        self.num_done = self._iter + 1
         runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=batch, outputs=outputs)
         self._bound_scalars()
         self._iter += 1

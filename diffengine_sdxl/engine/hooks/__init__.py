@@ -3,10 +3,12 @@
 from . import (  # noqa: F401  (fill the registry)
     checkpoint,
     curves,
+    early_stop,
     ema,
     first_steps,
     hub,
     progress,
+    report,
     samples,
     utilization,
     validation_loss,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from mmengine.hooks import Hook
 from diffengine_sdxl import atomic_files
 from diffengine_sdxl.engine import report
 from diffengine_sdxl.engine.runner import ExperimentRunner
-from diffengine_sdxl.images import save_curves
+from diffengine_sdxl.images import Curve, save_curves
 from diffengine_sdxl.registry import HOOKS
 
 #: What ValidationLoss writes: a line of JSON for each validation, step and losses by name.
@@ -26,8 +28,8 @@ SHARED_PANELS = {'loss/': 'loss of each data set', 'val/loss_ema/': 'val/loss of
 class CurvesHook(Hook):
     """Write every step's loss and learning rate to `curves.jsonl`, and `curves.png` at the end.
 
-    The image also has a panel for each metric of the validations, and for validation losses. A resumed run appends to
-    the same file, after the step of its checkpoint.
+    The image also has a panel for each metric of the validations, with its 95 % intervals, and for validation losses; a
+    ring marks the best step of each. A resumed run appends to the same file, after the step of its checkpoint.
     """
 
     priority = 'LOW'
@@ -69,32 +71,40 @@ class CurvesHook(Hook):
         rows = read_rows(self.path)
         if not rows:
             return
-        panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-
-        def add(panel: str, name: str, step: int, value: float) -> None:
-            steps, values = panels.setdefault(panel, {}).setdefault(name, ([], []))
-            steps.append(step)
-            values.append(value)
-
         folder = Path(runner.work_dir)
-        for row in [*rows, *read_rows(folder / VAL_LOSS)]:
-            for name, value in row.items():
-                if name != 'step':
-                    panel = next((panel for start, panel in SHARED_PANELS.items() if name.startswith(start)), name)
-                    add(panel, name, row['step'], value)
-        for step, file in report.step_files(folder / 'val').items():
-            for image_set, metrics in report.read(file).items():
-                for name, result in metrics.items():
-                    if result['value'] is not None:
-                        add(f'{name}, {image_set}', f'{name}, {image_set}', step, result['value'])
         path = folder / 'curves.png'
-        save_curves(path, panels, f'{folder.name}, {rows[-1]["step"]} steps')
+        save_curves(path, _panels(folder, rows), f'{folder.name}, {rows[-1]["step"]} steps')
         runner.logger.info(f"Curves: '{path}'")
 
     def _flush(self) -> None:
         with open(self.path, 'a') as file:
             file.writelines(self.lines)
         self.lines = []
+
+
+def _panels(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
+    """Return panel -> name -> curve of a work_dir: of its curves' `rows`, validation losses and metrics."""
+    points: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for row in [*rows, *read_rows(folder / VAL_LOSS)]:
+        for name, value in row.items():
+            if name != 'step':
+                panel = next((panel for start, panel in SHARED_PANELS.items() if name.startswith(start)), name)
+                points.setdefault((panel, name), []).append((row['step'], value))
+    better = {(panel, name): -1 for panel, name in points if name in ('val/loss', 'val/loss_ema')}
+    for step, file in report.step_files(folder / 'val').items():
+        for image_set, metrics in report.read(file).items():
+            for name, result in metrics.items():
+                curve = (f'{name}, {image_set}',) * 2
+                numbers = [math.nan if (number := result[key]) is None else number for key in ('value', 'low', 'high')]
+                if result['value'] is not None:
+                    points.setdefault(curve, []).append((step, *numbers))
+                    better[curve] = int(result.get('better') or 0)
+    panels: dict[str, dict[str, Curve]] = {}
+    for (panel, name), found in points.items():
+        steps, values, *band = (list(column) for column in zip(*found, strict=True))
+        low, high = band or ((), ())
+        panels.setdefault(panel, {})[name] = Curve(steps, values, low, high, better.get((panel, name), 0))
+    return panels
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -71,6 +71,8 @@ class ProgressHook(hooks.Hook):
 
     def __init__(self) -> None:
         self.bar: Any = None
+        #: The task of the bar that shows the images that are made for a test.
+        self.making: Any = None
         self.streams: list[tuple[logging.StreamHandler, Any]] = []
 
     def _start(self, runner: ExperimentRunner) -> None:
@@ -124,6 +126,18 @@ class ProgressHook(hooks.Hook):
         """Advance the bar by the images of a batch."""
         if self.bar is not None:
             self.bar.update(self.images, advance=sum(len(sample['images']) for sample in outputs or ()))
+
+    @master_only
+    def after_test_images(self, runner: ExperimentRunner, done: int, total: int) -> None:
+        """Show how many images of a test this process has made; when all are, remove that bar."""
+        if self.bar is None:
+            return
+        if self.making is None:
+            self.making = self.bar.add_task('making', info='images')
+        self.bar.update(self.making, completed=done, total=total)
+        if done == total:
+            self.bar.remove_task(self.making)
+            self.making = None
 
     @master_only
     def after_val(self, runner: ExperimentRunner) -> None:

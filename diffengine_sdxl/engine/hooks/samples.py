@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffengine_sdxl.datasets import Draw, collate
 from diffengine_sdxl.datasets.transforms.geometry import height_width
+from diffengine_sdxl.engine.hooks.step_grid import StepGrid
 from diffengine_sdxl.engine.run_summary import every
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, whole_number
@@ -40,7 +41,7 @@ class SampleHook(Hook):
     """Every `interval` optimizer steps, write a labelled grid `samples/step<N>.png`, also to the visualizer.
 
     The weights are the EMA's if there is an EMA. The seeds are the same every time, so only training changes the
-    images.
+    images. `samples/images/` keeps each of them, and `samples/steps.png` shows the first seed's over the steps.
 
     Args:
         interval: optimizer steps; None for no images.
@@ -53,6 +54,7 @@ class SampleHook(Hook):
         seed: of the first image; the following ones count up.
         negative_prompt: one for all; None for the null text.
         at_start: also before the first step.
+        base: also make the first seed's images without the adapters, once, for `samples/steps.png`.
         batch_size: images of one prompt that are made at once; above 1 the last bits may differ. 'auto': on CUDA as
             many as its free memory holds, elsewhere 1. If it does not suffice after all, they are made one by one.
     """
@@ -63,13 +65,13 @@ class SampleHook(Hook):
     def __init__(self, interval: int | None = 500, prompts: str | Sequence[str] = (),
                  conditions: Mapping[str, Any] | None = None, num_from_dataset: int = 0, num_images: int = 4,
                  size: int | Sequence[int] = 1024, seed: int = 0, negative_prompt: str | None = None,
-                 at_start: bool = False, batch_size: int | str = 'auto') -> None:
+                 at_start: bool = False, batch_size: int | str = 'auto', base: bool = True) -> None:
         self.interval = None if interval is None else whole_number('SampleHook: interval', interval, 1)
         self.num_images = whole_number('SampleHook: num_images', num_images, 1)
         self.seed = whole_number('SampleHook: seed', seed)
         self.batch_size = batch_size if batch_size == 'auto' else whole_number('SampleHook: batch_size', batch_size, 1)
         self.seconds = 0.0
-        self.at_start, self.negative_prompt = at_start, negative_prompt
+        self.at_start, self.negative_prompt, self.base = at_start, negative_prompt, base
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.num_from_dataset = 0 if self.prompts else whole_number('SampleHook: num_from_dataset', num_from_dataset, 0)
         self.size = height_width(size)
@@ -109,6 +111,8 @@ class SampleHook(Hook):
         except UserError as error:
             hint = ' Set default_hooks.samples.conditions.' if self.prompts else ''
             raise UserError(f'SampleHook: {error}{hint}') from error
+        self.grid = StepGrid(Path(runner.work_dir) / 'samples', self.batches, self.seed)
+        self.grid.remove_after(runner.iter)
         if self.at_start and runner.iter == 0:
             self.draw(runner, 0)
 
@@ -121,35 +125,54 @@ class SampleHook(Hook):
                 self.draw(runner, runner.iter + 1)
             barrier()
 
+    def at_stop(self, runner: ExperimentRunner, step: int) -> None:
+        """Draw at the end of a training that ends early, unless the interval has."""
+        if self.interval and step % self.interval:
+            if self.batches:
+                self.draw(runner, step)
+            barrier()
+
     def draw(self, runner: ExperimentRunner, step: int) -> None:
-        """Make the images and write the grid."""
+        """Make the images and write the grids."""
         model, rows, began = runner.bare_model, [], time.perf_counter()
         conditions = {name: adapter.condition_key for name, adapter in model.adapters.items()
                       if adapter.condition_key in self.batches[0].conditions}
         model.eval()
         with runner.exported_weights():
-            for batch in self.batches:
-                images = [first_image(batch.conditions[key][0]) for key in conditions.values()]
-                rows.append((batch.text[0], [*images, *self._images(model, batch)]))
+            for row, batch in enumerate(self.batches):
+                shown, images = [first_image(batch.conditions[key][0]) for key in conditions.values()], []
+                for k, image in enumerate(self._images(model, batch)):
+                    self.grid.save(image, f'step{step}', row, self.seed + k)
+                    images.append(image)
+                rows.append((batch.text[0], [*shown, *images]))
+                # A base that trains is not what it was.
+                if self.base and 'adapted' in model.image_sets and not model.trainable_parts and not (
+                        self.grid.read('base', row)):
+                    base, = self._images(model, batch, ('base',), 1)
+                    self.grid.save(base, 'base', row, self.seed)
         model.train()
         columns = [*conditions, *(f'seed {self.seed + k}' for k in range(self.num_images))]
         grid = labelled_grid(rows, columns, f'step {step}{", EMA weights" if runner.ema is not None else ""}')
         path = Path(runner.work_dir) / 'samples' / f'step{step}.png'
-        path.parent.mkdir(exist_ok=True)
         grid.save(path)
+        self.grid.draw([row[:len(conditions)] for _, row in rows], list(conditions))
         runner.visualizer.add_image('samples', np.asarray(grid), step=step)
         now = time.perf_counter()
         self.seconds += now - began
         runner.logger.info(f"Samples: '{path}' took {now - began:.1f} s; samples took "
                            f'{self.seconds / (now - self.started):.1%} of the training time so far.')
 
-    def _images(self, model: SDXL, batch: Batch) -> list[Image.Image]:
-        """Return the images of one prompt."""
+    def _images(self, model: SDXL, batch: Batch, image_sets: Sequence[str] | None = None,
+                num_images: int | None = None) -> list[Image.Image]:
+        """Return the images of one prompt, by default `num_images` of the model as it stands."""
         images: list[Image.Image] = []
-        while len(images) < self.num_images:
-            num, first = min(self._number_at_once(model.device), self.num_images - len(images)), self.seed + len(images)
+        total = num_images or self.num_images
+        sets = {} if image_sets is None else {'image_sets': image_sets}
+        while len(images) < total:
+            num, first = min(self._number_at_once(model.device), total - len(images)), self.seed + len(images)
             try:
-                samples = model(replace(_repeated(batch, num), seed=torch.arange(first, first + num)), mode='predict')
+                samples = model(replace(_repeated(batch, num), seed=torch.arange(first, first + num)), mode='predict',
+                                **sets)
             except torch.OutOfMemoryError:
                 if num == 1:
                     raise

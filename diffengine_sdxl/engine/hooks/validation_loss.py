@@ -69,6 +69,8 @@ class ValidationLoss(Hook):
         if not self.timesteps or len(set(self.timesteps)) < len(self.timesteps):
             raise UserError(f'ValidationLoss: timesteps={list(timesteps)} must be one or more different numbers.')
         self.seconds = 0.0
+        #: Steps that were measured.
+        self.done: set[int] = set()
 
     def before_run(self, runner: ExperimentRunner) -> None:
         """Build the data set.
@@ -107,9 +109,9 @@ class ValidationLoss(Hook):
         self.started = time.perf_counter()
         for dataset in self.sets.values():
             runner.attach_cache(dataset)
-        done = on_main_process(lambda: _keep_rows(Path(runner.work_dir) / VAL_LOSS, runner.iter))
+        self.done = on_main_process(lambda: _keep_rows(Path(runner.work_dir) / VAL_LOSS, runner.iter))
         due = self._due(runner.iter, runner.max_iters) if runner.iter else self.at_start
-        if due and runner.iter not in done:
+        if due and runner.iter not in self.done:
             self.validate(runner, runner.iter)
 
     def after_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None,
@@ -117,6 +119,16 @@ class ValidationLoss(Hook):
         """Validate at the interval and at the end."""
         if self._due(runner.iter + 1, runner.max_iters):
             self.validate(runner, runner.iter + 1)
+
+    def at_stop(self, runner: ExperimentRunner, step: int) -> None:
+        """Validate at the end of a training that ends early."""
+        if step not in self.done:
+            self.validate(runner, step)
+
+    def loss_names(self, runner: ExperimentRunner) -> list[str]:
+        """Return the names of the losses that `measure` returns."""
+        which = ['val/loss'] if runner.ema is None else ['val/loss', 'val/loss_ema']
+        return [f'{loss}{of}' for of in ('', *(f'/{name}' for name in self.sets if name)) for loss in which]
 
     def _due(self, step: int, last: int) -> bool:
         return step == last or bool(self.interval and step % self.interval == 0)
@@ -126,6 +138,7 @@ class ValidationLoss(Hook):
         began = time.perf_counter()
         runner.settle()  # in all processes: a step that is not finite stops the run before it is measured
         losses = self.measure(runner)
+        self.done.add(step)
         now = time.perf_counter()
         self.seconds += now - began
         if is_main_process():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, listed
 from diffengine_sdxl.loading import base as loading
+from diffengine_sdxl.loading import hub
 from diffengine_sdxl.loading.trained import PIPELINE
 from diffengine_sdxl.models.diffusers_pipeline import save_pipeline, without_wrappers
 from diffengine_sdxl.models.sdxl import SDXL
@@ -102,9 +106,42 @@ def manifest(runner: ExperimentRunner, step: int, contents: list[str]) -> dict[s
     config = to_plain(runner.resolved)
     config.pop('visualizer', None)  # tracker settings may contain account names
     model = config.get('model') or {}
+    dataset: Any = runner.train_dataloader.dataset
     return {'step': step, 'contents': contents, 'ema': runner.ema is not None, 'seed': runner.seed,
             'speed': asdict(runner.speed), 'measured': runner.measured,
             'base': {key: model.get(key) for key in ('pretrained', 'unet', 'vae', 'revision', 'variant')},
             'dataset': (config.get('train_dataloader') or {}).get('dataset'),
+            'rows': len(dataset) if hasattr(dataset, '__len__') else None, 'hub': sorted(set(_on_hub(config))),
+            'command': _command(),
             'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'git_commit': git_commit(),
             'versions': versions(), 'config': config}
+
+
+#: Keys whose value is a file, a folder, or an id of the hub.
+_SOURCES = ('pretrained', 'unet', 'vae', 'source', 'weights', 'image_encoder')
+
+
+def _on_hub(node: Any, key: str = '') -> Iterator[str]:
+    """Yield the sources in a config that are ids of the hub, not files here: only these are for others to know."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _on_hub(value, name)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _on_hub(value, key)
+    elif key in _SOURCES and isinstance(node, str) and '/' in node:
+        with suppress(UserError):  # a file that is gone, or a link
+            if hub.local_path(node) is None:
+                yield node
+
+
+def _command() -> str | None:
+    """Return the command line of this training; None if it was started from Python."""
+    program, *arguments = sys.argv
+    if Path(program).name in ('diffengine-sdxl', '__main__.py') and arguments[:1] == ['train']:
+        arguments = arguments[1:]
+    elif Path(program).name != 'train.py':
+        return None
+    # As in the config: tracker settings may contain account names. A launcher adds its processes' ranks.
+    kept = [text for text in arguments if not text.startswith(('visualizer.', '--local-rank', '--local_rank'))]
+    return shlex.join(['diffengine-sdxl', 'train', *kept])

@@ -310,7 +310,8 @@ TRAINING: Topics = {
             '`tracking_uri=sqlite:///FILE`. Each needs its package. A config file can list several. What is sent: '
             'losses, learning rates, and the labelled grid of samples.',
             {'wandb': 'WandbVisBackend', 'tensorboard': 'TensorboardVisBackend', 'mlflow': 'MLflowVisBackend',
-             'clearml': 'ClearMLVisBackend', 'dvclive': 'DVCLiveVisBackend', 'aim': 'AimVisBackend'}),
+             'trackio': 'TrackioVisBackend', 'clearml': 'ClearMLVisBackend', 'dvclive': 'DVCLiveVisBackend',
+             'aim': 'AimVisBackend'}),
         'tracker_project_name log_tracker_name wandb_project': Place(
             'visualizer.vis_backends.1.type=WandbVisBackend visualizer.vis_backends.1.init_kwargs.project=<PROJECT>',
             'Arguments of `wandb.init`.'),
@@ -322,11 +323,11 @@ TRAINING: Topics = {
         'log_interval logging_steps': Place('default_hooks.logger.interval=<10>'),
         'log_prefix log_config debug_loss debug_dataset': Place('', 'Not built in; logs are in the work dir.'),
         'push_to_hub': Place(
-            'default_hooks.hub.type=PushToHubHook', 'Login and repository are checked before the first step. Uploads '
-            'the last `step<N>/`, manifest included, when training has ended; if that fails, a warning names the '
-            'command: `hf upload OWNER/REPO DIR/step<N>`.'),
+            'push_to_hub=<True>', 'Login and repository are checked before the first step. Uploads the last '
+            '`step<N>/`, with its card, when training has ended, under the name of the work dir; if that fails, a '
+            'warning names the command: `hf upload OWNER/REPO DIR/step<N>`.'),
         'hub_model_id huggingface_repo_id': Place(
-            'default_hooks.hub.type=PushToHubHook default_hooks.hub.repo_id=<OWNER/REPO>',
+            'push_to_hub=<OWNER/REPO>',
             'A new repository is private; `default_hooks.hub.private=False` makes it public.'),
         'hub_token huggingface_token': Place(
             '', '`hf auth login`, or the environment variable `HF_TOKEN`: a token in a config would end up in files.'),

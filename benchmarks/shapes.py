@@ -21,7 +21,7 @@ Row = tuple[str, float, str, float | None]
 def evaluate(config: str, checkpoint: str, folder: Path, options: list[str]) -> dict[str, Any]:
     """Run one test; return its metrics.json."""
     from diffengine_sdxl.errors import run_command
-    args = SimpleNamespace(config=config, checkpoint=checkpoint, work_dir=str(folder), launcher='none',
+    args = SimpleNamespace(config=config, checkpoint=checkpoint, compare=None, work_dir=str(folder), launcher='none',
                            cfg_options=options)
     if run_command('test', args):
         raise SystemExit(f'{config} with {checkpoint} could not be tested.')

@@ -3,6 +3,7 @@
 OMP_NUM_THREADS sets the threads, OTHER_KERNELS=1 computes as in `other_kernels.py`; `make parity` uses both.
 """
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     if os.environ.get('OTHER_KERNELS') == '1':
         OtherKernels().__enter__()  # for good: what fixtures compute belongs to it
+
+
+def pytest_collection_finish() -> None:
+    """Leave what torch and transformers made while imported, half a million objects, out of all garbage collections,
+    which are a tenth of the suite's time with them; and collect less often."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 20)
 
 
 #: Files of a few long tests, in which packages are installed and commands run. They come first, so that at the end no

@@ -27,11 +27,14 @@ class OtherKernels(TorchDispatchMode):
     exact stays as it is, for so it is on every processor.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what torch wraps around each call otherwise costs as much as the call
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name, _, overload = str(func).removeprefix('aten.').partition('.')
-        if name in ROUNDED and 'out' not in overload:
+        if name := _rounded(func):
             key = zlib.crc32(repr((name, [_layout(a) for a in args if isinstance(a, Tensor)])).encode())
             for i, tensor in enumerate(out if isinstance(out, tuple) else (out,)):
                 # The first is the result, the others of a forward pass are its statistics.
@@ -43,6 +46,13 @@ class OtherKernels(TorchDispatchMode):
                         factors = factors.where(func(*wide, **(kwargs or {})) != tensor, 1.0)
                     tensor.mul_(factors)
         return out
+
+
+@cache
+def _rounded(func: Any) -> str:
+    """The operation's name if it is of ROUNDED, else ''."""
+    name, _, overload = str(func).removeprefix('aten.').partition('.')
+    return name if name in ROUNDED and 'out' not in overload else ''
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from mmengine.hooks import Hook
 import diffengine_sdxl.engine  # noqa: F401  (fill the registries)
 from diffengine_sdxl import config
 from diffengine_sdxl.errors import run_command
+from diffengine_sdxl.evaluation.base import MeanMetric
 from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.registry import HOOKS, METRICS, RUNNERS
 
@@ -192,27 +193,47 @@ class Brightness(BaseMetric):
         return metrics
 
 
+@METRICS.register_module(force=True)
+class Redness(MeanMetric):
+    """Mean of the red channel of each image."""
+
+    name, better = 'redness', 0
+
+    def measure(self, images: torch.Tensor, batch: Mapping[str, Any]) -> list[float]:
+        return images[:, 0].double().mean(dim=(1, 2)).tolist()
+
+
+def without_training(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run that has nothing but a test."""
+    training = dict.fromkeys(('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler'))
+    return {**{k: v for k, v in options.items() if k.split('.')[0] not in training}, **training}
+
+
 def evaluation(mode: str, source: Any, num: int = 5, batch_size: int = 2, **cfg: Any) -> dict[str, Any]:
     """Return options that add a validation or test on the first `num` circles, measured by Brightness."""
     dataset = dict(type='HFDataset', source=str(source), max_samples=num,
                    conditioning_image_column='conditioning_image',
                    transforms=[dict(type='Resize', size='$resolution'), dict(type='ComputeTimeIds'),
                                dict(type='PackInputs')])
+    if mode == 'test':  # the configs' own is that of the training, in other words
+        dataset['_delete_'] = True
     return {f'{mode}_dataloader': dict(batch_size=batch_size, num_workers=0, dataset=dataset),
             f'{mode}_evaluator': [dict(type='Brightness')], f'{mode}_cfg': cfg}
 
 
-def command_test(work_dir: Path, options: Mapping[str, Any], checkpoint: str | Path, name: str = CONFIG) -> int:
+def command_test(work_dir: Path, options: Mapping[str, Any], checkpoint: str | Path, name: str = CONFIG,
+                 compare: str | Path | None = None) -> int:
     """Run tools/test.py in this process; return its exit code."""
     options = {**options, 'experiment_name': f'test{next(_numbers)}'}
     return run_command('test', argparse.Namespace(
-        config=name, checkpoint=str(checkpoint), work_dir=str(work_dir), launcher='none',
-        cfg_options=plain_arguments(options)))
+        config=name, checkpoint=str(checkpoint), compare=compare and str(compare), work_dir=str(work_dir),
+        launcher='none', cfg_options=plain_arguments(options)))
 
 
 def numbers(path: Path) -> dict[str, Any]:
     """Read the results of an evaluation and check their keys."""
     results = json.loads(path.read_text())
     for metrics in results.values():
-        assert metrics and all(list(m) == ['value', 'low', 'high', 'num_samples'] for m in metrics.values())
+        assert metrics and all(
+            list(m) == ['value', 'low', 'high', 'num_samples', 'p', 'better'] for m in metrics.values())
     return results

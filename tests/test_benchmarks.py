@@ -93,3 +93,10 @@ def test_ours_and_the_recipe_have_the_same_loss(kind: str, path: None) -> None:
     import train_step
     row = train_step.measure_recipe(kind, pairs=2, block=1, size=1, warm_up=0)
     assert row['losses'][0] == pytest.approx(row['losses'][1], rel=1e-5) and 0 < row['ratio'] < 10
+
+
+def test_metrics_are_timed(path: None, capsys: pytest.CaptureFixture[str]) -> None:
+    import metrics
+    seconds = metrics.main(['--samples', '4', '--threads', '1'])
+    assert list(seconds) == ['fill_accuracy', 'iou', 'clip_i_base_image_encoder', 'kid_base_image_encoder', 'ssim']
+    assert '8 images of 4 samples' in capsys.readouterr().out

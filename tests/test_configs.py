@@ -71,10 +71,22 @@ def test_a_config_of_ones_own_is_a_recipe_and_a_data_set(tmp_path: Path) -> None
 
 def test_variants_share_all_but_a_few_keys() -> None:
     data = 'train_dataloader.dataset'
-    assert changed(FILL50K, name_of('canny')) == {
+    assert {key for key in changed(FILL50K, name_of('canny')) if not key.startswith('test_evaluator')} == {
         f'{data}.source', f'{data}.conditioning_image_column', f'{data}.transforms', 'condition'}
     for variant in VARIANTS[1:]:
-        assert {key.partition('.')[0] for key in changed(name_of('canny'), name_of(variant))} == {'condition'}
+        assert {key.partition('.')[0] for key in changed(name_of('canny'), name_of(variant))} == {
+            'condition', 'test_evaluator'}
+
+
+def test_a_test_measures_what_is_trained() -> None:
+    """Every recipe has metrics; they read the training's data, also if an override names another, and its extractor."""
+    for name in ('controlnet_fill50k', 'ip_adapter', 'lora_text_to_image', 'lora_dreambooth', 'textual_inversion'):
+        cfg = config.resolve(config.load(f'stable_diffusion_xl_{name}'))
+        data = cfg.train_dataloader.dataset
+        assert cfg.test_dataloader.dataset == data.get('instance', data) and cfg.test_evaluator, name
+    options = ['condition.model=MODEL', 'train_dataloader.dataset.source=DATA']
+    cfg = config.resolve(config.load(name_of('depth'), options))
+    assert cfg.test_evaluator[0].extractor.model == 'MODEL' and cfg.test_dataloader.dataset.source == 'DATA'
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -151,6 +151,10 @@ def parsed(tool: str, arguments: list[str]) -> argparse.Namespace:
     return found[0]
 
 
+#: (config, options) -> a copy of the work_dir of a new run with them, as several pages have the same one.
+_RUNS: dict[tuple[str, ...], Path] = {}
+
+
 def train(arguments: list[str], place: Path) -> None:
     """Check the command as it is written, then run it on the tiny base: two steps, two more where it resumes."""
     if '--gpus' in arguments:  # mim's own
@@ -182,7 +186,13 @@ def train(arguments: list[str], place: Path) -> None:
             return  # needs a depth model; tests/test_configs.py runs the variants' transforms
     args.cfg_options = [*(args.cfg_options or []), *own]
     work_dir = load_config(args).work_dir
-    assert run_command('train', args) == 0
+    run = (args.config, *args.cfg_options)
+    if run in _RUNS and not args.resume:  # of another page, on the same base and data
+        shutil.copytree(_RUNS[run], place / work_dir)
+    else:
+        assert run_command('train', args) == 0
+    if not args.resume and run not in _RUNS:
+        _RUNS[run] = shutil.copytree(place / work_dir, place.parent / f'run {len(_RUNS)}')
     exported = place / work_dir / f'step{steps}'
     assert (exported / 'manifest.json').is_file()
     assert any((exported / name).is_file() for name in (
@@ -197,6 +207,7 @@ def evaluate(arguments: list[str], place: Path) -> None:
         del arguments[at:at + 2]
     args = parsed('test.py', arguments)
     args.checkpoint = re.sub(r'step\d+', 'step2', args.checkpoint)
+    args.compare = args.compare and re.sub(r'step\d+', 'step2', args.compare)
     args.cfg_options = [re.sub(r'step\d+', 'step2', option) for option in args.cfg_options or []]
     to_test_config(load_config(args), args.checkpoint)
     if args.launcher != 'none':
@@ -206,7 +217,8 @@ def evaluate(arguments: list[str], place: Path) -> None:
     work_dir = to_test_config(load_config(args), args.checkpoint).work_dir
     assert run_command('test', args) == 0
     found = json.loads((place / work_dir / 'metrics.json').read_text())
-    assert list(found) == (['base'] if args.checkpoint == 'none' else ['base', 'adapted'])
+    sets = ['base'] if args.checkpoint == 'none' else ['base', 'adapted', *(['compared'] if args.compare else [])]
+    assert list(found)[:len(sets)] == sets  # the differences follow
 
 
 def make_pictures(arguments: list[str], place: Path) -> None:

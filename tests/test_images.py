@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageChops, ImageCms
 
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.images import clip_pixels, labelled_grid, save_curves, to_pil, to_rgb
+from diffengine_sdxl.images import Curve, clip_pixels, labelled_grid, save_curves, to_pil, to_rgb
 
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 0, 250)]
 LONG = 'a photograph of a very long prompt that goes on and on, '
@@ -125,9 +125,10 @@ def test_curves(tmp_path: Path, num: int) -> None:
     """A readable image with one panel per curve; also of one value, and of values that are not finite."""
     steps = list(range(1, num + 1))
     values = [1 / s for s in steps]
-    save_curves(tmp_path / 'one.png', {'loss': {'loss': (steps, values)}}, 'run')
-    save_curves(tmp_path / 'two.png', {'loss': {'loss': (steps, [*values[:-1], float('nan')])},
-                                       'lr': {'lr': (steps, [1e-5] * num)}}, 'run')
+    save_curves(tmp_path / 'one.png', {'loss': {'loss': Curve(steps, values)}}, 'run')
+    save_curves(tmp_path / 'two.png', {
+        'loss': {'loss': Curve(steps, [*values[:-1], float('nan')], [0.0] * num, [*values[:-1], float('nan')], -1)},
+        'lr': {'lr': Curve(steps, [1e-5] * num)}}, 'run')
     one, two = (Image.open(tmp_path / f'{n}.png') for n in ('one', 'two'))
     one.load()
     two.load()

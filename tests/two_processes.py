@@ -18,6 +18,9 @@ def main() -> None:
     folder = Path(sys.argv[-1])  # before it stands --local-rank=N
     for name, case in json.loads((folder / 'cases.json').read_text()).items():
         runner = build(Path(case['work_dir']), {**case['options'], 'launcher': 'pytorch'}, case['resume'])
+        if case.get('tests'):
+            runner.test()
+            continue
         gradients = first_gradients(runner)
         torch.save(gradients, folder / f'{name}.{torch.distributed.get_rank()}.pt')
 

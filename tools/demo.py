@@ -32,10 +32,10 @@ def main() -> int:
     work_dir.mkdir(parents=True)
     (work_dir / MARK).write_text('tools/demo.py may remove this folder.\n')
     code = (run_command('train', argparse.Namespace(**shared, resume=None))
-            or run_command('test', argparse.Namespace(**shared, checkpoint=str(work_dir)))
+            or run_command('test', argparse.Namespace(**shared, checkpoint=str(work_dir), compare=None))
             or run_command('scales', argparse.Namespace(**shared, adapter='adapter', scales=SCALES)))
     if code == 0:
-        print(f'The adapter: {work_dir}/step*/adapter (loads in diffusers). Figures: {work_dir}/metrics.json\n'
+        print(f'The adapter: {work_dir}/step*/adapter (loads in diffusers). Figures: {work_dir}/report.html\n'
               f'Images: {work_dir}/contact_sheet.png, {work_dir}/test/pictures.png, {work_dir}/curves.png')
     return code
 

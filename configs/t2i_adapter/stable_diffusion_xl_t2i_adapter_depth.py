@@ -3,3 +3,4 @@ _base_ = ['stable_diffusion_xl_t2i_adapter_canny.py']
 # `model`: any depth model that transformers loads. On the CPU, in the loader's workers; on a GPU set device='cuda' and
 # train_dataloader.num_workers=0.
 condition = dict(_delete_=True, type='Depth', model='Intel/dpt-hybrid-midas', device='cpu')
+test_evaluator = [dict(type='DepthRMSE', extractor='$condition')]

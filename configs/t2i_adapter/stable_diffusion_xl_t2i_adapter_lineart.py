@@ -5,3 +5,4 @@ condition = dict(
     _delete_=True, type='Preprocessor', function='controlnet_aux:LineartDetector.from_pretrained',
     init=dict(pretrained_model_or_path='lllyasviel/Annotators'),
     call=dict(detect_resolution=384, image_resolution='$resolution'), device='cpu')
+test_evaluator = [dict(type='SoftEdgeSSIM', extractor='$condition')]

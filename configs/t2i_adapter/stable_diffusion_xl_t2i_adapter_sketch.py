@@ -5,3 +5,4 @@ condition = dict(
     _delete_=True, type='Preprocessor', function='controlnet_aux:PidiNetDetector.from_pretrained',
     init=dict(pretrained_model_or_path='lllyasviel/Annotators'),
     call=dict(detect_resolution='$resolution', image_resolution='$resolution', apply_filter=True), device='cpu')
+test_evaluator = [dict(type='SoftEdgeSSIM', extractor='$condition')]

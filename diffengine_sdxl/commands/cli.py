@@ -96,13 +96,25 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 def _test(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
-    weights = ("a step<N>.pth; a work dir (its latest); an exported step<N>/ or adapter's folder; 'weights' for those "
-               "that the config names; or 'none' for the base without adapters")
+    weights = ("a step<N>.pth; a work dir W (its latest), or W/best; an exported step<N>/ or adapter's folder; "
+               "'weights' for those that the config names; or 'none' for the base without adapters")
     parser.add_argument('checkpoint', nargs='?', help=weights)
     parser.add_argument('--checkpoint', dest='checkpoint_option', metavar='CHECKPOINT', help='the same')
+    parser.add_argument('--compare', metavar='CHECKPOINT', help='measure the difference to a second checkpoint, too')
     parser.add_argument('--work-dir', help='folder for metrics.json, images and logs (default: work_dirs/<config>)')
     _add_overrides(parser, 'test_cfg.seeds=4')
     _add_launcher(parser)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('work_dir', type=Path, help='folder of a training or a test, also of one that still runs')
+
+
+def _card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('export', type=Path, help='an export step<N>/ in the work dir of its training')
+    parser.add_argument('--metrics', type=Path, metavar='METRICS.json', help='results of a test, its metrics.json '
+                        "(default: the work dir's, or the validation's of the step)")
+    parser.add_argument('--repo-id', metavar='OWNER/NAME', help='of the hub, for the examples of loading')
 
 
 def _infer(parser: argparse.ArgumentParser) -> None:
@@ -183,8 +195,11 @@ def _list(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     'train': Command('Train what a config describes.', _train),
     'test': Command('Evaluate trained weights on the test data of a config.', _test),
+    'report': Command('Write report.html of a training or a test: curves, metrics, images, config.', _report,
+                      takes_config=False),
     'infer': Command('Make images with a config, or make a PNG again that was made here.', _infer),
     'export': Command('Export one adapter for other tools, load it again, and compare.', _export),
+    'card': Command("Write an export's model card again, with a test's results.", _card, takes_config=False),
     'plan': Command('Say what a training will need: memory, time, and a batch and checkpointing that fit.', _plan),
     'data': Command('Report on the training data of a config: captions, sizes, duplicates, buckets.', _data),
     'cache': Command('Fill the cache of a config ahead of its training; show, verify or prune it.', _cache),
@@ -196,7 +211,7 @@ COMMANDS = {
 #: Other words for commands.
 ALIASES = {'generate': 'infer', 'sample': 'infer', 'inference': 'infer', 'run': 'infer', 'evaluate': 'test',
            'eval': 'test', 'finetune': 'train', 'fit': 'train', 'convert': 'export', 'configs': 'list', 'ls': 'list',
-           'estimate': 'plan', 'dry-run': 'plan'}
+           'estimate': 'plan', 'dry-run': 'plan', 'compare': 'test', 'readme': 'card', 'model-card': 'card'}
 
 
 def main(command: str | None = None, arguments: Sequence[str] | None = None) -> int:

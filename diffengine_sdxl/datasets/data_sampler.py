@@ -1,6 +1,6 @@
 """The order of the rows: which row is read at which position of a run, a function of (seed, position) only."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Collection, Iterator, Sized
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from mmengine.dist import get_dist_info
 from torch.utils.data import Sampler
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, whole_number
 from diffengine_sdxl.registry import DATA_SAMPLERS
 
 
@@ -92,20 +92,40 @@ class KeyedSampler(Sampler[Draw]):
 
 @DATA_SAMPLERS.register_module()
 class FiniteSampler(Sampler[Draw]):
-    """Each row once, in the source's order, split over the processes without padding: for validation and tests.
+    """Each row once, in the source's order: for validation and tests.
+
+    Runs of `batch_size` consecutive rows are dealt to the processes in turn, so what is in a batch does not depend on
+    their number.
 
     Args:
         dataset: only its length is used.
         seed: passed on to the samples; None means 0.
+        batch_size: of the data loader; an evaluation sets it.
+        max_samples: the first rows only; None: all.
+
+    Attributes:
+        done: first rows of batches that are left out, the same in all processes.
     """
 
-    def __init__(self, dataset: Sized, seed: int | None = None) -> None:
-        self.seed = 0 if seed is None else seed
-        rank, world = get_dist_info()
-        self.indices = range(rank, len(dataset), world)
+    def __init__(self, dataset: Sized, seed: int | None = None, batch_size: int = 1, max_samples: int | None = None
+                 ) -> None:
+        self.num_rows, self.seed, self.batch_size = len(dataset), 0 if seed is None else seed, batch_size
+        if max_samples is not None:
+            self.num_rows = min(self.num_rows, whole_number('FiniteSampler: max_samples', max_samples, 1))
+        self.done: Collection[int] = ()
+        self.rank, self.world = get_dist_info()
+
+    def all_batches(self) -> list[range]:
+        """Return the rows of each batch of all processes, also of those that are done."""
+        return [range(first, min(first + self.batch_size, self.num_rows))
+                for first in range(0, self.num_rows, self.batch_size)]
+
+    def batches(self) -> list[range]:
+        """Return the rows of each batch that this process reads. Only its last one may have fewer than the others."""
+        return [rows for rows in self.all_batches() if rows.start not in self.done][self.rank::self.world]
 
     def __iter__(self) -> Iterator[Draw]:
-        return (Draw(index, 0, self.seed) for index in self.indices)
+        return (Draw(row, 0, self.seed) for rows in self.batches() for row in rows)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return sum(map(len, self.batches()))

@@ -7,5 +7,7 @@ from . import (  # noqa: F401  (fill the registries)
     optim,
     optimizers,
     runner,
+    test_loop,
+    trackio_backend,
     train_loop,
 )

@@ -1,10 +1,10 @@
-"""Validation and test: make images of every sample, with the adapters and by the base alone, and measure them."""
+"""Evaluation: make images of every sample, with the adapters and by the base alone, and measure them."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +12,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, get_dist_info, get_world_size, is_main_process
+from mmengine.dist import all_gather_object, get_world_size, is_main_process
 from mmengine.runner import BaseLoop
+from PIL import Image
 
 from diffengine_sdxl import atomic_files, rng
 from diffengine_sdxl.datasets import FiniteSampler, collate
 from diffengine_sdxl.engine import report
+from diffengine_sdxl.engine.eval_images import condition_images, make_images, noise_seed, to_tensor
+from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, one_of, whole_number
+from diffengine_sdxl.evaluation import networks
+from diffengine_sdxl.evaluation.base import ImageMetric, difference_names
 from diffengine_sdxl.images import to_pil
-from diffengine_sdxl.models.data_preprocessor import images_to_floats
+from diffengine_sdxl.models.data_preprocessor import images_to_floats, pack
 from diffengine_sdxl.models.generate import IMAGE_SETS
-from diffengine_sdxl.registry import LOOPS, SCOPE
+from diffengine_sdxl.registry import DATASETS, LOOPS, SCOPE
 from diffengine_sdxl.samplers.sampler import output_size
 from diffengine_sdxl.structures import Batch
+
+#: Ends the name of a validation's table of images, beside `step<N>.json`.
+SAMPLES = '.samples.csv'
 
 
 class EvalLoop(BaseLoop):
     """Make the images of every sample of a data set, pass them to the metrics and report the results.
 
-    The weights are those that are exported: the EMA's if there is an EMA. Each sample is read once, by one process;
-    conditions are not dropped. The loop restores the global random state, the model's mode and its weights.
+    The weights are those that are exported: the EMA's if there is an EMA. Fixed batches are dealt to the processes,
+    and an image's noise depends on the sample's key and the seed only; so numbers do not depend on the number of
+    processes. Conditions are not dropped. The loop restores the global random state, the model's mode and weights.
 
     Args:
         runner, dataloader, evaluator: from the runner.
@@ -54,7 +63,12 @@ class EvalLoop(BaseLoop):
         super().__init__(runner, self._with_finite_sampler(dataloader))
         self.image_sets = self._check_image_sets(image_sets)
         self._check_data()
+        self.dataloader.sampler.batch_size = self.dataloader.batch_size
+        self.num_samples = self.dataloader.sampler.num_rows
         self.evaluator = runner.build_evaluator(copy.deepcopy(evaluator))
+        names = [metric_name(metric) for metric in self.image_metrics]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{self.mode}_evaluator has two metrics of the name '{twice[0]}'; give one a `prefix`.")
 
     def default_image_sets(self) -> tuple[str, ...]:
         """Return the image sets that are made if the config names none."""
@@ -92,7 +106,11 @@ class EvalLoop(BaseLoop):
         if isinstance(sampler, Mapping) and str(sampler.get('type')).split('.')[-1] != 'FiniteSampler':
             raise UserError(f"{key}.sampler is {sampler.get('type')}; an evaluation takes each sample once, in order: "
                             'leave `sampler` out, or use FiniteSampler.')
-        return {'batch_size': 1, **config, 'sampler': sampler}
+        data: Any = config.get('dataset')
+        data = DATASETS.build(data) if isinstance(data, Mapping) else data
+        # What training drops at random would be missing in the prompts.
+        data = data.without_drops() if hasattr(data, 'without_drops') else data
+        return {'batch_size': 1, **config, 'dataset': data, 'sampler': sampler}
 
     def _check_data(self) -> None:
         key, data = f'{self.mode}_dataloader', self.dataloader.dataset
@@ -109,18 +127,20 @@ class EvalLoop(BaseLoop):
 
     @property
     def num_images_here(self) -> int:
-        """Images that this process makes in one run."""
+        """Images that this process measures in one run."""
         return len(self.dataloader.sampler) * len(self.seeds) * len(self.image_sets)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Check before training that an image of the first sample can be made.
+        """Check before training that an image of the first sample can be made, and measured.
 
         Raises:
-            UserError: an adapter lacks its input, the image size is not divisible, or the data cannot be read.
+            UserError: an adapter lacks its input, the image size is not divisible, the data cannot be read, or a
+                metric lacks a file.
         """
+        self._check_metrics()
         first = next(iter(self.dataloader.sampler), None)
-        if first is None:  # fewer samples than processes
+        if first is None:  # fewer batches than processes
             return
         batch = self._batch(collate([self.dataloader.dataset[first]]))
         model = self.runner.bare_model
@@ -130,50 +150,101 @@ class EvalLoop(BaseLoop):
         except UserError as error:
             raise UserError(f'{self.mode}_dataloader: {error}') from error
 
+    @property
+    def image_metrics(self) -> list[ImageMetric]:
+        """The metrics that know of files, networks and single images; others are any that mmengine takes."""
+        return [metric for metric in getattr(self.evaluator, 'metrics', ()) if isinstance(metric, ImageMetric)]
+
+    def _check_metrics(self) -> None:
+        def check() -> list[str | None]:
+            return [metric.check(self.num_samples, len(self.seeds)) for metric in self.image_metrics]
+        warnings = on_main_process(check)  # first in one process, as networks may have to be downloaded
+        if not is_main_process():
+            check()
+        for warning in filter(None, warnings):
+            self.runner.logger.warning(warning)
+
     def run(self) -> report.Results:
         """Make all images, compute the metrics, report the results."""
         runner, model = self.runner, self.runner.bare_model
-        rows: list[report.SheetRow] = []
+        sheet: list[report.SheetRow] = []
+        #: Key -> row and prompt of the samples that were measured, in the end by all processes.
+        self._rows: dict[str, tuple[int, str]] = {}
         training = model.training
         self._hook('before_{}')
         self._hook('before_{}_epoch')
         model.eval()
         try:
-            with torch.no_grad(), rng.fork(runner.seed, 'evaluation', self.mode), runner.exported_weights(), \
-                    closing(self._batches()) as batches:
-                for index, data in enumerate(batches):
-                    rows += self.run_iter(index, data)
-                metrics = self._metrics()
+            with torch.no_grad(), runner.exported_weights():
+                self.prepare()
+                for metric in self.image_metrics:
+                    metric.device = model.device
+                with rng.fork(runner.seed, 'evaluation', self.mode), closing(self._batches()) as batches:
+                    for index, (rows, data) in enumerate(batches):
+                        sheet += self.run_iter(index, rows, data)
+                    metrics = self._metrics()
         finally:
             model.train(training)
-        results = report.group_by_image_set(metrics, self.image_sets)
+            networks.release()
+        differences = difference_names(self.image_sets)
+        results = report.group_by_image_set(metrics, (*self.image_sets, *differences))
+        results = {name: found for name, found in results.items() if found or name not in differences}
         self._hook('after_{}_epoch', metrics=metrics)
+        self._report(results, sheet)
         self._hook('after_{}')
-        self._report(results, rows)
         return results
 
-    def _batches(self) -> Generator[Any, None, None]:
+    def prepare(self) -> None:
+        """Do what comes before the first batch is measured, with the weights that are evaluated."""
+
+    def images(self, data: Mapping[str, Any], batch: Batch, rows: Sequence[int], seed: int
+               ) -> dict[str, list[Image.Image]]:
+        """Return the images of a batch: image set -> B images.
+
+        Args:
+            data: as the loader collated it; batch: made of it, on the CPU.
+            rows: the positions of its samples in the data.
+        """
+        raise NotImplementedError
+
+    def _batches(self) -> Generator[tuple[range, Any], None, None]:
+        """Yield the rows of each batch of this process, and what the loader collated of them."""
         iterator = iter(self.dataloader)
         try:
-            yield from iterator
+            yield from zip(self.dataloader.sampler.batches(), iterator, strict=True)
         finally:
             if not self.dataloader.persistent_workers:
                 shut_down_workers(iterator)
 
-    def run_iter(self, index: int, data: Mapping[str, Any]) -> list[report.SheetRow]:
-        """Make the images of one batch for every seed and pass them to the metrics; return the contact sheet's rows."""
+    def run_iter(self, index: int, rows: range, data: Mapping[str, Any]) -> list[report.SheetRow]:
+        """Measure the images of one batch for every seed; return the contact sheet's rows."""
         self._hook('before_{}_iter', batch_idx=index, data_batch=data)
-        batch, outputs, floats = self._batch(data), [], images_to_floats(data)
+        floats = images_to_floats(data)
+        batch = pack(floats)
+        for row, key, prompt in zip(rows, batch.key, batch.text, strict=True):
+            self._note_key(key, row, prompt)
+        outputs = []
         for seed in self.seeds:
-            inputs = replace(batch, seed=torch.full((len(batch),), seed, dtype=torch.int64))
-            samples = self.runner.bare_model(inputs, mode='predict', image_sets=self.image_sets)
-            for sample in samples:
-                sample['images'] = {image_set: image.cpu() for image_set, image in sample['images'].items()}
-            self.evaluator.process(data_samples=samples, data_batch=floats)
-            outputs.append(samples)
+            images = self.images(data, batch, rows, seed)
+            outputs.append([{'key': key, 'seed': seed, 'noise_seed': noise_seed(seed, key), 'prompt': batch.text[i],
+                             'images': {image_set: to_tensor(made[i]) for image_set, made in images.items()}}
+                            for i, key in enumerate(batch.key)])
+            self.evaluator.process(data_samples=outputs[-1], data_batch=floats)
         self._hook('after_{}_iter', batch_idx=index, data_batch=data,
                    outputs=[sample for samples in outputs for sample in samples])
-        return self._sheet_rows(index, batch, outputs)
+        return [self._sheet_row(row, i, batch, outputs) for i, row in enumerate(rows) if row < self.num_pictures]
+
+    def _note_key(self, key: str, row: int, prompt: str) -> None:
+        """Note which row has a key.
+
+        Raises:
+            UserError: another row has it: noise and intervals would take both for one sample.
+        """
+        other, _ = self._rows.setdefault(key, (row, prompt))
+        if other != row:
+            raise UserError(f"{self.mode}_dataloader.dataset: rows {other} and {row} have the same key "
+                            f"'{key}'; an evaluation takes each sample once. Of a Mixture leave out `weights` and "
+                            '`repeats`; a data set of your own gives each row a key of its own.')
 
     def _batch(self, data: Mapping[str, Any]) -> Batch:
         """Move a batch to the device. Dropping conditions at random is for training."""
@@ -184,46 +255,61 @@ class EvalLoop(BaseLoop):
             if get_world_size() > 1 and metric.collect_device == 'cpu' and metric.collect_dir is None:
                 # mmengine would leave a folder in the current directory.
                 metric.collect_dir = str(Path(self.runner.work_dir) / f'.{self.mode}.part')
+        for rows in all_gather_object(self._rows):
+            for key, (row, prompt) in rows.items():
+                self._note_key(key, row, prompt)
         # mmengine cuts the results to this length, against the padding of its samplers; FiniteSampler does not pad.
         return self.evaluator.evaluate(sys.maxsize)
 
-    def _sheet_rows(self, batch_index: int, batch: Batch, outputs: list[list[dict[str, Any]]]) -> list[report.SheetRow]:
-        rank, world = get_dist_info()
-        conditions = {name: x for name, x in batch.conditions.items() if x.dim() == 4 and x.shape[1] in (1, 3)}
-        rows = []
-        for i in range(len(batch)):
-            position = rank + world * (batch_index * self.dataloader.batch_size + i)
-            if position >= self.num_pictures:
-                break
-            images = {name: to_pil(image[i].float().cpu().numpy()) for name, image in conditions.items()}
-            for samples, seed in list(zip(outputs, self.seeds, strict=True))[:report.MAX_SEEDS]:
-                for image_set, image in samples[i]['images'].items():
-                    column = image_set if len(self.seeds) == 1 else f'{image_set}, seed {seed}'
-                    images[column] = to_pil(image.float().numpy())
-            rows.append(report.SheetRow(position, batch.text[i], images))
-        return rows
+    def _sheet_row(self, position: int, i: int, batch: Batch, outputs: list[list[dict[str, Any]]]) -> report.SheetRow:
+        images = condition_images(batch.conditions, i)
+        for samples, seed in list(zip(outputs, self.seeds, strict=True))[:report.MAX_SEEDS]:
+            for image_set, image in samples[i]['images'].items():
+                column = image_set if len(self.seeds) == 1 else f'{image_set}, seed {seed}'
+                images[column] = to_pil(image.numpy())
+        return report.SheetRow(position, batch.text[i], images)
 
-    def _report(self, results: report.Results, rows: list[report.SheetRow]) -> None:
-        """Write the table, the JSON file and the contact sheet, in the main process."""
-        rows = [row for process_rows in all_gather_object(rows) for row in process_rows]
+    def _report(self, results: report.Results, sheet: list[report.SheetRow]) -> None:
+        """Write the table, the files of numbers and the contact sheet, in the main process."""
+        sheet = [row for process_rows in all_gather_object(sheet) for row in process_rows]
         if not is_main_process():
             return
         runner, step = self.runner, self.step
         seeds = f' x {len(self.seeds)} seeds' if len(self.seeds) > 1 else ''
-        title = f'{self.describe_weights()}, {len(self.dataloader.dataset)} samples{seeds}'
-        report.save(self.path(), results)
+        title = f'{self.describe_weights()}, {self.num_samples} samples{seeds}'
+        self.save(results)
         runner.log_lines(f'{title}\n{report.table(results)}')
-        runner.visualizer.add_scalars({f'{self.mode}/{image_set}/{name}': result['value']
+        runner.visualizer.add_scalars({f'{self.mode}/{image_set.replace(" ", "")}/{name}': result['value']
                                        for image_set, metrics in results.items() for name, result in metrics.items()
                                        if result['value'] is not None}, step=step)
         runner.logger.info(f"Metrics: '{self.path()}'")
-        if rows:
-            sheet = report.contact_sheet(rows, list(dict.fromkeys(name for row in rows for name in row.images)), title)
+        if sheet:
+            grid = report.contact_sheet(sheet, list(dict.fromkeys(name for row in sheet for name in row.images)), title)
             path = Path(runner.work_dir) / self.mode / 'pictures.png'
             with atomic_files.replacing(path) as temporary:
-                sheet.save(temporary, format='PNG')
-            runner.visualizer.add_image(f'{self.mode}_pictures', np.asarray(sheet), step=step)
+                grid.save(temporary, format='PNG')
+            runner.visualizer.add_image(f'{self.mode}_pictures', np.asarray(grid), step=step)
             runner.logger.info(f"Images: '{path}'")
+
+    def save(self, results: report.Results) -> None:
+        """Write the numbers and those of each image; `path()` comes last, as it says that all is there."""
+        raise NotImplementedError
+
+    def sample_rows(self, file: Callable[[str, int, int], str]) -> list[dict[str, Any]]:
+        """Return a row for each image, see `report.save_samples`; in the order of the data.
+
+        Args:
+            file: of an image set, the row in the data, and a seed.
+        """
+        values: dict[tuple[str, int, str], dict[str, float]] = {}
+        for metric in self.image_metrics:
+            for image, value in metric.per_image().items():
+                values.setdefault(image, {})[metric_name(metric)] = value
+        return [{'key': key, 'seed': seed, 'noise_seed': noise_seed(seed, key), 'image_set': image_set,
+                 'file': file(image_set, row, seed), 'prompt': prompt,
+                 **values.get((key, seed, image_set), {})}
+                for key, (row, prompt) in sorted(self._rows.items(), key=lambda item: item[1])
+                for seed in self.seeds for image_set in self.image_sets]
 
     @property
     def step(self) -> int:
@@ -255,27 +341,34 @@ class ValLoop(EvalLoop):
         """Return the images of the model as it trains: those of a frozen base would always be the same."""
         return super().default_image_sets()[-1:]
 
+    def images(self, data: Mapping[str, Any], batch: Batch, rows: Sequence[int], seed: int
+               ) -> dict[str, list[Image.Image]]:
+        """Make the images of a batch."""
+        inputs = self._batch(data)
+        return {image_set: make_images(self.runner.bare_model, inputs, seed, image_set)
+                for image_set in self.image_sets}
+
     def path(self) -> Path:
         """Return `val/step<N>.json`."""
         return Path(self.runner.work_dir) / 'val' / f'step{self.step}.json'
 
+    def save(self, results: report.Results) -> None:
+        """Write `val/step<N>.samples.csv` and `val/step<N>.json`."""
+        report.save_samples(self.path().with_suffix(SAMPLES), self.sample_rows(lambda *_: ''))
+        report.save(self.path(), results)
+
     def remove_results_after(self, step: int) -> None:
         """Remove the results of later steps, which an interrupted run left; they are made again."""
         if is_main_process():
-            for later, path in report.step_files(self.path().parent).items():
-                if later > step:
-                    path.unlink()
+            for suffix in ('.json', SAMPLES):
+                for later, path in report.step_files(self.path().parent, suffix).items():
+                    if later > step:
+                        path.unlink()
 
 
-@LOOPS.register_module()
-class TestLoop(EvalLoop):
-    """The evaluation of `mim test`; write `metrics.json`."""
-
-    mode = 'test'
-
-    def path(self) -> Path:
-        """Return `metrics.json`."""
-        return Path(self.runner.work_dir) / 'metrics.json'
+def metric_name(metric: ImageMetric) -> str:
+    """Return the name of a metric in results and tables of images."""
+    return f'{metric.prefix}/{metric.name}' if metric.prefix else metric.name
 
 
 def shut_down_workers(batches: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from mmengine.config import Config
+from torch import nn
 
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.loading import checkpoint
@@ -18,6 +20,8 @@ from diffengine_sdxl.loading.weights import check_finite
 PIPELINE = 'pipeline'
 #: In place of a checkpoint's name: the base without adapters; or the adapters with the `weights` in the config.
 NONE, WEIGHTS = 'none', 'weights'
+#: The last part of a checkpoint's name that stands for the step that CheckpointHook(keep_best=...) found best.
+BEST = 'best'
 
 
 class TrainableModel(checkpoint.Stateful, Protocol):
@@ -26,6 +30,9 @@ class TrainableModel(checkpoint.Stateful, Protocol):
     @property
     def adapters(self) -> Mapping[str, Any]:
         """Return its adapters by name."""
+
+    def trainables(self) -> Mapping[str, Iterable[tuple[str, nn.Parameter]]]:
+        """Return what trains: name of a component or adapter -> its parameters with their full names."""
 
 
 def apply_weights(config: Config, name: str | None) -> Path | None:
@@ -100,18 +107,37 @@ def resolve_checkpoint(name: str) -> Path:
         UserError: it does not exist; the nearest names.
     """
     path = Path(name)
+    if path.name == BEST and not path.exists() and (path.parent / f'{BEST}.json').is_file():
+        return _best(path.parent)
     if path.is_file():
         return path
     if not path.exists():
         names = [p.name for p in checkpoint.list_checkpoints(path.parent)]
         raise UserError(f"There is no checkpoint '{name}'.{did_you_mean(path.name, names)} Name a step<N>.pth, a "
-                        f"work_dir, an exported folder, '{NONE}' for the base alone, or '{WEIGHTS}' for those in the "
-                        'config.')
+                        f"work_dir, its {BEST} ('W/{BEST}'), an exported folder, '{NONE}' for the base alone, or "
+                        f"'{WEIGHTS}' for those in the config.")
     if (latest := checkpoint.latest(path)) is not None:
         return latest
     if read_manifest(path) is None and not any(path.glob('*.safetensors')):
         raise UserError(f"'{name}' has neither a checkpoint (step<N>.pth) nor an exported adapter.")
     return path
+
+
+def _best(work_dir: Path) -> Path:
+    """Return the best step's checkpoint, or its export where only that is left.
+
+    Raises:
+        UserError: `best.json` is damaged, or names a step that is not there.
+    """
+    record = work_dir / f'{BEST}.json'
+    try:
+        path = work_dir / f'step{int(read_json(record)["step"])}.pth'
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"'{record}' is damaged ({type(error).__name__}: {error}).") from error
+    found = next((one for one in (path, path.with_suffix('')) if one.exists()), None)
+    if found is None:
+        raise UserError(f"'{record}' names step {path.stem[4:]}, and '{path}' is not there. Name another checkpoint.")
+    return found
 
 
 def load_trained(model: TrainableModel, source: str) -> tuple[int | None, bool]:
@@ -130,6 +156,29 @@ def load_trained(model: TrainableModel, source: str) -> tuple[int | None, bool]:
     check_finite(weights.items(), source)
     checkpoint.load_strict(model, weights, source)
     return state['meta']['step'], is_ema
+
+
+def weights_label(source: str, step: int | None, is_ema: bool) -> str:
+    """Return how to name the loaded weights of `source` to people."""
+    return f"'{source}'{f', step {step}' if step else ''}{', EMA weights' if is_ema else ''}"
+
+
+@contextmanager
+def other_weights(model: TrainableModel, source: str) -> Iterator[str]:
+    """Inside, give the model the trained weights of `source`, see `load_trained`; yield their label.
+
+    Raises:
+        UserError: the file is damaged or its weights don't fit; which keys.
+    """
+    parameters = {id(p): p for named in model.trainables().values() for _, p in named}
+    parameters |= {id(p): p for adapter in model.adapters.values() for p in adapter.all_parameters()}
+    own = {key: parameter.detach().to('cpu', copy=True) for key, parameter in parameters.items()}
+    try:
+        yield weights_label(source, *load_trained(model, source))
+    finally:
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(own[key])
 
 
 def trained_weights(state: dict[str, Any]) -> tuple[dict[str, Any], bool]:

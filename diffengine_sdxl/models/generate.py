@@ -12,6 +12,8 @@ from diffengine_sdxl.structures import Batch
 
 #: Images of the base without adapters, and of the model with all of them.
 BASE, ADAPTED = IMAGE_SETS = ('base', 'adapted')
+#: Images of the model with the weights of a second checkpoint, in a test that compares two.
+COMPARED = 'compared'
 
 
 def generate(model: Model, batch: Batch, image_sets: Sequence[str] | None = None) -> list[dict[str, Any]]:

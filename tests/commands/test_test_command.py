@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Brightness, command, command_test, evaluation, numbers, plain_arguments, train
+from runs import Brightness, command, command_test, evaluation, numbers, train
 
-from diffengine_sdxl import atomic_files
+from diffengine_sdxl import atomic_files, config
+from diffengine_sdxl.commands.test import to_test_config
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.testing import write_tiny_sdxl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +59,61 @@ def test_every_way_to_name_a_checkpoint(options: dict[str, Any], work_dir: Path,
         assert numbers(tmp_path / kind / 'metrics.json') == expected[step], kind
     assert command_test(tmp_path / 'none', plain(options), 'none') == 0
     assert numbers(tmp_path / 'none' / 'metrics.json') == {'base': expected[2]['base']}
-    assert sorted(p.name for p in (tmp_path / 'file').iterdir() if not p.name[0].isdigit()) == ['metrics.json', 'test']
-    assert sorted(p.name for p in (tmp_path / 'file' / 'test').iterdir()) == ['pictures.png', 'tiny_t2i_adapter.py']
+    assert sorted(p.name for p in (tmp_path / 'file').iterdir() if not p.name[0].isdigit()) == [
+        'metrics.csv', 'metrics.json', 'report.html', 'test']
+    assert sorted(p.name for p in (tmp_path / 'file' / 'test').iterdir()) == [
+        'images', 'pictures.png', 'samples.csv', 'tiny_t2i_adapter.py']
+
+
+def test_two_checkpoints_compared(options: dict[str, Any], work_dir: Path, tmp_path: Path,
+                                  capfd: pytest.CaptureFixture[str]) -> None:
+    """As two tests give them, and the mean of the differences of each image; the other way round with all signs."""
+    measured = {**plain(options), 'test_evaluator': [dict(type='Redness')]}
+    assert command_test(tmp_path / 'T', measured, work_dir / 'step4', compare=work_dir / 'step2.pth') == 0
+    names = [f"'{work_dir / name}', step {step}, EMA weights" for name, step in (('step4', 4), ('step2.pth', 2))]
+    assert ', compared with '.join(names) + ', 3 samples' in capfd.readouterr().out
+    record = json.loads((tmp_path / 'T/test/images/record.json').read_text())
+    assert record['checkpoint'] == str(work_dir / 'step4')
+    assert command_test(tmp_path / 'alone', measured, work_dir / 'step2.pth') == 0
+    found, alone = numbers(tmp_path / 'T' / 'metrics.json'), numbers(tmp_path / 'alone' / 'metrics.json')
+    assert list(found) == ['base', 'adapted', 'compared', 'adapted - base', 'adapted - compared']
+    assert found['compared'] == alone['adapted'] != found['adapted'] and found['base'] == alone['base']
+    gap = found['adapted - compared']['redness']
+    assert gap['value'] == pytest.approx(found['adapted']['redness']['value'] - found['compared']['redness']['value'])
+    assert gap['low'] < gap['value'] < gap['high'] and gap['p'] is not None
+    # Dumped, so that the config tests both again; and the tested weights are there again for a second test.
+    assert "compare='" in (tmp_path / 'T' / 'test' / 'tiny_t2i_adapter.py').read_text()
+    images = [{p.name: p.read_bytes() for p in (tmp_path / folder / 'test/images' / image_set).iterdir()}
+              for folder, image_set in (('T', 'compared'), ('alone', 'adapted'))]
+    assert images[0] == images[1] and len(images[0]) == 3
+
+
+@pytest.mark.parametrize(('checkpoint', 'compare', 'words'), [
+    ('none', 'step2.pth', "'none' is the base alone"), ('step4.pth', 'none', "'none' is the base alone"),
+    ('step4.pth', 'weights', 'exchange the two: --checkpoint weights --compare'),
+    ('step4.pth', 'step3.pth', "There is no checkpoint .*step3.pth.*Did you mean 'step4.pth' or 'step2.pth'")])
+def test_what_cannot_be_compared(checkpoint: str, compare: str, words: str, options: dict[str, Any], work_dir: Path
+                                 ) -> None:
+    checkpoint, compare = (str(work_dir / name) if name.endswith('.pth') else name for name in (checkpoint, compare))
+    with pytest.raises(UserError, match=words):
+        to_test_config(config.load('tiny_t2i_adapter', plain(options)), checkpoint, compare)
+
+
+def test_an_exported_base_cannot_be_compared(options: dict[str, Any], work_dir: Path, tmp_path: Path) -> None:
+    export = shutil.copytree(work_dir / 'step2', tmp_path / 'step2')
+    manifest = json.loads((export / 'manifest.json').read_text())
+    (export / 'manifest.json').write_text(json.dumps({**manifest, 'contents': ['pipeline']}))
+    with pytest.raises(UserError, match="name its checkpoint, '.*step2.pth'"):
+        to_test_config(config.load('tiny_t2i_adapter', plain(options)), str(work_dir / 'step4.pth'), str(export))
+
+
+def test_data_of_the_training(options: dict[str, Any], work_dir: Path) -> None:
+    """A test data set that is that of the training stays, though the training is taken out."""
+    cfg = config.load('tiny_t2i_adapter', plain(options))
+    cfg.test_dataloader.dataset = '$train_dataloader.dataset'
+    tested = to_test_config(cfg, str(work_dir / 'step4.pth'))
+    assert tested.test_dataloader.dataset.source == options['train_dataloader.dataset.source']
+    assert 'train_dataloader' not in tested
 
 
 def test_the_weights_themselves_without_averages(options: dict[str, Any], tmp_path: Path) -> None:
@@ -81,9 +134,12 @@ def test_a_runs_folder_stays_its_own(options: dict[str, Any], work_dir: Path, tm
     said = capfd.readouterr()
     assert f"'{folder / 'step4.pth'}', step 4, EMA weights, 3 samples" in said.out and not said.err
     after = files(folder)
-    assert {k: after[k] for k in before} == before
+    # But for the report, which tells of the test too.
+    assert {k for k in before if after[k] != before[k]} <= {'report.html'}
     new = {k for k in after if k not in before and not k[0].isdigit()}
-    assert new == {'metrics.json', 'test/pictures.png', 'test/tiny_t2i_adapter.py'}
+    new = {name for name in new if not name.startswith('test/images/')}
+    assert new - {'report.html'} == {'metrics.json', 'metrics.csv', 'test/pictures.png', 'test/samples.csv',
+                   'test/tiny_t2i_adapter.py'}
     first = after['metrics.json']
     assert command_test(folder, plain(options), folder) == 0 and (folder / 'metrics.json').read_bytes() != first
     # The training goes on in it.
@@ -143,7 +199,7 @@ def fails(options: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[
     ({'test_evaluator': [dict(type='Brightnes')]}, ["'Brightnes'", "Did you mean 'Brightness'"]),
     ({'test_cfg.seeds': -3}, ['test_cfg.seeds=-3']),
     ({'test_dataloader.dataset.max_samples': 0}, ['max_samples']),
-    ({'test_dataloader.sampler': dict(type='DefaultSampler')}, ['test_dataloader.sampler is DefaultSampler']),
+    ({'test_dataloader.sampler': dict(_delete_=True, type='DefaultSampler')}, ['sampler is DefaultSampler']),
     ({'model.sampler': None}, ['model.sampler']),
     ({'model.adapters.adapter': None}, ["don't fit the model", 'not in the model', 'adapters.adapter.net']),
     ({'model.adapters.adapter.num_res_blocks': 1}, ["don't fit the model"]),
@@ -194,7 +250,7 @@ def test_no_room_for_the_results(options: dict[str, Any], work_dir: Path, fails:
     def full(path: Any) -> None:
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(atomic_files, '_flush', full)
-    assert "metrics.json' could not be written" in fails(work_dir / 'step2.pth')
+    assert "test/images/record.json' could not be written" in fails(work_dir / 'step2.pth')
 
 
 def test_ctrl_c(options: dict[str, Any], work_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -203,7 +259,8 @@ def test_ctrl_c(options: dict[str, Any], work_dir: Path, tmp_path: Path, monkeyp
         raise KeyboardInterrupt
     monkeypatch.setattr(Brightness, 'process', interrupt)
     assert command_test(tmp_path, plain(options), work_dir) == 130
-    assert 'Stopped.' in capfd.readouterr().err and not (tmp_path / 'metrics.json').exists()
+    assert "images stay in the work_dir's test/images" in capfd.readouterr().err
+    assert not (tmp_path / 'metrics.json').exists()
 
 
 # As processes
@@ -222,43 +279,6 @@ def test_help_comes_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 2 and '--gpus' not in done.stdout and list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_are_one(options: dict[str, Any], work_dir: Path, circles: Path, tmp_path: Path) -> None:
-    """The same numbers from five samples, each made by one of two processes, and the same contact sheet."""
-    changed = {**plain(options), **plain(evaluation('test', circles, 5)), 'test_cfg.seeds': 2,
-               'test_cfg.num_pictures': 3,
-               'custom_imports': dict(imports=['runs'])}
-    arguments = ['tiny_t2i_adapter', work_dir / 'step4.pth', '--cfg-options', *plain_arguments(changed)]
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    launcher = ('-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={port}')
-    two = tool(*arguments[:2], '--work-dir', 'two', '--launcher', 'pytorch', *arguments[2:], cwd=tmp_path,
-               launcher=launcher)
-    assert two.returncode == 0, two.stderr[-3000:]
-    one = tool(*arguments[:2], '--work-dir', 'one', *arguments[2:], cwd=tmp_path)
-    assert one.returncode == 0, one.stderr[-3000:]
-    assert len(re.findall('adapted +brightness', two.stdout)) == 1 == two.stdout.count("Metrics: '")
-    found = [numbers(tmp_path / name / 'metrics.json') for name in ('one', 'two')]
-    for variant in ('base', 'adapted'):
-        first, second = (n[variant]['brightness'] for n in found)
-        assert first['num_samples'] == second['num_samples'] == 10
-        assert first == pytest.approx(second, rel=1e-5)
-    from PIL import Image
-    sheets = [Image.open(tmp_path / name / 'test' / 'pictures.png') for name in ('one', 'two')]
-    assert sheets[0].size == sheets[1].size
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['one', 'two']
-    assert not list((tmp_path / 'two').glob('.*'))
-    # Without adapters there is no parameter that trains, which DDP would not take.
-    two = tool(arguments[0], 'none', '--work-dir', 'base', '--launcher', 'pytorch', *arguments[2:], cwd=tmp_path,
-               launcher=launcher)
-    assert two.returncode == 0, two.stderr[-3000:]
-    assert numbers(tmp_path / 'base' / 'metrics.json') == {'base': found[1]['base']}
-    # A mistake ends both with a sentence.
-    two = tool(arguments[0], 'nowhere.pth', '--work-dir', 'none', '--launcher', 'pytorch', *arguments[2:], cwd=tmp_path,
-               launcher=launcher)
-    assert two.returncode != 0 and "error: There is no checkpoint 'nowhere.pth'" in two.stderr
-
-
 def test_the_manifest_of_a_config_says_what_was_tested(options: dict[str, Any], work_dir: Path,
                                                        tmp_path: Path) -> None:
     """The dumped config can be tested again as it lies there, and names its checkpoint."""
@@ -273,12 +293,13 @@ def test_the_manifest_of_a_config_says_what_was_tested(options: dict[str, Any], 
 def test_the_weights_that_the_config_names(options: dict[str, Any], work_dir: Path, tmp_path: Path) -> None:
     """Without a checkpoint: the pictures of the export, and a refusal where an adapter has no weights.
 
-    To 1e-6, as weights that stay where safetensors read them lie elsewhere in memory, and kernels round by that.
+    Nearly, as weights that stay where safetensors read them lie elsewhere in memory, and kernels round by that.
     """
     named = {**options, 'model.adapters.adapter.weights': str(work_dir / 'step4' / 'adapter')}
     assert command_test(tmp_path / 'named', plain(named), 'weights') == 0
     found, expected = (numbers(path) for path in (tmp_path / 'named' / 'metrics.json', work_dir / 'val' / 'step4.json'))
     for variant in ('base', 'adapted'):
-        assert found[variant]['brightness'] == pytest.approx(expected[variant]['brightness'], rel=1e-6)
+        assert [found[variant]['brightness'][key] for key in ('value', 'low', 'high')] == pytest.approx(
+            [expected[variant]['brightness'][key] for key in ('value', 'low', 'high')], abs=1e-5)
     assert command_test(tmp_path / 'fresh', plain(options), 'weights') == 1
     assert not (tmp_path / 'fresh' / 'metrics.json').exists()

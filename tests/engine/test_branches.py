@@ -35,9 +35,11 @@ def files(folder: Path) -> dict[str, str]:
 
 def look_alike(folder: Path) -> Path:
     """A work_dir's names, each file with its own content."""
-    names = ['run.json', 'curves.jsonl', 'curves.png', 'val/pictures.png', 'config.py', '2026/vis_data/scalars.json']
+    names = ['run.json', 'curves.jsonl', 'curves.png', 'val/pictures.png', 'config.py', '2026/vis_data/scalars.json',
+             'best.json', 'samples/steps.png', 'samples/images/base_0_seed0.png']
     for step in STEPS:
-        names += [f'step{step}.pth', f'step{step}/manifest.json', f'val/step{step}.json', f'samples/step{step}.png']
+        names += [f'step{step}.pth', f'step{step}/manifest.json', f'val/step{step}.json', f'samples/step{step}.png',
+                  f'val/step{step}.samples.csv', f'samples/images/step{step}_0_seed-1.png']
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f'{folder.name}/{name}')
@@ -55,7 +57,8 @@ def test_what_is_later_is_set_aside(tmp_path: Path) -> None:
     stayed = {name: text for name, text in after.items() if not name.startswith('abandoned_1/')}
     assert {**moved, **stayed} == before and moved.keys() & stayed.keys() == {'curves.jsonl'}
     assert set(stayed) == {'run.json', 'curves.jsonl', 'config.py', '2026/vis_data/scalars.json', 'step2.pth',
-                           'step2/manifest.json', 'val/step2.json', 'samples/step2.png'}
+                           'step2/manifest.json', 'val/step2.json', 'samples/step2.png', 'val/step2.samples.csv',
+                           'samples/images/base_0_seed0.png', 'samples/images/step2_0_seed-1.png'}
     assert checkpoint.latest(folder) == folder / 'step2.pth'
     # Again, with nothing later: nothing happens. With another branch: it gets a folder of its own.
     assert branches.go_back(folder, folder / 'step2.pth', 2) is None and files(folder) == after

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import build, curves, first_gradients, plain_arguments, weights
+from runs import build, curves, evaluation, first_gradients, plain_arguments, weights, without_training
 
 from diffengine_sdxl.testing import write_circles, write_tiny_image_encoder
 
@@ -75,7 +76,8 @@ def base_options(tiny_base: Path, circles: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, Any], circles: Path
+            ) -> dict[str, tuple[Any, ...]]:
     """Name of a case -> (folder and gradients of one process, folder and gradients of two)."""
     folder = tmp_path_factory.mktemp('distributed')
     cases, results = {}, {}
@@ -95,10 +97,20 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
         type='ValidationLoss', batch_size=2, timesteps=[500], interval=None, dataset=dict(
             type='HFDataset', source=base_options['train_dataloader.dataset.source'], max_samples=5,
             transforms=[dict(type='Resize', size=32), *RANDOM[3:]]))
+    # Five batches, the last with one row; begun by one process, of which some images are lost.
+    cases['tested'] = {'work_dir': str(folder / 'tested-two'), 'resume': False, 'tests': True, 'options': {
+        **without_training(base_options), **evaluation('test', circles, 9, seeds=2),
+        'model.sampler.num_inference_steps': 2, 'test_evaluator': [dict(type='Redness'), dict(type='Brightness')]}}
+    build(folder / 'tested-one', cases['tested']['options']).test()
+    shutil.copytree(folder / 'tested-one', folder / 'tested-two')
+    for i in (0, 3, 4, 8):
+        (folder / f'tested-two/test/images/adapted/{i:06d}_seed1.png').unlink()
     (folder / 'cases.json').write_text(json.dumps(cases))
     done = launched(ROOT / 'tests' / 'two_processes.py', folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, case in cases.items():
+        if case.get('tests'):
+            continue
         batch_size = 2 * case['options']['train_dataloader.batch_size']
         options = {**case['options'], 'train_dataloader.batch_size': batch_size}
         runner = build(folder / f'{name}-one', options)
@@ -106,6 +118,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
         assert runner.cache is None or all(not misses for _, misses in runner.cache.store.counts.values())
         two = [torch.load(folder / f'{name}.{rank}.pt') for rank in range(2)]
         results[name] = (folder / f'{name}-one', one, Path(case['work_dir']), two)
+    results['tested'] = folder / 'tested-one', folder / 'tested-two'
     monkeypatch.undo()
     return results
 
@@ -168,6 +181,18 @@ def test_validation_losses_do_not_depend_on_the_processes(results: dict[str, tup
     one, _, two, _ = results['ema']
     rows = [json.loads((folder / 'val_loss.jsonl').read_text().splitlines()[0]) for folder in (one, two)]
     assert rows[0] == rows[1] and rows[0]['step'] == 0
+
+
+def test_a_test_of_two_processes_is_that_of_one(results: dict[str, tuple[Any, ...]]) -> None:
+    """Bitwise: numbers, table of images, and images, some of which the one and some the two have made."""
+    one, two = results['tested']
+    names = ['metrics.json', 'metrics.csv', 'test/samples.csv', 'test/pictures.png',
+             *(path.relative_to(one) for path in (one / 'test' / 'images').rglob('*.png'))]
+    assert len(names) == 4 + 9 * 2 * 2 + 9 and (two / 'report.html').is_file()
+    assert not [name for name in names if (one / name).read_bytes() != (two / name).read_bytes()]
+    assert not list(two.glob('.*')) and not list((two / 'test').rglob('.*'))
+    log = max(two.glob('*/*.log')).read_text()
+    assert "11 of 18 images 'adapted'" in log or '29 of 36 images' in log
 
 
 def test_the_whole_command(tmp_path: Path, base_options: dict[str, Any]) -> None:

@@ -21,8 +21,10 @@ from runs import (
     numbers,
     train,
     weights,
+    without_training,
 )
 
+from diffengine_sdxl import rng
 from diffengine_sdxl.datasets import collate
 from diffengine_sdxl.engine import report
 from diffengine_sdxl.errors import UserError
@@ -45,9 +47,11 @@ def validated(tiny: dict[str, Any], circles: Path) -> dict[str, Any]:
 
 def only_test(work_dir: Path, tiny: dict[str, Any], circles: Path, num: int = 5, **cfg: Any) -> Any:
     """A runner that has nothing but a test."""
-    training = dict.fromkeys(('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler'))
-    options = {k: v for k, v in tiny.items() if k.split('.')[0] not in training}
-    return build(work_dir, {**options, **training, **evaluation('test', circles, num, **cfg)})
+    return build(work_dir, {**without_training(tiny), **evaluation('test', circles, num, **cfg)})
+
+
+def eight_bits(image: torch.Tensor) -> torch.Tensor:
+    return (image.clamp(0, 1) * 255).round() / 255
 
 
 # The images
@@ -62,17 +66,20 @@ def test_each_image_is_that_of_its_sample_and_seed(tmp_path: Path, tiny: dict[st
         assert len(data['key']) == len(samples) and data['img'].device.type == 'cpu'
         for key, text, sample in zip(data['key'], data['text'], samples, strict=True):
             assert (sample['key'], sample['prompt']) == (key, text) and list(sample['images']) == ['base', 'adapted']
+            assert sample['noise_seed'] == rng.key_seed('evaluation', sample['seed'], key)
             seen.append((key, sample['seed']))
     # Five samples in batches of two; the last has one.
     assert seen == [('0', 7), ('1', 7), ('0', 3), ('1', 3), ('2', 7), ('3', 7), ('2', 3), ('3', 3), ('4', 7), ('4', 3)]
     data, samples = Brightness.received[3]
     batch = model.data_preprocessor(collate([dataset[2], dataset[3]]))['inputs']
-    batch.seed = torch.tensor([3, 3])
+    # Made again from what the table of images says, with which `infer --seed` starts too; in 8 bits.
+    batch.seed = torch.tensor([int(row['noise_seed']) for row in report.read_samples(tmp_path / 'test/samples.csv')
+                               if row['key'] in '23' and row['seed'] == '3' and row['image_set'] == 'base'])
     expected = model.decode(model.sampler(model, batch)).cpu()
-    assert all(torch.equal(s['images']['adapted'], e) for s, e in zip(samples, expected, strict=True))
+    assert all(torch.equal(s['images']['adapted'], eight_bits(e)) for s, e in zip(samples, expected, strict=True))
     with model.disable_adapters():
         expected = model.decode(model.sampler(model, batch)).cpu()
-    assert all(torch.equal(s['images']['base'], e) for s, e in zip(samples, expected, strict=True))
+    assert all(torch.equal(s['images']['base'], eight_bits(e)) for s, e in zip(samples, expected, strict=True))
     assert found['base']['brightness']['num_samples'] == found['adapted']['brightness']['num_samples'] == 10
     assert numbers(tmp_path / 'metrics.json') == found
 
@@ -105,6 +112,7 @@ def test_the_configured_image_sets(cfg: dict[str, Any], made: list[str], tmp_pat
     monkeypatch.setattr(runner.model, 'sampler', lambda *args: calls.append(args) or sampler(*args))
     runner.test()
     assert list(numbers(tmp_path / 'metrics.json')) == made and len(calls) == 2 * len(made)
+    assert sorted(p.name for p in (tmp_path / 'test/images').iterdir() if p.is_dir()) == sorted([*made, 'conditions'])
 
 
 # Validation
@@ -182,12 +190,14 @@ def test_stopped_and_resumed(tmp_path: Path, tiny: dict[str, Any], validated: di
 
 def test_results_of_later_steps_are_removed(tmp_path: Path, validated: dict[str, Any]) -> None:
     train(tmp_path, validated)
-    stale = tmp_path / 'val' / 'step900.json'
-    stale.write_text('{}')
+    stale = [tmp_path / 'val' / f'step900.{suffix}' for suffix in ('json', 'samples.csv')]
+    for path in stale:
+        path.write_text('{}')
     (tmp_path / 'step4.pth').unlink()
     Brightness.received = []
     train(tmp_path, validated, resume=True)
-    assert not stale.exists() and sorted(p.stem for p in (tmp_path / 'val').glob('*.json')) == ['step2', 'step4']
+    assert not any(path.exists() for path in stale)
+    assert sorted(p.stem for p in (tmp_path / 'val').glob('*.json')) == ['step2', 'step4']
     # Step 2's was there; only step 4's was made.
     assert len(Brightness.received) == 3
 
@@ -248,12 +258,14 @@ def test_names_become_groups() -> None:
     flat = {'base/shape': 0.5, 'base/shape/low': 0.25, 'base/shape/high': 0.75, 'base/shape/num_samples': 8,
             'adapted/shape': np.float32(1), 'adapted/fill/red': torch.tensor(0.5), 'p/base/iou': math.nan,
             'p/base/iou/low': math.inf, 'speed': 3, 'base/words': 'many', 'base/list': [1, 2], 'low': 1.0,
-            'base/x/low': 0.1}
-    found = report.group_by_image_set(flat, ('base', 'adapted'))
-    alone = {'low': None, 'high': None, 'num_samples': None}
+            'base/x/low': 0.1, 'adapted - base/shape': 0.5, 'adapted - base/shape/p': 0.25,
+            'adapted - base/shape/better': 1}
+    found = report.group_by_image_set(flat, ('base', 'adapted', 'adapted - base'))
+    alone = {'low': None, 'high': None, 'num_samples': None, 'p': None, 'better': None}
     assert found == {
-        'base': {'shape': {'value': 0.5, 'low': 0.25, 'high': 0.75, 'num_samples': 8},
+        'base': {'shape': {**alone, 'value': 0.5, 'low': 0.25, 'high': 0.75, 'num_samples': 8},
                  'p/iou': {'value': None, **alone}, 'x/low': {'value': 0.1, **alone}},
+        'adapted - base': {'shape': {**alone, 'value': 0.5, 'p': 0.25, 'better': 1}},
         'adapted': {'shape': {'value': 1.0, **alone}, 'fill/red': {'value': 0.5, **alone}},
         'all': {'speed': {'value': 3.0, **alone}, 'low': {'value': 1.0, **alone}}}
     assert type(found['base']['shape']['num_samples']) is int
@@ -261,7 +273,10 @@ def test_names_become_groups() -> None:
     assert report.group_by_image_set({'speed': 3}, ('base',)) == {'base': {'speed': {'value': 3.0, **alone}}}
     assert report.group_by_image_set({}, ('base', 'adapted')) == {'base': {}, 'adapted': {}}
     text = report.table(found)
-    assert 'base       shape     0.5000  0.2500 to 0.7500  8' in text and 'none' in text and 'not given' in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ['base', 'shape', '0.5000', '0.2500', 'to', '0.7500', '8'] in lines and 'none' in text
+    assert lines[0][-1] == 'p' and ['adapted', '-', 'base', 'shape', '0.5000', 'not', 'given', '?', '0.2500'] in lines
+    assert 'p' not in report.table({'base': found['base']}).splitlines()[0].split()[-1:]
 
 
 def test_a_custom_evaluator_and_one_metric_without_a_list(tmp_path: Path, tiny: dict[str, Any], circles: Path) -> None:

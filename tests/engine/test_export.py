@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ from diffengine_sdxl.registry import ADAPTERS
 
 def test_the_manifest(tmp_path: Path, tiny: dict[str, Any], circles: Path, tiny_base: Path,
                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """Base, data set, resolved config, versions, seed, git commit and step."""
+    """Base, data set, resolved config, versions, seed, command, git commit and step; the card is written from it."""
     monkeypatch.chdir(Path(__file__).parent)
-    train(tmp_path / 'run', {**tiny, 'randomness.seed': 11})
+    monkeypatch.setattr(sys, 'argv', ['/bin/diffengine-sdxl', 'train', 'tiny.py', '--local-rank=0', '--cfg-options',
+                                      'a=b', 'visualizer.vis_backends.1.init_kwargs.entity=alice'])
+    train(tmp_path / 'run', {**tiny, 'randomness.seed': 11, 'train_cfg.max_iters': 2})
     held = json.loads((tmp_path / 'run' / 'step2' / 'manifest.json').read_text())
     assert (held['step'], held['seed'], held['ema'], held['contents']) == (2, 11, False, ['adapter'])
     assert held['base'] == {'pretrained': str(tiny_base), 'unet': None, 'vae': None, 'revision': None, 'variant': None}
     assert held['dataset']['source'] == str(circles) and held['dataset']['transforms'][0]['size'] == 32
+    assert (held['rows'], held['hub'], held['command']) == (
+        16, [], 'diffengine-sdxl train tiny.py --cfg-options a=b')
+    card = (tmp_path / 'run' / 'step2' / 'README.md').read_text()
+    assert all(text in card for text in (
+        '# run adapter, step 2\n', f'A T2I-Adapter for `{tiny_base.name}`', "T2IAdapter.from_pretrained('step2', sub",
+        '| steps | `2 of 2, 0.25 epochs` |', '\ndiffengine-sdxl train tiny.py --cfg-options a=b\n', '| rows | 16 |'))
+    assert str(tiny_base.parent) not in card and str(circles.parent) not in card
     assert held['config']['model']['adapters']['adapter']['type'] == 'T2IAdapter' and '$' not in str(held['config'])
     assert held['versions']['torch'] == torch.__version__
     assert {'diffusers', 'transformers', 'mmengine', 'diffengine_sdxl'} <= held['versions'].keys()
@@ -109,7 +119,7 @@ def test_an_export_that_does_not_come_back_is_none(tmp_path: Path, tiny: dict[st
 
 def test_only_what_trains_is_exported(tmp_path: Path, tiny: dict[str, Any]) -> None:
     train(tmp_path, {**tiny, 'model.adapters.frozen': dict(type='T2IAdapter', trainable=False)})
-    assert sorted(p.name for p in (tmp_path / 'step4').iterdir()) == ['adapter', 'manifest.json']
+    assert sorted(p.name for p in (tmp_path / 'step4').iterdir()) == ['README.md', 'adapter', 'manifest.json']
     assert not any('frozen' in key for key in weights(tmp_path, 4))
 
 

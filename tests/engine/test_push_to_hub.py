@@ -3,6 +3,7 @@
 `HfApi` is replaced; the real one talks to a local hub in tests/loading/test_hub.py.
 """
 
+import json
 import multiprocessing
 import shlex
 import types
@@ -26,6 +27,7 @@ class Api:
     """HfApi with a call that fails; `calls` are of all instances."""
 
     calls: list[tuple[str, str]] = []
+    sent: dict[str, Any] = {}
     failing: str = ''
     error: Exception
 
@@ -43,8 +45,9 @@ class Api:
         assert write
         self._call('may write', repo_id)
 
-    def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
-        self._call(f'upload {folder_path}, {commit_message}', repo_id)
+    def create_commit(self, repo_id: str, operations: list[Any], commit_message: str) -> None:
+        Api.sent = {one.path_in_repo: one.path_or_fileobj for one in operations}
+        self._call(f'upload {Path(Api.sent["README.md"]).parent}, {commit_message}', repo_id)
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def answer(status: int, message: str) -> HfHubHTTPError:
 
 def hub(**settings: Any) -> dict[str, Any]:
     """Return options of a run of two steps that ends with an upload."""
-    return {'train_cfg.max_iters': 2, 'default_hooks.hub': dict(type='PushToHubHook', **settings)}
+    return {'train_cfg.max_iters': 2, 'push_to_hub': True, **settings}
 
 
 def test_an_upload(api: type[Api], tmp_path: Path, tiny: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +80,21 @@ def test_an_upload(api: type[Api], tmp_path: Path, tiny: dict[str, Any], capfd: 
     console = capfd.readouterr().out
     assert "  hub          step2/ to 'me/run' at the end\n" in console
     assert f"Uploaded '{tmp_path}/run/step2' to me/run." in console
+    sent, folder = Api.sent, tmp_path / 'run' / 'step2'
+    assert sorted(sent) == sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())
+    assert "T2IAdapter.from_pretrained('me/run', subfolder='adapter'" in (folder / 'README.md').read_text()
+    kept, public = json.loads((folder / 'manifest.json').read_text()), json.loads(sent['manifest.json'])
+    assert str(tmp_path) not in str(public) and str(tiny['model.pretrained']) in str(kept)
+    assert public['base']['pretrained'] == Path(tiny['model.pretrained']).name and public['rows'] == kept['rows']
+
+
+def test_without_a_repository_nothing_is_uploaded(api: type[Api]) -> None:
+    hook = PushToHubHook(None)
+    hook.before_run(ANYWHERE)
+    hook.after_run(ANYWHERE)
+    assert not api.calls and hook.describe(ANYWHERE) == {}
+    with pytest.raises(UserError, match="push_to_hub=3 must be 'owner/name'"):
+        PushToHubHook(3)
 
 
 @pytest.mark.parametrize(('repo_id', 'private', 'calls'), [
@@ -93,7 +111,7 @@ def test_a_failed_upload_is_a_warning(api: type[Api], tmp_path: Path, tiny: dict
     """The run has succeeded; the command that is named repeats the upload, also where the path needs quotes."""
     folder = tmp_path / 'my run'
     api.failing, api.error = f'upload {folder}/step2, step 2', answer(507, 'No space left.')
-    assert command(folder, {**tiny, **hub(repo_id='you/it')}) == 0
+    assert command(folder, {**tiny, **hub(push_to_hub='you/it')}) == 0
     console = capfd.readouterr()
     warning, = (line for line in console.out.splitlines() if 'WARNING' in line)
     assert f"The training is finished, but '{folder}/step2' could not be uploaded" in warning
@@ -105,7 +123,7 @@ def test_a_failed_upload_is_a_warning(api: type[Api], tmp_path: Path, tiny: dict
 def test_a_refusal_costs_no_step(api: type[Api], tmp_path: Path, tiny: dict[str, Any],
                                  capfd: pytest.CaptureFixture[str]) -> None:
     api.failing, api.error = 'may write', answer(403, 'You need write access.')
-    assert command(tmp_path, {**tiny, **hub(repo_id='you/it')}) == 1
+    assert command(tmp_path, {**tiny, **hub(push_to_hub='you/it')}) == 1
     assert capfd.readouterr().err == (
         "error: PushToHubHook: the hub does not let you write to 'you/it': You need write access. Log in with `hf auth "
         'login`, or set HF_TOKEN, which takes precedence; the token needs write access to that repository.\n')

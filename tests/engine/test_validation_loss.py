@@ -187,7 +187,7 @@ def test_curves_show_it(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     next(hook for hook in whole.hooks if type(hook).__name__ == 'CurvesHook').after_train(whole)
     rows = lines(Path(whole.work_dir))
     assert list(drawn[0]['loss']) == ['loss'] and len(drawn[0]['val/loss of each data set']) == 4
-    assert drawn[0]['val/loss'] == {f'val/loss{ema}': ([0, 2, 4], [row[f'val/loss{ema}'] for row in rows])
+    assert drawn[0]['val/loss'] == {f'val/loss{ema}': ([0, 2, 4], [row[f'val/loss{ema}'] for row in rows], (), (), -1)
                                     for ema in ('', '_ema')}
 
 

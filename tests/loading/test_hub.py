@@ -376,7 +376,7 @@ def upload(work: Path, hub: Hub) -> None:
     with pytest.raises(UserError, match="the hub does not let you write to 'you/closed': Forbidden"):
         PushToHubHook('you/closed').before_run(run)
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
-    for repo_id, repo in (('you/it', 'you/it'), (None, 'me/run')):
+    for repo_id, repo in (('you/it', 'you/it'), (True, 'me/run')):
         hook = PushToHubHook(repo_id)
         hook.before_run(run)
         hook.after_run(run)

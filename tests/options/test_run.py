@@ -129,7 +129,7 @@ def logging_dir(world: World) -> None:
 
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Replace uploads; return their (repository, folder)."""
+    """Replace uploads; return their (repository, folder of the card)."""
     import huggingface_hub
     calls: list[tuple[str, str]] = []
     monkeypatch.setattr(huggingface_hub, 'get_token', lambda: 'token')
@@ -137,8 +137,8 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(api, 'create_repo', lambda _, name, **__: types.SimpleNamespace(
         repo_id=name if '/' in name else f'me/{name}'))
     monkeypatch.setattr(api, 'auth_check', lambda *_, **__: None)
-    monkeypatch.setattr(api, 'upload_folder', lambda _, repo_id, folder_path, **__: calls.append(
-        (repo_id, folder_path)))
+    monkeypatch.setattr(api, 'create_commit', lambda _, repo_id, operations, **__: calls.extend(
+        (repo_id, str(Path(one.path_or_fileobj).parent)) for one in operations if one.path_in_repo == 'README.md'))
     return calls
 
 
@@ -149,7 +149,7 @@ def push_to_hub(world: World, uploads: list[tuple[str, str]], run: Path) -> None
     runner = types.SimpleNamespace(work_dir=str(run), max_iters=4, logger=logging.getLogger('uploads'))
     hook.before_run(runner)
     hook.after_run(runner)
-    name = 'OWNER/REPO' if 'repo_id' in world.setting else f'me/{run.name}'
+    name = 'OWNER/REPO' if 'OWNER/REPO' in world.setting else f'me/{run.name}'
     assert uploads == [(name, str(run / 'step4'))]
 
 

@@ -16,3 +16,7 @@ train_dataloader = dict(batch_size=1, dataset=dict(
     prior=dict(type='CaptionFolder', source='$class_folder', default_caption='$class_prompt',
                transforms='$folder_transforms'),
     weight='$prior_loss_weight'))
+# Its images of the thing are compared with the generated ones.
+test_dataloader = dict(dataset=dict(
+    _delete_=True, type='CaptionFolder', source='$instance_folder', default_caption='$instance_prompt',
+    transforms='$folder_transforms'))

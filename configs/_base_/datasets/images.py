@@ -1,4 +1,4 @@
-"""What the data sets share: the size, the loader, and the transforms at both ends; a data set adds its own."""
+"""What the data sets share: the size, the loaders, and the transforms at both ends; a data set adds its own."""
 # Pixels; transforms, time ids and sample images follow it.
 resolution = 1024
 # What Resize and Crop make of images: pixels, or 'bucket' with a BucketSampler (docs/buckets.md).
@@ -25,3 +25,10 @@ train_dataloader = dict(
         caption_column='text',
         max_samples=None),
     sampler=dict(type='KeyedSampler', shuffle=True))
+# What `diffengine-sdxl test` makes images of: the first rows of the training's data, whose samples the model has seen.
+# To hold rows out: docs/configs.md.
+test_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    dataset='$train_dataloader.dataset',
+    sampler=dict(type='FiniteSampler', max_samples=100))

@@ -1,7 +1,7 @@
 """An IP-Adapter on SDXL base 1.0: 100,000 steps of two samples."""
 _base_ = [
     '../models/sdxl_base.py', '../adapters/ip_adapter.py', '../objectives/denoise.py', '../samplers/euler.py',
-    '../schedules/adamw_15k.py', '../runtime.py'
+    '../schedules/adamw_15k.py', '../evaluation/image_prompt.py', '../runtime.py'
 ]
 # The recipe drops captions to '', so '' is also what stands for no text when images are made.
 model = dict(

@@ -194,7 +194,7 @@ class Brightness(BaseMetric):
 
 
 @METRICS.register_module(force=True)
-class Redness(MeanMetric):
+class MeanRed(MeanMetric):
     """Mean of the red channel of each image."""
 
     name, better = 'redness', 0

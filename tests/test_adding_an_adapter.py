@@ -23,6 +23,7 @@ from diffengine_sdxl import config, registry
 from diffengine_sdxl.adapters.base import Adapter
 from diffengine_sdxl.commands import cli
 from diffengine_sdxl.config import custom_modules
+from diffengine_sdxl.engine.report import read_samples
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import UNetCall
@@ -93,7 +94,10 @@ def test_the_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported = load_file('W/step4/palette/adapter.safetensors')
     assert exported.keys() == {'net.0.weight', 'net.2.weight'} and exported['net.2.weight'].any()
     results = json.loads(Path('W/metrics.json').read_text())
-    assert [*results] == ['base', 'adapted'] and 0 <= results['adapted']['palette_overlap']['value'] <= 1
+    assert [*results] == ['base', 'adapted', 'adapted - base']
+    assert 0 <= results['adapted']['palette_overlap']['value'] <= 1
+    assert results['adapted - base']['palette_overlap']['p'] is not None  # paired
+    assert all(0 <= float(row['palette_overlap']) <= 1 for row in read_samples(Path('W/test/samples.csv')))
     before = pixels('P')
     recorded = json.loads(Image.open(next(Path('P').glob('0*.png'))).text['diffengine_sdxl'])  # type: ignore[attr-defined]
     assert [module['name'] for module in recorded['modules']] == ['my_parts']

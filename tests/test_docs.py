@@ -155,6 +155,14 @@ def parsed(tool: str, arguments: list[str]) -> argparse.Namespace:
 _RUNS: dict[tuple[str, ...], Path] = {}
 
 
+def on_tiny_base(name: str) -> list[str]:
+    """What puts an SDXL config on the tiny base and the drawn circles."""
+    encoder = ['model.adapters.ip.image_encoder=ENCODER', 'model.adapters.ip.image_encoder_subfolder=None',
+               'image_prompt_size=64'] if 'ip_adapter' in name else []
+    return ['model.pretrained=BASE', 'model.vae=None', 'train_dataloader.dataset.source=DATA', 'resolution=64',
+            'mixed_precision=no', *encoder]
+
+
 def train(arguments: list[str], place: Path) -> None:
     """Check the command as it is written, then run it on the tiny base: two steps, two more where it resumes."""
     if '--gpus' in arguments:  # mim's own
@@ -175,11 +183,7 @@ def train(arguments: list[str], place: Path) -> None:
         own += ['train_dataloader.batch_size=2', 'default_hooks.samples=None']
         own += ['load_from=work_dirs/pretrain/step2.pth'] if 'fine' in args.config else []
     elif not args.config.startswith('tiny'):
-        own += ['model.pretrained=BASE', 'model.vae=None', 'train_dataloader.dataset.source=DATA', 'resolution=64',
-                'mixed_precision=no']
-        if 'ip_adapter' in args.config:
-            own += ['model.adapters.ip.image_encoder=ENCODER', 'model.adapters.ip.image_encoder_subfolder=None',
-                    'image_prompt_size=64']
+        own += on_tiny_base(args.config)
     if 'condition' in config.load(args.config):
         own += ['condition.detection_resolution=32']
         if 'depth' in args.config:
@@ -212,8 +216,9 @@ def evaluate(arguments: list[str], place: Path) -> None:
     to_test_config(load_config(args), args.checkpoint)
     if args.launcher != 'none':
         return
-    args.cfg_options = [*(args.cfg_options or []), 'test_dataloader.dataset.length=4',
-                        'model.sampler.num_inference_steps=2']
+    short = ['test_dataloader.dataset.length=4'] if args.config.startswith('shapes') else [
+        'test_dataloader.sampler.max_samples=2', 'test_dataloader.num_workers=0', *on_tiny_base(args.config)]
+    args.cfg_options = [*(args.cfg_options or []), *short, 'model.sampler.num_inference_steps=2']
     work_dir = to_test_config(load_config(args), args.checkpoint).work_dir
     assert run_command('test', args) == 0
     found = json.loads((place / work_dir / 'metrics.json').read_text())

@@ -54,7 +54,8 @@ def test_mim_searches() -> None:
         'shapes_ip_adapter', 'shapes_pretrain']
     shown = search.get_model_info(NAME, configs=[FILL50K], to_dict=True)[FILL50K]
     assert {key: shown[key] for key in ('model', 'task', 'architecture', 'training_data', 'iterations', 'config')} == {
-        'model': 't2i-adapter', 'task': 'train,infer', 'architecture': 't2iadapter', 'training_data': 'fusing/fill50k',
+        'model': 't2i-adapter', 'task': 'train,test,infer', 'architecture': 't2iadapter',
+        'training_data': 'fusing/fill50k',
         'iterations': 15000, 'config': f'configs/t2i_adapter/{FILL50K}.py'}
 
 

@@ -258,14 +258,26 @@ def parse(command: str, arguments: Sequence[str], program: str | None = None) ->
 
 def _run(command: str, args: argparse.Namespace) -> int:
     if COMMANDS[command].takes_config and not args.config.lower().endswith('.png'):
-        try:
-            config_files.find(args.config)  # before torch is imported
+        try:  # before torch is imported
+            config_files.find(args.config)
+            if command in ('train', 'test') and args.work_dir is not None:
+                _check_work_dir(Path(args.work_dir))
         except UserError as error:
             errors.report(str(error))
             return 1
     if hasattr(args, 'local_rank'):
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return errors.run_command('list_configs' if command == 'list' else command.replace('-', '_'), args)
+
+
+def _check_work_dir(path: Path) -> None:
+    """Check that `path` is a folder or can be made one.
+
+    Raises:
+        UserError: it is a file, or would lie in one.
+    """
+    if file := next((part for part in (path, *path.parents) if part.is_file()), None):
+        raise UserError(f"--work-dir {path}: '{file}' is a file; name a folder, which need not exist.")
 
 
 def overview() -> str:

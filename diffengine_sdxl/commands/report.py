@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from diffengine_sdxl.errors import UserError
@@ -11,7 +12,7 @@ STOPPED = 'Stopped; the report that was there stays.'
 
 
 def run(args: Any, _: Any) -> None:
-    """Write the report and print its path.
+    """Write the report, print its path, and on stderr what was left out.
 
     Args:
         args: work_dir; as `cli` parses it.
@@ -22,4 +23,4 @@ def run(args: Any, _: Any) -> None:
     folder = args.work_dir.expanduser()
     if not folder.is_dir():
         raise UserError(f"'{folder}' is no folder; name the work dir of a training or a test.")
-    print(write_report(folder))
+    print(write_report(folder, lambda note: print(note, file=sys.stderr)))

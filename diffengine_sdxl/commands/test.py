@@ -15,6 +15,7 @@ from diffengine_sdxl.loading.trained import (
     PIPELINE,
     WEIGHTS,
     apply_weights,
+    check_same_adapters,
     read_manifest,
     resolve_checkpoint,
 )
@@ -74,17 +75,17 @@ def to_test_config(config: Config, name: str, compare: str | None = None) -> Con
     elif name == WEIGHTS and not any((config.model.get('adapters') or {}).values()):
         raise UserError("A test of 'weights' needs adapters whose `weights` the config names; it has none.")
     if compare := compare or (config.get('test_cfg') or {}).get('compare'):
-        config.test_cfg = {**(config.get('test_cfg') or {}), 'compare': _compared(compare, name)}
+        config.test_cfg = {**(config.get('test_cfg') or {}), 'compare': _compared(config, compare, name)}
     path = apply_weights(config, None if name == WEIGHTS else name)
     config.load_from = None if path is None else str(path)
     return config
 
 
-def _compared(compare: str, name: str) -> str:
+def _compared(config: Config, compare: str, name: str) -> str:
     """Return the path of the weights to compare those of `name` with.
 
     Raises:
-        UserError: they do not exist, or cannot be loaded into a model that is there already.
+        UserError: they do not exist, are of other adapters, or cannot be loaded into a model that is there already.
     """
     if NONE in (compare, name):
         raise UserError(f"--checkpoint {name} --compare {compare}: '{NONE}' is the base alone, which every test makes "
@@ -97,4 +98,5 @@ def _compared(compare: str, name: str) -> str:
     if manifest is not None and PIPELINE in manifest['contents']:
         raise UserError(f"--compare {compare}: an exported base cannot be loaded into another one; name its "
                         f"checkpoint, '{path}.pth'.")
+    check_same_adapters(config.model, path)
     return str(path)

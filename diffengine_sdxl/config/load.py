@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import linecache
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from mmengine.config import Config
 from diffengine_sdxl.config.check import check
 from diffengine_sdxl.config.custom_modules import import_custom_modules
 from diffengine_sdxl.config.overrides import apply_overrides, check_override, parse_overrides
-from diffengine_sdxl.config.references import references, resolve
+from diffengine_sdxl.config.references import REFERENCE, references, resolve
 from diffengine_sdxl.config_files import PACKAGE, configs_folder, find
 from diffengine_sdxl.errors import UserError, did_you_mean
 from diffengine_sdxl.field_names import training_hint
@@ -64,6 +66,7 @@ def read(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
         names_read |= pieces
     options = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
     apply_overrides(config, options, known_before, names_read)
+    _drop_delete_keys(config._cfg_dict)
     if config.get('custom_imports'):
         folders = [*(file.resolve().parent for file in files), *map(Path, config.get('custom_imports_folders', ()))]
         own = [folder for folder in folders if not folder.is_relative_to(configs_folder().resolve())]
@@ -112,9 +115,50 @@ def _from_file(path: Path) -> tuple[Config, list[Path]]:
     except Exception as error:  # a config is Python and may fail in any way
         hint = (' `read_base` is not supported: name the inherited files in _base_.'
                 if 'read_base' in path.read_text(encoding='utf-8', errors='replace') else '')
-        raise UserError(f"The config '{path}' cannot be read: {type(error).__name__}: {error}{hint}") from error
+        raise UserError(f"The config '{path}' cannot be read: {_describe(error, files)}{hint}") from error
     finally:
         Config._get_cfg_path = staticmethod(original)
+
+
+def _describe(error: Exception, files: Sequence[Path]) -> str:
+    """Return Python's error in one of the config files, with file, line and source line, if it arose there."""
+    message = f'{type(error).__name__}: {error}'
+    if isinstance(error, SyntaxError):  # mmengine's names a temporary copy
+        for file in files:
+            try:
+                ast.parse(file.read_text(encoding='utf-8'))
+            except SyntaxError as own:
+                return f"'{file}', line {own.lineno} (`{(own.text or '').strip()}`): SyntaxError: {own.msg}"
+    names = {str(file.absolute()) for file in files}
+    frames = [(frame, place) for (frame, _), place in zip(
+        traceback.walk_tb(error.__traceback__), traceback.extract_tb(error.__traceback__), strict=True)
+        if place.filename in names]
+    if not frames:
+        return message
+    frame, place = frames[-1]
+    first = place.lineno or 1
+    lines = linecache.getlines(place.filename)[first - 1:place.end_lineno or first]
+    return f"'{place.filename}', line {first} (`{lines[0].strip() if lines else ''}`): {message}" + _of_references(
+        ''.join(lines), frame.f_globals.get('_base_'))
+
+
+def _of_references(source: str, base: Any) -> str:
+    """Return a sentence if `source` reads a '$key' of its base, which is a text until all files are read; else ''."""
+    for name in re.findall(r'_base_((?:\.\w+)+)', source):
+        node = base
+        for key in name[1:].split('.'):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if isinstance(node, str) and (match := REFERENCE.fullmatch(node)):
+            return f". `_base_{name}` is the text '{node}'; write `_base_.{match[1]}` to read what it stands for."
+    return ''
+
+
+def _drop_delete_keys(node: Any) -> None:
+    """Drop the `_delete_` that mmengine leaves in dicts that no base has, so that they may say it nevertheless."""
+    if isinstance(node, dict):
+        node.pop('_delete_', None)
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        _drop_delete_keys(child)
 
 
 def _is_dumped(config: Config, path: Path) -> bool:

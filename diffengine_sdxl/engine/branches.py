@@ -20,10 +20,11 @@ from diffengine_sdxl import atomic_files
 from diffengine_sdxl.errors import UserError, first_line, listed
 from diffengine_sdxl.loading import checkpoint
 
-#: Where a run leaves files of steps, in its work_dir; and files that show the whole run.
+#: Where a run leaves files of steps, in its work_dir; files that show the whole run, and what a test of it left.
 _FOLDERS = ('.', 'val', 'samples', 'samples/images')
 _STEP = re.compile(r'step(\d+)(\.pth|\.json|\.samples\.csv|\.png|_\d+_seed-?\d+\.png)?')
-_OF_ALL_STEPS = ('curves.png', 'val/pictures.png', 'samples/steps.png', 'best.json', 'early_stop.json', 'report.html')
+_OF_ALL_STEPS = ('curves.png', 'val/pictures.png', 'samples/steps.png', 'best.json', 'early_stop.json', 'report.html',
+                 'metrics.json', 'metrics.csv', 'test')
 #: Files with a line for each step.
 CURVES = ('curves.jsonl', 'val_loss.jsonl')
 
@@ -68,7 +69,7 @@ def finish(work_dir: Path) -> None:
     step, target, source = plan['step'], work_dir / plan['folder'], plan['source']
     try:
         later = list(_later(work_dir, step if source is None else -1))
-        rest = [work_dir / name for name in (*_OF_ALL_STEPS, *CURVES) if (work_dir / name).is_file()]
+        rest = [work_dir / name for name in (*_OF_ALL_STEPS, *CURVES) if (work_dir / name).exists()]
         for path in [*later, *rest] if later or source is not None or target.is_dir() else ():
             place = target / path.relative_to(work_dir)
             if place.exists():  # the plan was carried out up to here, and `path` is new

@@ -11,7 +11,15 @@ LOOP_TYPES = {'val': 'ValLoop', 'test': 'TestLoop'}
 
 
 def fill_loops(config: Config) -> None:
-    """Fill in `val_cfg` and `test_cfg`, or their types."""
+    """Fill in `val_cfg` and `test_cfg`, or their types.
+
+    A training runs no test: it leaves out half of one, as where `_base_` files of data bring a `test_dataloader`, and
+    those of recipes no `test_evaluator` for it.
+    """
+    parts = config.get('test_dataloader'), config.get('test_evaluator'), (config.get('model') or {}).get('sampler')
+    if config.get('train_cfg') is not None and not all(parts):
+        for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+            config.pop(key, None)
     for mode, loop in LOOP_TYPES.items():
         if config.get(f'{mode}_cfg') is not None or config.get(f'{mode}_dataloader') is not None:
             config[f'{mode}_cfg'] = {'type': loop, **(config.get(f'{mode}_cfg') or {})}

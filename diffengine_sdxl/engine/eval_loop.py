@@ -34,6 +34,10 @@ from diffengine_sdxl.structures import Batch
 
 #: Ends the name of a validation's table of images, beside `step<N>.json`.
 SAMPLES = '.samples.csv'
+#: The contact sheet, in `val` or `test`.
+PICTURES = 'pictures.png'
+#: What names of metrics must not hold.
+NOT_IN_NAMES = '/,"\''
 
 
 class EvalLoop(BaseLoop):
@@ -69,6 +73,11 @@ class EvalLoop(BaseLoop):
         names = [metric_name(metric) for metric in self.image_metrics]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{self.mode}_evaluator has two metrics of the name '{twice[0]}'; give one a `prefix`.")
+        for metric in self.image_metrics:
+            for part in (metric.name, metric.prefix or metric.name):
+                if not part or set(part) & {*NOT_IN_NAMES} or not part.isprintable():
+                    raise UserError(f'{self.mode}_evaluator: {type(metric).__name__} has the name {part!r}; it stands '
+                                    f'in tables and must not be empty, nor hold a line break or one of {NOT_IN_NAMES}')
 
     def default_image_sets(self) -> tuple[str, ...]:
         """Return the image sets that are made if the config names none."""
@@ -157,17 +166,24 @@ class EvalLoop(BaseLoop):
 
     def _check_metrics(self) -> None:
         def check() -> list[str | None]:
-            return [metric.check(self.num_samples, len(self.seeds)) for metric in self.image_metrics]
+            return [self._check_metric(metric) for metric in self.image_metrics]
         warnings = on_main_process(check)  # first in one process, as networks may have to be downloaded
         if not is_main_process():
             check()
         for warning in filter(None, warnings):
             self.runner.logger.warning(warning)
 
+    def _check_metric(self, metric: ImageMetric) -> str | None:
+        try:
+            return metric.check(self.num_samples, len(self.seeds))
+        except UserError as error:
+            kind = type(metric).__name__
+            where = f'{self.mode}_evaluator: ' if str(error).startswith(kind) else f'{self.mode}_evaluator: {kind}: '
+            raise UserError(f'{where}{error}') from error
+
     def run(self) -> report.Results:
         """Make all images, compute the metrics, report the results."""
         runner, model = self.runner, self.runner.bare_model
-        sheet: list[report.SheetRow] = []
         #: Key -> row and prompt of the samples that were measured, in the end by all processes.
         self._rows: dict[str, tuple[int, str]] = {}
         training = model.training
@@ -176,12 +192,11 @@ class EvalLoop(BaseLoop):
         model.eval()
         try:
             with torch.no_grad(), runner.exported_weights():
-                self.prepare()
                 for metric in self.image_metrics:
                     metric.device = model.device
-                with rng.fork(runner.seed, 'evaluation', self.mode), closing(self._batches()) as batches:
-                    for index, (rows, data) in enumerate(batches):
-                        sheet += self.run_iter(index, rows, data)
+                self.prepare()
+                with rng.fork(runner.seed, 'evaluation', self.mode):
+                    sheet = self.measure()
                     metrics = self._metrics()
         finally:
             model.train(training)
@@ -215,6 +230,11 @@ class EvalLoop(BaseLoop):
         finally:
             if not self.dataloader.persistent_workers:
                 shut_down_workers(iterator)
+
+    def measure(self) -> list[report.SheetRow]:
+        """Measure the images of all batches of this process; return the contact sheet's rows."""
+        with closing(self._batches()) as batches:
+            return [row for index, (rows, data) in enumerate(batches) for row in self.run_iter(index, rows, data)]
 
     def run_iter(self, index: int, rows: range, data: Mapping[str, Any]) -> list[report.SheetRow]:
         """Measure the images of one batch for every seed; return the contact sheet's rows."""
@@ -285,7 +305,7 @@ class EvalLoop(BaseLoop):
         runner.logger.info(f"Metrics: '{self.path()}'")
         if sheet:
             grid = report.contact_sheet(sheet, list(dict.fromkeys(name for row in sheet for name in row.images)), title)
-            path = Path(runner.work_dir) / self.mode / 'pictures.png'
+            path = Path(runner.work_dir) / self.mode / PICTURES
             with atomic_files.replacing(path) as temporary:
                 grid.save(temporary, format='PNG')
             runner.visualizer.add_image(f'{self.mode}_pictures', np.asarray(grid), step=step)

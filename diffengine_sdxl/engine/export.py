@@ -19,6 +19,7 @@ from diffengine_sdxl import atomic_files
 from diffengine_sdxl.adapters.base import Adapter
 from diffengine_sdxl.adapters.formats import modelspec
 from diffengine_sdxl.config.references import to_plain
+from diffengine_sdxl.engine.eval_images import weights_digests
 from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.runner import ExperimentRunner
 from diffengine_sdxl.errors import UserError, listed
@@ -26,6 +27,7 @@ from diffengine_sdxl.loading import base as loading
 from diffengine_sdxl.loading import hub
 from diffengine_sdxl.loading.trained import PIPELINE
 from diffengine_sdxl.models.diffusers_pipeline import save_pipeline, without_wrappers
+from diffengine_sdxl.models.generate import BASE
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.versions import git_commit, versions
 
@@ -102,12 +104,17 @@ def _check_pipeline(model: SDXL, folder: Path) -> None:
 
 
 def manifest(runner: ExperimentRunner, step: int, contents: list[str]) -> dict[str, Any]:
-    """Return what an export was made from: base, data set, resolved config and speed, versions, seed, commit, step."""
+    """Return what an export was made from: base, data set, resolved config and speed, versions, seed, commit, step.
+
+    `weights` are the digests of what it holds, by which a test of it is known.
+    """
     config = to_plain(runner.resolved)
     config.pop('visualizer', None)  # tracker settings may contain account names
     model = config.get('model') or {}
     dataset: Any = runner.train_dataloader.dataset
-    return {'step': step, 'contents': contents, 'ema': runner.ema is not None, 'seed': runner.seed,
+    trained = [BASE if name == PIPELINE else name for name in contents]
+    return {'step': step, 'max_iters': runner.max_iters, 'contents': contents,
+            'weights': weights_digests(runner.bare_model, trained), 'ema': runner.ema is not None, 'seed': runner.seed,
             'speed': asdict(runner.speed), 'measured': runner.measured,
             'base': {key: model.get(key) for key in ('pretrained', 'unet', 'vae', 'revision', 'variant')},
             'dataset': (config.get('train_dataloader') or {}).get('dataset'),
@@ -118,7 +125,8 @@ def manifest(runner: ExperimentRunner, step: int, contents: list[str]) -> dict[s
 
 
 #: Keys whose value is a file, a folder, or an id of the hub.
-_SOURCES = ('pretrained', 'unet', 'vae', 'source', 'weights', 'image_encoder')
+_SOURCES = ('pretrained', 'unet', 'vae', 'tokenizer', 'source', 'weights', 'image_encoder', 'model', 'processor',
+            'detector')
 
 
 def _on_hub(node: Any, key: str = '') -> Iterator[str]:
@@ -143,5 +151,7 @@ def _command() -> str | None:
     elif Path(program).name != 'train.py':
         return None
     # As in the config: tracker settings may contain account names. A launcher adds its processes' ranks.
-    kept = [text for text in arguments if not text.startswith(('visualizer.', '--local-rank', '--local_rank'))]
+    kept = [text for text in arguments
+            if not text.startswith(('visualizer.', 'visualizer=', '--cfg-options=visualizer', '--local-rank',
+                                    '--local_rank'))]
     return shlex.join(['diffengine-sdxl', 'train', *kept])

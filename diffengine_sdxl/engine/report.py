@@ -68,7 +68,7 @@ def _finite(value: float | None) -> float | None:
 
 def table(results: Results) -> str:
     """Format `results` as lines of text."""
-    rows: list[tuple[str, ...]] = [('image_set', 'metric', 'value', '95 % interval', 'samples', 'p')]
+    rows: list[tuple[str, ...]] = [('image_set', 'metric', 'value', '95 % interval', 'images', 'p')]
     for image_set, metrics in results.items():
         for name, result in metrics.items():
             value, low, high = (format_number(result[key]) for key in ('value', 'low', 'high'))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -27,7 +26,7 @@ from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.run_cache import RunCache, open_store
 from diffengine_sdxl.errors import UserError, first_line, whole_number
 from diffengine_sdxl.loading import checkpoint
-from diffengine_sdxl.loading.trained import load_trained, weights_label
+from diffengine_sdxl.loading.trained import check_same_adapters, load_trained, weights_label
 from diffengine_sdxl.models import measured
 from diffengine_sdxl.models.apply_speed import apply_speed
 from diffengine_sdxl.models.sdxl import SDXL
@@ -209,13 +208,14 @@ class ExperimentRunner(Runner):
                 '_val' in stage or '_test' in stage for stage in hook.get_triggered_stages())]
 
     def dump_config(self) -> None:
-        """Write the config; without training to `<work_dir>/test/`, as the work_dir may hold a run's config."""
+        """Write the config of a training; see `dump_test_config`."""
         if self._train_loop is not None:
             super().dump_config()
-        elif is_main_process():
-            folder = Path(self.work_dir) / 'test'
-            folder.mkdir(exist_ok=True)
-            self.cfg.dump(str(folder / Path(self.cfg.filename or 'config.py').name))
+
+    def dump_test_config(self) -> None:
+        """Write a test's config, once nothing refuses it, beside its images: the work_dir may hold a run's config."""
+        path = Path(self.work_dir) / 'test' / Path(self.cfg.filename or 'config.py').name
+        on_main_process(lambda: self.cfg.dump(str(path)))
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Register our default hooks instead of mmengine's; a value of None removes one."""
@@ -394,6 +394,7 @@ class ExperimentRunner(Runner):
         Raises:
             UserError: the file is damaged or its weights don't fit; which keys.
         """
+        check_same_adapters(self.resolved.model, Path(filename))
         self.loaded_step, is_ema = load_trained(self.bare_model, filename)
         self.loaded = weights_label(filename, self.loaded_step, is_ema)
         self.logger.info(f'Loaded weights from {self.loaded}.')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -9,24 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import barrier, get_world_size, is_main_process
+from mmengine.dist import all_gather_object, barrier, get_world_size, is_main_process
 from PIL import Image
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.engine import report
+from diffengine_sdxl.engine import report, work_dir_lock
 from diffengine_sdxl.engine.eval_images import (
     CONDITIONS,
     ImageFiles,
     condition_images,
     image_records,
+    made_from,
     make_images,
-    noise_seed,
-    sample_text,
 )
-from diffengine_sdxl.engine.eval_loop import EvalLoop
+from diffengine_sdxl.engine.eval_loop import PICTURES, EvalLoop
 from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.runner import ExperimentRunner
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, count_of, listed
 from diffengine_sdxl.loading.trained import other_weights
 from diffengine_sdxl.models.generate import COMPARED
 from diffengine_sdxl.registry import LOOPS
@@ -34,6 +34,12 @@ from diffengine_sdxl.structures import Batch
 
 #: Seconds between log lines while images are made.
 LOG_INTERVAL = 30.0
+#: The table of images, in `test`.
+SAMPLES = 'samples.csv'
+#: What an image may be outdated in -> why, for people.
+OUTDATED = {'conditions': 'the conditions of their samples have changed',
+            'batch_size': 'their batch, the last one, had another size'}
+OTHER_SAMPLE = 'the data have other samples in their rows, or other prompts'
 
 
 @LOOPS.register_module()
@@ -55,7 +61,8 @@ class TestLoop(EvalLoop):
                  ) -> None:
         self.compare, self._compared = compare, ''
         super().__init__(runner, dataloader, evaluator, seeds, image_sets, num_pictures)
-        self.files = ImageFiles(Path(runner.work_dir) / 'test' / 'images')
+        self.folder = Path(runner.work_dir) / 'test'
+        self.files = ImageFiles(self.folder / 'images')
 
     def _check_image_sets(self, image_sets: str | Sequence[str] | None) -> tuple[str, ...]:
         names = [image_sets] if isinstance(image_sets, str) else image_sets
@@ -69,28 +76,37 @@ class TestLoop(EvalLoop):
 
     def prepare(self) -> None:
         """Make the images that are not there, with the tested weights and then with those to compare."""
-        self._check_metrics()
+        self._check_metrics()  # what is wrong is said before a file is touched
         runner, model = self.runner, self.runner.bare_model
         own = [name for name in self.image_sets if name != COMPARED]
         records = self._records(own)
         if self.compare is not None:
             with other_weights(model, self.compare) as self._compared:
                 records |= self._records([COMPARED])
+            if own and records[own[-1]]['weights'] == records[COMPARED]['weights']:
+                raise UserError(f'--compare {self.compare}: these are the weights that are tested, those of '
+                                f'{super().describe_weights()}; name another checkpoint, or leave out --compare.')
         source = runner.resolved.get('load_from') if runner.loaded else None
         about = {'checkpoint': source and str(Path(source).resolve()), 'weights': self.describe_weights(),
                  'seeds': self.seeds, 'num_samples': self.num_samples,
                  'dataset': runner.resolved.test_dataloader.dataset}
-        for sentence in on_main_process(lambda: self.files.claim(records, about)):
+        results = [self.path(), self.path().with_suffix('.csv'), *(self.folder / name for name in (SAMPLES, PICTURES))]
+        on_main_process(lambda: work_dir_lock.acquire(self.folder, 'tests'))
+        for sentence in on_main_process(lambda: self.files.claim(records, about, results)):
             runner.logger.warning(sentence)
-        self._make(own)
+        runner.dump_test_config()
+        self._make_all()
+
+    def _make_all(self) -> None:
+        self._make([name for name in self.image_sets if name != COMPARED])
         if self.compare is not None:
-            with other_weights(model, self.compare):
+            with other_weights(self.runner.bare_model, self.compare):
                 self._make([COMPARED])
         barrier()
 
     def _records(self, image_sets: Sequence[str]) -> dict[str, dict[str, Any]]:
         return on_main_process(lambda: image_records(
-            self.runner.bare_model, self.runner.resolved, self.num_samples, image_sets))
+            self.runner.bare_model, self.runner.resolved, image_sets))
 
     def _make(self, image_sets: Sequence[str]) -> None:
         """Make what is missing of some image sets with the weights that the model has."""
@@ -113,7 +129,8 @@ class TestLoop(EvalLoop):
                     batch = self._batch(data)
                     self._save_conditions(batch, rows)
                     for seed, image_set in missing[rows.start]:
-                        self._save(make_images(runner.bare_model, batch, seed, image_set), batch, rows, seed, image_set)
+                        images = make_images(runner.bare_model, batch, seed, image_set)
+                        self._save(images, data, rows, seed, image_set)
                         done += len(rows)
                         runner.call_hook('after_test_images', done=done, total=total)
                         now = time.monotonic()
@@ -124,28 +141,69 @@ class TestLoop(EvalLoop):
         finally:
             sampler.done = ()
 
-    def _save(self, images: Sequence[Image.Image], batch: Batch, rows: range, seed: int, image_set: str) -> None:
-        for image, row, key, prompt in zip(images, rows, batch.key, batch.text, strict=True):
-            self.files.save(self.files.path(image_set, row, seed), image,
-                            sample_text(key, prompt, noise_seed(seed, key)))
+    def _save(self, images: Sequence[Image.Image], data: Mapping[str, Any], rows: range, seed: int, image_set: str
+              ) -> None:
+        for i, (image, row) in enumerate(zip(images, rows, strict=True)):
+            path = self.files.path(image_set, row, seed)
+            made = made_from(self.runner.bare_model, data, i, seed, image_set)
+            if self.files.made_from(path) != made:
+                self.files.save(path, image, made)
 
     def _save_conditions(self, batch: Batch, rows: range) -> None:
         for i, row in enumerate(rows):
             for name, image in condition_images(batch.conditions, i).items():
                 self.files.save(self.files.folder / CONDITIONS / f'{row:06d}_{name}.png', image)
 
+    def measure(self) -> list[report.SheetRow]:
+        """See EvalLoop; images that this test would make otherwise are made again, once, and then measured."""
+        self._outdated: dict[int, dict[str, str]] | None = {}
+        sheet = super().measure()
+        outdated = {first: paths for found in all_gather_object(self._outdated) for first, paths in found.items()}
+        if not outdated:
+            return sheet
+        self._outdated = None
+        reasons = [reason for paths in outdated.values() for reason in paths.values()]
+        self.runner.logger.warning(
+            f'{count_of(len(reasons), "image", "images")} of an earlier test, such as '
+            f"'{next(iter(outdated[min(outdated)]))}', are removed and made again: {listed(sorted({*reasons}))}.")
+        self._make_all()
+        sampler = self.dataloader.sampler
+        sampler.done = [rows.start for rows in sampler.all_batches() if rows.start not in outdated]
+        try:
+            return sheet + super().measure()
+        finally:
+            sampler.done = ()
+
+    def run_iter(self, index: int, rows: range, data: Mapping[str, Any]) -> list[report.SheetRow]:
+        """See EvalLoop; remove the images of a batch that are outdated, and leave it for later."""
+        if self._outdated is not None and (paths := self._find_outdated(rows, data)):
+            for path in paths:
+                Path(path).unlink()
+            self._outdated[rows.start] = paths
+            return []
+        return super().run_iter(index, rows, data)
+
+    def _find_outdated(self, rows: range, data: Mapping[str, Any]) -> dict[str, str]:
+        """Return the path of each image of a batch that was made from something else, and of what."""
+        paths: dict[str, str] = {}
+        for image_set, seed, (i, row) in itertools.product(self.image_sets, self.seeds, enumerate(rows)):
+            path = self.files.path(image_set, row, seed)
+            new, old = made_from(self.runner.bare_model, data, i, seed, image_set), self.files.made_from(path)
+            if old is not None and (changed := [name for name in new if old.get(name) != new[name]]):
+                paths[str(path)] = OUTDATED.get(changed[0], OTHER_SAMPLE)
+        return paths
+
     def images(self, data: Mapping[str, Any], batch: Batch, rows: Sequence[int], seed: int
                ) -> dict[str, list[Image.Image]]:
         """Read the images of a batch.
 
         Raises:
-            UserError: a file is missing, damaged or of another sample, or its size is not that of the others.
+            UserError: a file is missing or damaged, or its size is not that of the others.
         """
         found: dict[str, list[Image.Image]] = {}
         for image_set in self.image_sets:
-            for row, key, prompt in zip(rows, batch.key, batch.text, strict=True):
-                path = self.files.path(image_set, row, seed)
-                image = self.files.read(path, sample_text(key, prompt, noise_seed(seed, key)))
+            for row in rows:
+                image = self.files.read(path := self.files.path(image_set, row, seed))
                 found.setdefault(image_set, []).append(image)
                 if image.size != (size := found[image_set][0].size):
                     raise UserError(f"The image '{path}' has {image.width} x {image.height} pixels, the others of its "
@@ -163,17 +221,23 @@ class TestLoop(EvalLoop):
 
     def save(self, results: report.Results) -> None:
         """Write `test/samples.csv`, `metrics.csv` and `metrics.json`."""
-        folder = self.files.folder.parent
-        report.save_samples(folder / 'samples.csv', self.sample_rows(
-            lambda image_set, row, seed: self.files.path(image_set, row, seed).relative_to(folder).as_posix()))
+        report.save_samples(self.folder / SAMPLES, self.sample_rows(
+            lambda image_set, row, seed: self.files.path(image_set, row, seed).relative_to(self.folder).as_posix()))
         report.save_table(self.path().with_suffix('.csv'), results)
         report.save(self.path(), results)
 
     @torch.no_grad()
     def run(self) -> report.Results:
-        """Make and measure all images, and write the numbers and the report page."""
+        """Make and measure all images, and write the numbers and the report page.
+
+        Raises:
+            UserError: another process tests in this work_dir; or the images cannot be made or measured.
+        """
         from diffengine_sdxl.pages.run_report import write_report
-        results = super().run()
-        if is_main_process():
-            self.runner.logger.info(f"Report: '{write_report(Path(self.runner.work_dir))}'")
-        return results
+        try:
+            results = super().run()
+            if is_main_process():
+                self.runner.logger.info(f"Report: '{write_report(Path(self.runner.work_dir))}'")
+            return results
+        finally:
+            work_dir_lock.release(self.folder)

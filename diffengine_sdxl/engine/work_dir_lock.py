@@ -1,4 +1,4 @@
-"""One training at a time in a work_dir: a lock of the operating system on `run.lock`, which dies with its process."""
+"""One training at a time in a work_dir, and one test: a lock of the operating system, which dies with its process."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from mmengine.logging import print_log
 
 from diffengine_sdxl.errors import UserError, first_line
 
+#: In the locked folder.
 FILE = 'run.lock'
-#: Real path of a work_dir -> the open file whose lock this process holds.
+#: Real path of a folder -> the open file whose lock this process holds.
 _HELD: dict[str, int] = {}
 #: What file systems without locks answer.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def acquire(work_dir: str | Path) -> None:
+def acquire(work_dir: str | Path, does: str = 'trains') -> None:
     """Lock `work_dir`, which is made if it does not exist, for this process, until `release` or its death.
 
     Where the file system has no locks, a warning says so.
 
+    Args:
+        work_dir: of a training; of a test the folder `test` in it, so that it may run beside a training.
+        does: what this process does there, 'trains' or 'tests'.
+
     Raises:
-        UserError: another process trains there, or the folder cannot be written to.
+        UserError: another process does so, or the folder cannot be written to.
     """
     key, path = os.path.realpath(work_dir), Path(work_dir) / FILE
     if key in _HELD:
@@ -42,7 +47,7 @@ def acquire(work_dir: str | Path) -> None:
         if error.errno not in _UNSUPPORTED:
             holder = os.pread(file, 200, 0).decode(errors='replace').strip()
             os.close(file)
-            raise UserError(f"'{work_dir}' is in use: {holder or 'another process'} trains there, and two runs in one "
+            raise UserError(f"'{work_dir}' is in use: {holder or 'another process'} {does} there, and two runs in one "
                             'folder would mix their files. Wait until it ends or stop it, or choose another '
                             '--work-dir.') from error
         print_log(f"'{work_dir}' lies on a file system without locks ({first_line(error)}): make sure that no second "
@@ -53,7 +58,7 @@ def acquire(work_dir: str | Path) -> None:
 
 
 def release(work_dir: str | Path) -> None:
-    """Let other processes train in `work_dir`. The file stays: removing it could take a lock from a third process."""
+    """Let other processes use `work_dir`. The file stays: removing it could take a lock from a third process."""
     file = _HELD.pop(os.path.realpath(work_dir), None)
     if file is not None:
         os.close(file)

@@ -20,6 +20,8 @@ from diffengine_sdxl.evaluation.interval import Estimate
 COMPARED_WITH, SUBTRACTED = ('adapted', 'base'), ('base', 'compared')
 #: Last parts of a metric's name that qualify its value; `better` is 1 where higher is better, -1 where lower is.
 QUALIFIERS = ('low', 'high', 'num_samples', 'p', 'better')
+#: Of no image.
+NONE = Estimate(float('nan'), float('nan'), float('nan'), 0)
 
 
 def difference_name(first: str, second: str) -> str:
@@ -134,13 +136,29 @@ class ImageMetric(BaseMetric):
         keys = [str(key) for key in data_batch['key']]
         assert keys == [str(sample['key']) for sample in data_samples], 'the images of a batch, in its order'
         measured: dict[str, Sequence[Any]] = {}
-        for image_set in data_samples[0]['images']:
-            images = torch.stack([sample['images'][image_set] for sample in data_samples]).float().cpu()
-            measured[image_set] = self.measure(images, data_batch)
-        references = self._references(keys, data_batch)
+        try:
+            for image_set in data_samples[0]['images']:
+                images = torch.stack([sample['images'][image_set] for sample in data_samples]).float().cpu()
+                measured[image_set] = self.measure(images, data_batch)
+                self._check_finite(measured[image_set], keys, image_set)
+            references = self._references(keys, data_batch)
+        except Exception as error:
+            error.add_note(f'{type(self).__name__} measured the images of {listed(keys)}.')
+            raise
         for i, sample in enumerate(data_samples):
             self.results.append(Measured(keys[i], int(sample['seed']), {name: v[i] for name, v in measured.items()},
                                          None if references is None else references[i]))
+
+    def _check_finite(self, values: Sequence[Any], keys: Sequence[str], image_set: str) -> None:
+        for key, value in zip(keys, values, strict=True):
+            try:
+                finite = value is None or bool(np.isfinite(np.asarray(value, dtype=np.float64)).all())
+            except (TypeError, ValueError):  # no numbers, or of several shapes
+                continue
+            if not finite:
+                raise UserError(f"{type(self).__name__}: '{self.name}' of the image '{image_set}' of sample '{key}' is "
+                                "not finite, so the set has no number. A MeanMetric returns None for an image that "
+                                'does not count.')
 
     _last: tuple[list[str], Sequence[Any] | None] | None = None
 
@@ -176,7 +194,7 @@ class ImageMetric(BaseMetric):
 
 
 class MeanMetric(ImageMetric):
-    """A score for each image, averaged; `measure` returns numbers.
+    """A score for each image, averaged; `measure` returns numbers, or None for an image that does not count.
 
     Attributes:
         bounds: within which scores, and so intervals, lie.
@@ -188,11 +206,17 @@ class MeanMetric(ImageMetric):
 
     def estimate(self, rows: Sequence[Measured], image_set: str) -> Estimate:
         """Return the mean of the scores."""
+        rows = [row for row in rows if row.values[image_set] is not None]
+        if not rows:
+            return NONE
         values, clusters = [row.values[image_set] for row in rows], [row.key for row in rows]
         return interval.share(values, clusters) if self.is_share else interval.mean(values, clusters, self.bounds)
 
     def difference(self, rows: Sequence[Measured], first: str, second: str) -> Estimate:
         """Return the mean of the paired differences."""
+        rows = [row for row in rows if row.values[first] is not None and row.values[second] is not None]
+        if not rows:
+            return NONE
         compare = interval.share_difference if self.is_share else interval.difference
         return compare([row.values[first] for row in rows], [row.values[second] for row in rows],
                        [row.key for row in rows])
@@ -200,7 +224,7 @@ class MeanMetric(ImageMetric):
     def per_image(self) -> dict[tuple[str, int, str], float]:
         """Return all scores."""
         return {(row.key, row.seed, image_set): float(value) for row in self.rows
-                for image_set, value in row.values.items()}
+                for image_set, value in row.values.items() if value is not None}
 
 
 class SetMetric(ImageMetric):

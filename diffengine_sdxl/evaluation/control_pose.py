@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +9,8 @@ import torch
 from PIL import Image
 
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.evaluation.base import MeanMetric, Measured
+from diffengine_sdxl.evaluation.base import MeanMetric
 from diffengine_sdxl.evaluation.control import ControlMetric
-from diffengine_sdxl.evaluation.interval import Estimate
 from diffengine_sdxl.evaluation.networks import NetworkSource, shared
 from diffengine_sdxl.registry import METRICS
 
@@ -117,14 +115,14 @@ class PoseAccuracy(ControlMetric, MeanMetric):
         boxes = self.people(image)
         return self.pose(image, boxes) if len(boxes) else None
 
-    def compare(self, image: Image.Image, truth: Pose | None) -> float:
-        """Return the share of keypoints that are found, 0..1; NaN if the sample shows no pose."""
+    def compare(self, image: Image.Image, truth: Pose | None) -> float | None:
+        """Return the share of keypoints that are found, 0..1; None if the sample shows no pose."""
         if truth is None:
-            return float('nan')
+            return None
         return self.score(self.pose(image, truth.boxes), truth)
 
-    def score(self, found: Pose, truth: Pose) -> float:
-        """Return the share of the keypoints of `truth` that are in `found`, 0..1; NaN if there is no pose."""
+    def score(self, found: Pose, truth: Pose) -> float | None:
+        """Return the share of the keypoints of `truth` that are in `found`, 0..1; None if there is no pose."""
         hits = total = 0
         for k in range(len(truth.boxes)):
             sure = truth.scores[k] >= self.min_score
@@ -135,26 +133,4 @@ class PoseAccuracy(ControlMetric, MeanMetric):
             near = distances <= self.tolerance * np.ptp(places, axis=0).max()
             hits += int((near & (found.scores[k][sure] >= self.min_score)).sum())
             total += int(sure.sum())
-        return hits / total if total else float('nan')
-
-    def estimate(self, rows: Sequence[Measured], image_set: str) -> Estimate:
-        """Return the mean over the images whose sample shows a pose."""
-        measured = _with_pose(rows, image_set)
-        return super().estimate(measured, image_set) if measured else _NONE
-
-    def difference(self, rows: Sequence[Measured], first: str, second: str) -> Estimate:
-        """Return the mean of the paired differences of the same images."""
-        measured = _with_pose(rows, first)
-        return super().difference(measured, first, second) if measured else _NONE
-
-    def per_image(self) -> dict[tuple[str, int, str], float]:
-        """Return the scores of the images whose sample shows a pose."""
-        return {key: score for key, score in super().per_image().items() if score == score}
-
-
-_NONE = Estimate(float('nan'), float('nan'), float('nan'), 0)
-
-
-def _with_pose(rows: Sequence[Measured], image_set: str) -> list[Measured]:
-    """Return the rows whose sample shows a pose, which is the same for all its image sets."""
-    return [row for row in rows if row.values[image_set] == row.values[image_set]]
+        return hits / total if total else None

@@ -19,7 +19,7 @@ from diffengine_sdxl.registry import METRICS
 
 #: (kept of N images, kept of M real ones), two masks -> their distance.
 Distance = Callable[[np.ndarray, np.ndarray], float]
-#: Rows of a kernel's matrix that are held at once.
+#: Rows of a kernel's matrix, or pairs, that are held at once.
 CHUNK = 1024
 
 
@@ -154,12 +154,13 @@ class FID(Distribution):
     def check(self, num_samples: int, num_seeds: int) -> str | None:
         """Warn of fewer images than features; see Distribution."""
         super().check(num_samples, num_seeds)
-        images = min(num_samples * num_seeds, num_samples if self.real is None else len(self.real))
-        if images > (num := self.features.num_features):
+        images, real = num_samples * num_seeds, num_samples if self.real is None else len(self.real)
+        if min(images, real) > (num := self.features.num_features):
             return None
-        return (f'FID: {images} images are too few for the covariance of {num} features, which is singular up to {num} '
-                'images: the number depends on how many images there are more than on how good they are. Read KID or '
-                f"CMMD, which have no covariance, or take more than {num}, of which FID's papers take 10000 at least.")
+        return (f'FID: {images} images ({num_samples} samples, seeds: {num_seeds}) and {real} real ones are too few '
+                f'for the covariance of {num} features, which is singular up to {num} images: the number depends on '
+                'how many there are more than on how good they are. Read KID or CMMD, which have no covariance, or '
+                f"take more than {num} of both, of which FID's papers take 10000 at least.")
 
     def distance(self, images: Tensor, real: Tensor, samples: Sequence[int]) -> Distance:
         """Return the Fréchet distance."""
@@ -228,8 +229,8 @@ class _KernelMean:
             self.of_x[start:start + CHUNK] = block.sum(dim=1)
             self.of_y += block.sum(dim=0)
         self.i, self.j = torch.tensor(left_out, dtype=torch.int64).reshape(-1, 2).T
-        p, q = x[self.i], y[self.j]
-        self.of_pair = kernel((p * q).sum(dim=1), p.square().sum(dim=1), q.square().sum(dim=1), x.shape[1])
+        pairs = zip(self.i.split(CHUNK), self.j.split(CHUNK), strict=True)
+        self.of_pair = torch.cat([self._of_pairs(x[i], y[j]) for i, j in pairs])
 
     def __call__(self, kept: Tensor, kept_y: Tensor) -> float:
         """Return the mean over kept rows: the sum of all, less rows and columns left out, and what was so twice."""
@@ -238,6 +239,9 @@ class _KernelMean:
         total = self.of_x[kept].sum() - self.of_y[~kept_y].sum() + twice - self.of_pair[pairs].sum()
         num = int(kept.sum()) * int(kept_y.sum()) - int(pairs.sum())
         return float(total) / num if num > 0 else float('nan')
+
+    def _of_pairs(self, p: Tensor, q: Tensor) -> Tensor:
+        return self.kernel((p * q).sum(dim=1), p.square().sum(dim=1), q.square().sum(dim=1), p.shape[1])
 
     def _block(self, x: Tensor, y: Tensor) -> Tensor:
         return self.kernel(x @ y.T, x.square().sum(dim=1)[:, None], y.square().sum(dim=1)[None], x.shape[1])

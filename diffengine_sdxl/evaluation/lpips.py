@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffengine_sdxl.errors import one_of
+from diffengine_sdxl.evaluation import networks
 from diffengine_sdxl.evaluation.pixels import PairMetric
 from diffengine_sdxl.evaluation.torchvision_networks import build_lpips
 from diffengine_sdxl.registry import METRICS
@@ -53,5 +54,5 @@ class LPIPS(PairMetric):
         """Return the distances [B]."""
         self.check(len(images), 1)
         pair = (x.to(self.device) for x in (images, references))
-        distances: Tensor = self._network.to(self.device)(*pair, normalize=True)
+        distances: Tensor = networks.placed(self._network, self.device)(*pair, normalize=True)
         return distances.flatten().cpu()

@@ -11,11 +11,12 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffengine_sdxl.errors import UserError, count_of, listed
 from diffengine_sdxl.images import to_pil
@@ -60,7 +61,6 @@ class Network:
 
     def __init__(self, source: NetworkSource) -> None:
         self.source = source
-        self.device = torch.device('cpu')
         self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
     @cached_property
@@ -83,8 +83,8 @@ class Network:
         if 'config.json' not in names or not weight_files(names):
             missing = 'config.json' if 'config.json' not in names else 'model.safetensors'
             raise UserError(f"'{self.source}' has no {missing}, so it is not a model of transformers"
-                            + (f'; it has {listed(sorted(names))}.' if folder.is_dir() else
-                               f'.{hub.suggest_sibling(folder)}'))
+                            + (f'; it has {listed(sorted(names))}.' if names else '; it is empty.' if folder.is_dir()
+                               else f'.{hub.suggest_sibling(folder)}'))
         return path
 
     @property
@@ -228,10 +228,7 @@ class Network:
 
     def on(self, device: torch.device) -> Any:
         """Return the network, moved to a device."""
-        if self.device != device:
-            self.net.to(device)
-            self.device = device
-        return self.net
+        return placed(self.net, device)
 
     def _remembered(self, key: bytes, compute: Callable[[], Tensor]) -> np.ndarray:
         """Return what `compute` gives, computed once for a whole batch.
@@ -246,13 +243,20 @@ class Network:
         return self._features[key].copy()
 
     def release(self) -> None:
-        """Move the network to the CPU and forget its features."""
+        """Forget its features."""
         self._features.clear()
-        if 'net' in self.__dict__:
-            self.on(torch.device('cpu'))
 
 
 _NETWORKS: dict[NetworkSource, Network] = {}
+#: Network -> where it is, of all that `placed` moved away from the CPU.
+_PLACED: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()
+
+
+def placed(net: nn.Module, device: torch.device) -> nn.Module:
+    """Return a network of a metric, moved to a device until `release`."""
+    if _PLACED.get(net, torch.device('cpu')) != device:
+        _PLACED[net.to(device)] = device
+    return net
 
 
 def shared(source: NetworkSource) -> Network:
@@ -261,7 +265,9 @@ def shared(source: NetworkSource) -> Network:
 
 
 def release() -> None:
-    """Move all networks to the CPU, after an evaluation."""
+    """Move all networks to the CPU and forget features, after an evaluation."""
+    for net in [*_PLACED]:
+        del _PLACED[net.to('cpu')]
     for network in _NETWORKS.values():
         network.release()
 

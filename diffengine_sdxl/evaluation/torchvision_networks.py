@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.errors import UserError, first_line, listed
+from diffengine_sdxl.evaluation import networks
 from diffengine_sdxl.evaluation.libraries import torchmetrics, torchvision
 from diffengine_sdxl.loading.single_file import read_tensors, resolve_file
 
@@ -82,7 +83,7 @@ class InceptionFeatures:
         self.check()
         levels = images.to(device).mul(255).round()
         resized = F.interpolate(levels, size=(INCEPTION_SIZE, INCEPTION_SIZE), mode='bilinear', antialias=True)
-        features: Tensor = self._net.to(device)((resized - 128) / 128)
+        features: Tensor = networks.placed(self._net, device)((resized - 128) / 128)
         return features.cpu().numpy()
 
 

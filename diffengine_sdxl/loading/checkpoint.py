@@ -13,7 +13,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from diffengine_sdxl import atomic_files
-from diffengine_sdxl.errors import UserError, is_out_of_memory, listed
+from diffengine_sdxl.errors import UserError, count_of, is_out_of_memory, listed
 from diffengine_sdxl.loading.files import TORCH_LOAD_ERRORS, read_json
 from diffengine_sdxl.loading.weights import unreadable
 
@@ -54,7 +54,7 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except TORCH_LOAD_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f'The checkpoint {unreadable(path, error)} Use an older one (--resume PATH).') from error
+        raise UserError(f'The checkpoint {unreadable(path, error)} Use that of another step.') from error
     entries = {'step', 'position', 'seed', 'samples_per_iter', 'identity'}
     meta = state.get('meta') if isinstance(state, dict) else None
     if not isinstance(meta, dict) or not entries <= meta.keys() or 'state_dict' not in state:
@@ -150,6 +150,6 @@ def load_strict(module: Stateful, state: Mapping[str, torch.Tensor], source: str
     for what, keys in (('missing', expected.keys() - state.keys()),
                        ('not in the model', state.keys() - expected.keys()), ('of another shape', shapes)):
         if keys:
-            raise UserError(f"The weights in '{source}' don't fit the model: {len(keys)} keys {what}: "
-                            f'{listed(sorted(keys))}.')
+            raise UserError(f"The weights in '{source}' don't fit the model: {count_of(len(keys), 'key', 'keys')} "
+                            f'{what} ({listed(sorted(keys))}).')
     module.load_state_dict(state, strict=False)

@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from diffengine_sdxl.errors import UserError, did_you_mean
+from diffengine_sdxl.errors import UserError, did_you_mean, error_prefix, listed
 from diffengine_sdxl.loading import checkpoint
 from diffengine_sdxl.loading.files import read_json
 from diffengine_sdxl.loading.weights import check_finite
@@ -43,7 +43,7 @@ def apply_weights(config: Config, name: str | None) -> Path | None:
         name: as of `to_test_config`; None for 'weights'.
 
     Raises:
-        UserError: it does not exist, or the config names no weights of an adapter.
+        UserError: it does not exist or has other adapters, or the config names no weights of an adapter.
     """
     if name == NONE:
         config.model.adapters = dict.fromkeys(config.model.get('adapters') or {})
@@ -56,6 +56,7 @@ def apply_weights(config: Config, name: str | None) -> Path | None:
                             f'(model.adapters.{fresh[0]}.weights), or name a checkpoint or export that has them.')
         return None
     path = resolve_checkpoint(name)
+    check_same_adapters(config.model, path)
     manifest = read_manifest(path) if path.is_dir() else None
     parent = read_manifest(path.parent) if manifest is None and path.is_dir() else None
     if parent is not None and PIPELINE in parent['contents']:
@@ -63,6 +64,41 @@ def apply_weights(config: Config, name: str | None) -> Path | None:
     if manifest is not None and PIPELINE in manifest['contents']:
         use_trained_base(config.model, path)
     return path
+
+
+def check_same_adapters(model_config: Mapping[str, Any], path: Path) -> None:
+    """Check that the adapters that a config trains are those whose weights a checkpoint or an export has.
+
+    Args:
+        model_config: `model` of a config.
+        path: as `resolve_checkpoint` returns it. Of a folder without a manifest only the loading shows what it has.
+
+    Raises:
+        UserError: they have other names or types; both are listed. Or a checkpoint cannot be read.
+    """
+    wanted = _trained_types(model_config)
+    if path.is_file():
+        found = _trained_types(checkpoint.load(path, mmap=True)['meta']['identity'].get('model'))
+    elif (manifest := read_manifest(path)) is not None:
+        found = _trained_types((manifest.get('config') or {}).get('model'))
+    else:  # the folder of one adapter; if the config has only one, that takes it whatever its name is
+        manifest = read_manifest(path.parent) or {}
+        found = _trained_types((manifest.get('config') or {}).get('model'))
+        found = {name: kind for name, kind in found.items() if name == path.name}
+        wanted = wanted if len(wanted) == 1 else {name: kind for name, kind in wanted.items() if name in found}
+        if [*found.values()] == [*wanted.values()]:
+            return
+    if found and wanted and found != wanted:
+        had, wants = (listed(f"{kind} '{name}'" for name, kind in kinds.items()) for kinds in (found, wanted))
+        raise UserError(f"'{path}' has the weights of {had}, and the config trains {wants}. Use the config that they "
+                        'were trained with.')
+
+
+def _trained_types(model_config: Any) -> dict[str, str]:
+    """Return the type of each adapter that a model's config trains; {} if it is no such config."""
+    adapters = model_config.get('adapters') if isinstance(model_config, Mapping) else None
+    return {str(name): str(adapter.get('type')) for name, adapter in sorted((adapters or {}).items())
+            if isinstance(adapter, Mapping) and adapter.get('trainable', True)}
 
 
 def use_exported(config: Config, name: str | None) -> str | None:
@@ -107,11 +143,14 @@ def resolve_checkpoint(name: str) -> Path:
         UserError: it does not exist; the nearest names.
     """
     path = Path(name)
-    if path.name == BEST and not path.exists() and (path.parent / f'{BEST}.json').is_file():
+    if path.name == BEST and (path.parent / f'{BEST}.json').is_file():
         return _best(path.parent)
     if path.is_file():
         return path
     if not path.exists():
+        if path.name == BEST and path.parent.is_dir():
+            raise UserError(f"'{path.parent}' has no {BEST}.json, which says what step is the best: train with "
+                            'default_hooks.checkpoint.keep_best=METRIC (docs/stopping.md), or name a checkpoint.')
         names = [p.name for p in checkpoint.list_checkpoints(path.parent)]
         raise UserError(f"There is no checkpoint '{name}'.{did_you_mean(path.name, names)} Name a step<N>.pth, a "
                         f"work_dir, its {BEST} ('W/{BEST}'), an exported folder, '{NONE}' for the base alone, or "
@@ -130,8 +169,9 @@ def _best(work_dir: Path) -> Path:
         UserError: `best.json` is damaged, or names a step that is not there.
     """
     record = work_dir / f'{BEST}.json'
+    content = read_json(record)
     try:
-        path = work_dir / f'step{int(read_json(record)["step"])}.pth'
+        path = work_dir / f'step{int(content["step"])}.pth'
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"'{record}' is damaged ({type(error).__name__}: {error}).") from error
     found = next((one for one in (path, path.with_suffix('')) if one.exists()), None)
@@ -203,7 +243,10 @@ def load_export(model: TrainableModel, folder: Path) -> tuple[int | None, bool]:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        model.adapters[_only_adapter(model, folder)].load(folder)
+        name = _only_adapter(model, folder)
+        adapter = model.adapters[name]
+        with error_prefix(f"'{folder}' does not fit adapter '{name}' ({type(adapter).__name__}): ", unless='fit'):
+            adapter.load(folder)
         with suppress(UserError):  # the parent folder may be anybody's
             manifest = read_manifest(folder.parent)
     else:

@@ -78,9 +78,9 @@ def unreadable(path: Path, error: Exception) -> str:
         return (f"'{path}' is a pickle that {reason}: it holds more than tensors, so it was not opened and no code in "
                 'it was run. Ask for a .safetensors file.')
     text = first_line(error).split('. ')[0][:200]  # torch goes on with advice
-    text = type(error).__name__ if re.search('weights_only|safe_globals', text) else text
+    text = type(error).__name__ if re.search('weights_only|safe_globals', text) else text.rstrip('.')
     return (f"'{path}' cannot be read; it is truncated or not a {path.suffix} file ({path.stat().st_size:,} bytes): "
-            f'{text}')
+            f'{text}.')
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

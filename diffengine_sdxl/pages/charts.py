@@ -10,7 +10,7 @@ from diffengine_sdxl.pages.numbers import format_number
 
 #: Size of a chart and its margins, about pixels on a phone, where its text of 12 units is still read.
 WIDTH, HEIGHT = 360, 210
-LEFT, TOP, RIGHT, BOTTOM = 52, 10, 12, 26
+LEFT, TOP, RIGHT, BOTTOM = 60, 10, 12, 26
 #: Lines have no more points than this; with fewer than FEW each has a dot.
 MAX_POINTS, FEW = 400, 30
 
@@ -125,8 +125,10 @@ def ticks(low: float, high: float, num: int) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """Format a tick: 20k, 1.5M, 0.25, 1e-05."""
+    """Format a tick in at most eight characters or so: 20k, 1.5M, 0.25, 1.05e-4."""
     for unit, letter in ((1e6, 'M'), (1e4, 'k')):
         if abs(value) >= unit:
             return f'{value / (1e3 if letter == "k" else unit):.4g}{letter}'
-    return f'{value:.4g}'
+    text = f'{value:.4g}' if value == 0 or abs(value) >= 0.01 else f'{value:.3e}'
+    digits, exponent, power = text.partition('e')
+    return f'{digits.rstrip("0").rstrip(".")}e{int(power)}' if exponent else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from diffengine_sdxl.pages.numbers import format_number
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+#: Characters that turn the direction of the text after them, and so could show it as another.
+_TURNING = re.compile('[\u202a-\u202e\u2066-\u2069]')
 #: In the head of every page.
 MARK = '<meta name="generator" content="diffengine_sdxl">'
 
@@ -22,7 +25,12 @@ def render(template: str, **values: Any) -> str:
         template: name of a file in `templates/`; it extends base.html, which needs `title`.
         values: what the template reads; a missing one is a bug and raises jinja2's UndefinedError.
     """
-    return _environment().get_template(template).render(mark=MARK, **values)
+    return without_turns(_environment().get_template(template).render(mark=MARK, **values))
+
+
+def without_turns(text: str) -> str:
+    """Return a text without the control characters that turn its direction; letters have directions of their own."""
+    return _TURNING.sub('', text)
 
 
 def is_ours(path: Path) -> bool:

@@ -30,7 +30,9 @@ def escaped(value: object) -> Markdown:
     """Return a value as text of one line that shows as it is."""
     if isinstance(value, Markdown):
         return value
-    return Markdown(re.sub(r'[\\`*_\[\]<>|~&$]', r'\\\g<0>', re.sub(r'\s+', ' ', str(value))))
+    text = re.sub(r'[\\`*_\[\]<>|~&$]', r'\\\g<0>', re.sub(r'\s+', ' ', str(value)))
+    # At the start of a line: headings, also underlined ones, lists and rules; no signs of numbers.
+    return Markdown(re.sub(r'^ ?(?:\d{1,9}(?=[.)](?: |$))|(?=[#=]|[-+](?![\d.])))', r'\g<0>\\', text))
 
 
 def code(value: object) -> Markdown:

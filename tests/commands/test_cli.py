@@ -95,6 +95,18 @@ def test_mistakes(words: list[str], sentence: str, run: Run) -> None:
     assert done.told.startswith('error: ') and done.told.count('\n') == 1 and '..' not in done.told.replace('...', '')
 
 
+@pytest.mark.parametrize('words', [['train', CONFIG], ['test', CONFIG, 'none']], ids=' '.join)
+def test_a_work_dir_that_is_a_file(words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is imported or made; a new folder and one that exists are not."""
+    (file := tmp_path / 'FILE').touch()
+    monkeypatch.setattr(errors, 'run_command', lambda *_: 0)
+    for path in (file, file / 'x'):
+        done = run(*words, '--work-dir', str(path))
+        assert done.code == 1 and done.told.startswith(f"error: --work-dir {path}: '{file}' is a file; name")
+    for path in (tmp_path, tmp_path / 'x' / 'y'):
+        assert run(*words, '--work-dir', str(path)).code == 0
+
+
 def test_hyphens_and_underscores_are_one() -> None:
     """In names of options; values stay."""
     args = parse('infer', ['C', '--negative_prompt=a_b=c_d', '--batch_size', '3', '--cfg_options=a_b.c_d=e_f',

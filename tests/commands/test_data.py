@@ -54,7 +54,7 @@ def test_the_command(folder: Path, tiny_base: Path, tmp_path: Path, capsys: pyte
     out, err = capsys.readouterr()
     assert 'the longest of 2 chunks of 75 tokens' in out and 'are longer' not in out
     assert "6 of 6 images fit no bucket" in err
-    args.cfg_options = ['train_dataloader=None', 'val_dataloader=None']
+    args.cfg_options = [f'{mode}_dataloader=None' for mode in ('train', 'val', 'test')]
     assert run_command('data', args) == 1 and 'nothing to report' in capsys.readouterr().err
 
 

@@ -62,13 +62,13 @@ def test_every_way_to_name_a_checkpoint(options: dict[str, Any], work_dir: Path,
     assert sorted(p.name for p in (tmp_path / 'file').iterdir() if not p.name[0].isdigit()) == [
         'metrics.csv', 'metrics.json', 'report.html', 'test']
     assert sorted(p.name for p in (tmp_path / 'file' / 'test').iterdir()) == [
-        'images', 'pictures.png', 'samples.csv', 'tiny_t2i_adapter.py']
+        'images', 'pictures.png', 'run.lock', 'samples.csv', 'tiny_t2i_adapter.py']
 
 
 def test_two_checkpoints_compared(options: dict[str, Any], work_dir: Path, tmp_path: Path,
                                   capfd: pytest.CaptureFixture[str]) -> None:
     """As two tests give them, and the mean of the differences of each image; the other way round with all signs."""
-    measured = {**plain(options), 'test_evaluator': [dict(type='Redness')]}
+    measured = {**plain(options), 'test_evaluator': [dict(type='MeanRed')]}
     assert command_test(tmp_path / 'T', measured, work_dir / 'step4', compare=work_dir / 'step2.pth') == 0
     names = [f"'{work_dir / name}', step {step}, EMA weights" for name, step in (('step4', 4), ('step2.pth', 2))]
     assert ', compared with '.join(names) + ', 3 samples' in capfd.readouterr().out
@@ -83,6 +83,9 @@ def test_two_checkpoints_compared(options: dict[str, Any], work_dir: Path, tmp_p
     assert gap['low'] < gap['value'] < gap['high'] and gap['p'] is not None
     # Dumped, so that the config tests both again; and the tested weights are there again for a second test.
     assert "compare='" in (tmp_path / 'T' / 'test' / 'tiny_t2i_adapter.py').read_text()
+    assert command_test(tmp_path / 'same', measured, work_dir / 'step2', compare=work_dir / 'step2.pth') == 1
+    assert '--compare' in (said := capfd.readouterr().err) and 'these are the weights that are tested' in said
+    assert not (tmp_path / 'same' / 'test').exists()
     images = [{p.name: p.read_bytes() for p in (tmp_path / folder / 'test/images' / image_set).iterdir()}
               for folder, image_set in (('T', 'compared'), ('alone', 'adapted'))]
     assert images[0] == images[1] and len(images[0]) == 3
@@ -138,8 +141,8 @@ def test_a_runs_folder_stays_its_own(options: dict[str, Any], work_dir: Path, tm
     assert {k for k in before if after[k] != before[k]} <= {'report.html'}
     new = {k for k in after if k not in before and not k[0].isdigit()}
     new = {name for name in new if not name.startswith('test/images/')}
-    assert new - {'report.html'} == {'metrics.json', 'metrics.csv', 'test/pictures.png', 'test/samples.csv',
-                   'test/tiny_t2i_adapter.py'}
+    assert new - {'report.html'} == {'metrics.json', 'metrics.csv', 'test/pictures.png', 'test/run.lock',
+                                     'test/samples.csv', 'test/tiny_t2i_adapter.py'}
     first = after['metrics.json']
     assert command_test(folder, plain(options), folder) == 0 and (folder / 'metrics.json').read_bytes() != first
     # The training goes on in it.
@@ -229,7 +232,7 @@ def test_a_checkpoint_that_is_none(work_dir: Path, tmp_path: Path, fails: Callab
 def test_an_export_that_does_not_fit(work_dir: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     export = shutil.copytree(work_dir / 'step2', tmp_path / 'step2')
     two = {'model.adapters.other': dict(type='T2IAdapter')}
-    assert "has the adapters ['adapter'], the config trains ['adapter', 'other']" in fails(export, two)
+    assert "T2IAdapter 'adapter', and the config trains T2IAdapter 'adapter', T2IAdapter 'other'" in fails(export, two)
     said = fails(shutil.copytree(export / 'adapter', tmp_path / 'unknown'), two)
     assert "has 2 adapters (adapter, other) and none is named 'unknown'" in said
     (export / 'adapter' / 'diffusion_pytorch_model.safetensors').unlink()

@@ -45,6 +45,28 @@ def test_every_config_is_read_checked_and_resolved(path: Path) -> None:
     assert '$' not in str(config.resolve(cfg).to_dict())
 
 
+def test_an_error_of_python_names_its_line(tmp_path: Path) -> None:
+    """In the file of several where it is; and what a text that stands for a key is."""
+    path = write(tmp_path, 'model = dict(\n    scale=1 / 0)')
+    heir = write(tmp_path, 'resolution = 32', 'heir.py', str(path))
+    assert refused(heir) == (f"The config '{heir}' cannot be read: '{path}', line 3 (`scale=1 / 0)`): "
+                             'ZeroDivisionError: division by zero')
+    path.write_text('resolution = 3\nmodel = dict(\n')
+    assert refused(heir).endswith(f"'{path}', line 2 (`model = dict(`): SyntaxError: '(' was never closed")
+    path = write(tmp_path, "val_dataloader = dict(dataset=dict(\n    _base_.test_dataloader.dataset, split='val'))")
+    assert ("is required. `_base_.test_dataloader.dataset` is the text '$train_dataloader.dataset'; write "
+            '`_base_.train_dataloader.dataset` to') in refused(path)
+
+
+def test_what_replaces_nothing_may_say_so(tmp_path: Path) -> None:
+    """`_delete_` in dicts that no base has, at any depth, in files and overrides, is dropped."""
+    path = write(tmp_path, "val_dataloader = dict(_base_.test_dataloader, _delete_=True, dataset=dict(_delete_=True, "
+                           "**_base_.train_dataloader.dataset))")
+    cfg = config.load(path, {'env_cfg.dist_cfg': dict(_delete_=True, backend='gloo')})
+    assert cfg.val_dataloader.dataset == cfg.train_dataloader.dataset and '_delete_' not in cfg.pretty_text
+    assert cfg.val_dataloader.sampler == cfg.test_dataloader.sampler
+
+
 def test_found_by_path_and_by_base_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     installed = config.find(f'{FILL50K}.py')

@@ -36,7 +36,8 @@ def files(folder: Path) -> dict[str, str]:
 def look_alike(folder: Path) -> Path:
     """A work_dir's names, each file with its own content."""
     names = ['run.json', 'curves.jsonl', 'curves.png', 'val/pictures.png', 'config.py', '2026/vis_data/scalars.json',
-             'best.json', 'samples/steps.png', 'samples/images/base_0_seed0.png']
+             'best.json', 'samples/steps.png', 'samples/images/base_0_seed0.png', 'metrics.json', 'metrics.csv',
+             'test/samples.csv', 'test/images/record.json']
     for step in STEPS:
         names += [f'step{step}.pth', f'step{step}/manifest.json', f'val/step{step}.json', f'samples/step{step}.png',
                   f'val/step{step}.samples.csv', f'samples/images/step{step}_0_seed-1.png']
@@ -47,7 +48,7 @@ def look_alike(folder: Path) -> Path:
 
 
 def test_what_is_later_is_set_aside(tmp_path: Path) -> None:
-    """Checkpoints, exports, results, samples and curves; the steps before and the logs stay; nothing is lost."""
+    """Checkpoints, exports, results, samples, curves, a test; the steps before and the logs stay; nothing is lost."""
     folder = look_alike(tmp_path / 'W')
     before = files(folder)
     line = branches.go_back(folder, folder / 'step2.pth', 2)

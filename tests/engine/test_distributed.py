@@ -100,7 +100,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
     # Five batches, the last with one row; begun by one process, of which some images are lost.
     cases['tested'] = {'work_dir': str(folder / 'tested-two'), 'resume': False, 'tests': True, 'options': {
         **without_training(base_options), **evaluation('test', circles, 9, seeds=2),
-        'model.sampler.num_inference_steps': 2, 'test_evaluator': [dict(type='Redness'), dict(type='Brightness')]}}
+        'model.sampler.num_inference_steps': 2, 'test_evaluator': [dict(type='MeanRed'), dict(type='Brightness')]}}
     build(folder / 'tested-one', cases['tested']['options']).test()
     shutil.copytree(folder / 'tested-one', folder / 'tested-two')
     for i in (0, 3, 4, 8):

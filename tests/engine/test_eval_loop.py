@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from PIL import Image
 from runs import (
@@ -26,7 +27,7 @@ from runs import (
 
 from diffengine_sdxl import rng
 from diffengine_sdxl.datasets import collate
-from diffengine_sdxl.engine import report
+from diffengine_sdxl.engine import complete, report
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.registry import HOOKS
@@ -247,7 +248,7 @@ def test_the_table(tmp_path: Path, tiny: dict[str, Any], circles: Path, capfd: p
     said = capfd.readouterr()
     lines = [line.split() for line in said.out.splitlines()]
     low, high = f'{found["low"]:.4f}', f'{found["high"]:.4f}'
-    assert ['image_set', 'metric', 'value', '95', '%', 'interval', 'samples'] in lines
+    assert ['image_set', 'metric', 'value', '95', '%', 'interval', 'images'] in lines
     assert ['adapted', 'brightness', f'{found["value"]:.4f}', low, 'to', high, '2'] in lines
     assert 'The prefix is not set' not in said.out + said.err
     assert any('adapted    brightness' in p.read_text() for p in tmp_path.glob('*/*.log'))
@@ -338,6 +339,20 @@ def test_a_mistake_is_a_sentence_before_the_first_step(option: dict[str, Any], w
     assert len(errors) == 1 and 'Traceback' not in said and all(word in errors[0] for word in words), said[-2000:]
     assert not list((tmp_path / 'run').glob('step*')) and not (tmp_path / 'run' / 'val').exists()
     assert not (tmp_path / 'run' / 'curves.jsonl').exists() or curves(tmp_path / 'run') == []
+
+
+def test_a_training_needs_no_test() -> None:
+    """Half of one, as bases of data and recipes leave it, is left out; a test that needs it is refused."""
+    half = dict(model=dict(type='SDXL', objective={}), work_dir='W', test_dataloader=dict(batch_size=1),
+                test_cfg=dict(seeds=2))
+    trains = dict(train_cfg=dict(max_iters=1), train_dataloader=dict(), optim_wrapper=dict())
+    for more in ({}, {'test_evaluator': [dict(type='MeanRed')]}):  # then without model.sampler
+        config = Config({**half, **more, **trains, 'model': {**half['model'], 'objective': dict(type='X')}})
+        complete.fill_loops(config)
+        complete.check_complete(config)
+        assert not [key for key in config if key.startswith('test_')]
+        with pytest.raises(UserError, match='no `test_evaluator`|model.sampler, which makes the images, is not set'):
+            complete.check_complete(Config({**half, **more}))
 
 
 def test_an_error_in_a_validation_costs_no_step(tmp_path: Path, circles: Path, tiny: dict[str, Any],

@@ -18,8 +18,10 @@ from parity import make_batch
 from PIL import Image
 from runs import build, curves, evaluation, train, weights
 
+from diffengine_sdxl.engine.eval_images import weights_digests
 from diffengine_sdxl.engine.hooks.progress import ProgressHook
 from diffengine_sdxl.engine.hooks.samples import SampleHook
+from diffengine_sdxl.engine.hooks.step_grid import StepGrid
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.images import labelled_grid, to_pil
 from diffengine_sdxl.models.request_batch import read_image_input, request_batch
@@ -66,7 +68,10 @@ def test_the_average_is_that_of_a_loop(warmup: bool, tmp_path: Path, tiny: dict[
     from safetensors.torch import load_file
     exported = load_file(tmp_path / 'step4' / 'adapter' / 'diffusion_pytorch_model.safetensors')
     assert all(torch.equal(v, state['ema']['weights'][f'adapters.adapter.net.{k}']) for k, v in exported.items())
-    assert json.loads((tmp_path / 'step4' / 'manifest.json').read_text())['ema'] is True
+    manifest = json.loads((tmp_path / 'step4' / 'manifest.json').read_text())
+    assert manifest['ema'] is True and manifest['weights'] != weights_digests(runner.model, ['adapter'])
+    with runner.exported_weights():
+        assert manifest['weights'] == weights_digests(runner.model, ['adapter'])
 
 
 def test_without_an_average_the_weights_are_exported(tmp_path: Path, tiny: dict[str, Any]) -> None:
@@ -166,6 +171,26 @@ def test_an_image_is_computed_once(adapters: bool, tmp_path: Path, tiny: dict[st
     assert len(calls) == 2 + adapters  # two seeds, and the base alone
     columns = sheet(tmp_path / 'samples' / 'step4.png').shape[1] // 128
     assert columns == (3 if adapters else 2)
+    assert ('With and without' in (tmp_path / 'step4' / 'README.md').read_text()) == adapters
+    if adapters:  # resumed with another sampler: the base's image is made again, and the steps before are left out
+        runner = build(tmp_path, {**options, 'model.sampler.num_inference_steps': 1, 'train_cfg.max_iters': 8}, True)
+        calls.clear()
+        sampler = runner.model.sampler
+        runner.model.sampler = lambda *args: calls.append(args) or sampler(*args)
+        runner.train()
+        assert len(calls) == 3 and sheet(tmp_path / 'samples' / 'steps.png').shape[1] // 128 == 3
+
+
+def test_the_images_of_steps_have_a_bound(tmp_path: Path) -> None:
+    """They stay evenly spread, however long the run; those of an export stay with it."""
+    grid = StepGrid(tmp_path / 'samples', [make_batch(1, (8, 8))], 0, {})
+    (tmp_path / 'step30').mkdir()
+    for step in range(0, 1000, 10):
+        grid.save(Image.new('RGB', (8, 8)), f'step{step}', 0, 0)
+        grid.thin_out()
+    steps = sorted(int(path.name.split('_')[0][4:]) for path in (tmp_path / 'samples' / 'images').iterdir())
+    assert steps[0] == 0 and steps[-1] == 990 and 30 in steps and 10 < len(steps) <= 21
+    assert max(np.diff(steps)) <= 220  # twice as far as 10 even ones
 
 
 def test_images_are_made_in_batches_that_fit() -> None:

@@ -65,7 +65,8 @@ def test_the_whole_table(tmp_path: Path, tiny: dict[str, Any], circles: Path, ti
         'batch': '2 x 1 accumulated x 1 process = 2 rows per step', 'steps': '2; 0.25 epochs',
         'precision': 'no autocast; what trains is stored in float32', 'device': device, 'seed': '5',
         'speed': 'not compiled, checkpointing off, base fp32',
-        'work_dir': str(tmp_path), 'checkpoints': 'step<N>.pth and step<N>/ every 2 steps and at the end'}
+        'work_dir': str(tmp_path), 'checkpoints': 'step<N>.pth and step<N>/ every 2 steps and at the end',
+        'report': 'report.html at each checkpoint and validation, and at the end'}
     assert {name: found[name] for name in expected} == expected
     assert found.keys() == {'model', 'data', 'optimizer', 'lr', *expected}
     settings = runner.optim_wrapper.optimizer.defaults

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffengine_sdxl.datasets.transforms.condition import ModelMap
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.evaluation.control_pose import Pose
 from diffengine_sdxl.registry import METRICS
@@ -60,6 +61,24 @@ def test_canny_f1_is_that_of_torchmetrics() -> None:
     assert wanted[0] == 1 and 0.05 < wanted[1] < 0.9
     assert list(metric.per_image().values()) == pytest.approx(wanted, abs=1e-6)
     assert found['canny_f1'] == pytest.approx(np.mean(wanted), abs=1e-6) and found['canny_f1/better'] == 1
+
+
+def test_an_extractors_network_follows_the_metrics_device() -> None:
+    """Loaded by `check` before the evaluation has set it."""
+    class Net(ModelMap):
+        def build(self) -> Any:
+            return nn.Conv2d(3, 1, 1)
+    metric = build('DepthRMSE', extractor={'type': 'Canny'})
+    metric.extractor = Net()
+    metric.check(4, 1)
+    assert metric.extractor.model.weight.device.type == 'cpu'
+    metric.device = torch.device('meta')
+    metric._place()
+    assert metric.extractor.model.weight.device.type == 'meta'
+    metric.extractor.release()
+    metric.device = torch.device('cpu')
+    metric.check(4, 1)
+    assert metric.extractor.model.weight.device.type == 'cpu' and not metric.extractor.model.weight.requires_grad
 
 
 def test_canny_f1_with_a_tolerance_and_without_edges() -> None:
@@ -245,7 +264,7 @@ def test_pck_by_hand() -> None:
     truth = Pose(np.zeros((1, 4)), places, np.array([[0.9, 0.9, 0.3, 0.9, 0.1]]))
     moved = places + np.array([[[9, 0], [0, 11], [0, 0], [0, 0], [0, 0]]])
     assert metric.score(Pose(truth.boxes, moved, np.array([[0.9, 0.9, 0.9, 0.2, 0.9]])), truth) == 2 / 4
-    assert np.isnan(metric.score(truth, truth._replace(scores=np.full((1, 5), 0.1))))
+    assert metric.score(truth, truth._replace(scores=np.full((1, 5), 0.1))) is None
 
 
 def test_samples_without_a_pose_are_left_out(networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

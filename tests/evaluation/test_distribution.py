@@ -140,11 +140,24 @@ def test_a_singular_covariance_has_the_librarys_number() -> None:
     expected = by_torchmetrics('FID', *few)
     assert evaluated(metric, few[0], [{'base': few[1]}])['base/fid_colours'] == pytest.approx(expected, rel=1e-5)
     warning = metric.check(4, 1)
-    assert '4 images' in warning and '6 features' in warning and 'KID' in warning
+    assert '4 images (4 samples, seeds: 1) and 4 real ones' in warning and '6 features' in warning and 'KID' in warning
     assert metric.check(6, 3) is not None, 'six different real images, whatever the seeds'
     assert metric.check(7, 1) is None and METRICS.build(dict(type='KID')).check(4, 1) is None
     with pytest.raises(UserError, match='KID compares sets of images and needs 3 samples at least; there are 2'):
         METRICS.build(dict(type='KID')).check(2, 5)
+
+
+def test_pairs_that_do_not_count_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are many: a sample's seeds squared."""
+    widths: list[int] = []
+    metric = METRICS.build(dict(type='KID'))
+    kernel = metric.kernel
+    monkeypatch.setattr(metric, 'kernel', lambda dot, *rest: widths.append(len(dot)) or kernel(dot, *rest))
+    monkeypatch.setattr(distribution, 'CHUNK', 5)
+    real, made = images(0), images(1)
+    found = evaluated(metric, real, [{'base': made}, {'base': made}])['base/kid_colours']
+    of_made = [*range(NUM), *range(NUM)]
+    assert found == pytest.approx(kid(real, torch.cat([made, made]), of_made)) and max(widths) <= 5
 
 
 def test_kid_of_copies_is_not_below_0() -> None:

@@ -125,18 +125,34 @@ def test_mean_stays_between_0_and_1() -> None:
 
 # Differences
 
-def test_a_difference_is_the_paired_t_interval_and_an_exact_permutation() -> None:
+def test_a_difference_is_the_paired_t_test() -> None:
     rng = np.random.default_rng(3)
     values, others = rng.normal(0.3, 1, 9), rng.normal(0, 1, 9)
-    found = interval.difference(values, others, list(range(9)))
-    low, high = stats.ttest_rel(values, others).confidence_interval(0.95)
-    assert (found.value, found.low, found.high) == pytest.approx((np.mean(values - others), low, high), abs=1e-12)
-    gaps = values - others
-    sums = [abs(np.dot(signs, gaps)) for signs in product((1, -1), repeat=9)]
-    assert found.p == pytest.approx(np.mean(np.array(sums) >= abs(gaps.sum()) - 1e-9), abs=1e-12)
+    found, paired = interval.difference(values, others, list(range(9))), stats.ttest_rel(values, others)
+    low, high = paired.confidence_interval(0.95)
+    assert found == pytest.approx((np.mean(values - others), low, high, 9, paired.pvalue), abs=1e-12)
 
 
-def test_seeds_of_a_sample_flip_their_signs_together() -> None:
+def test_few_differences_prove_little_however_equal_they_are() -> None:
+    """No less than the test by their signs: that of all 2^K has the observed one and its opposite."""
+    for num in (2, 5, 9):
+        found = interval.difference([1.0 + 1e-9 * i for i in range(num)], [0.0] * num, list(range(num)))
+        sums = [abs(sum(signs)) for signs in product((1, -1), repeat=num)]
+        assert found.p == np.mean(np.array(sums) >= num) == 2 ** (1 - num)
+    assert interval.difference([1, 1], [0, 0], [0, 1]).p == 0.5 and interval.difference([1, 1], [1, 1], [0, 1]).p == 1
+    assert interval.difference([np.nan, 1], [0, 0], [0, 1]).p is None
+
+
+def test_an_interval_without_0_and_a_small_p_go_together() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(200):
+        clusters = np.repeat(np.arange(12), rng.integers(1, 4, 12)).tolist()
+        values = rng.normal(0.4, 1, len(clusters))
+        found = interval.difference(values, np.zeros(len(clusters)), clusters)
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+
+
+def test_seeds_of_a_sample_are_one_difference() -> None:
     """Four times the images without more samples: neither a narrower interval nor a smaller p."""
     rng = np.random.default_rng(4)
     values, others, clusters = rng.normal(size=10).tolist(), rng.normal(size=10).tolist(), list(range(10))
@@ -186,6 +202,16 @@ def test_jackknife_leaves_out_whole_samples() -> None:
     interval.jackknife(lambda kept: float(seen.append(int(kept.sum())) or kept.mean()), clusters)
     assert seen[0] == 90 and len(seen) == 21 and {90 - n for n in seen[1:]} == {3, 6}
     assert interval.jackknife(lambda kept: 0.5, ['a'] * 4, (0.0, 1.0)) == (0.5, 0.0, 1.0, 4, None)
+
+
+def test_a_jackknife_that_tells_nothing() -> None:
+    """A statistic that is not finite without some, or always the same."""
+    def undefined(kept: np.ndarray) -> float:
+        return 0.5 if kept[0] else float('nan')
+    assert interval.jackknife(undefined, [0, 1, 2]) == (0.5, -np.inf, np.inf, 3, None)
+    assert interval.jackknife(undefined, [0, 1, 2], (0.0, 1.0)) == (0.5, 0.0, 1.0, 3, None)
+    assert interval.jackknife(lambda kept: 0.5, [0, 1, 2]) == (0.5, 0.5, 0.5, 3, None)
+    assert interval.jackknife(lambda kept: 0.0, [0, 1, 2]) == (0.0, 0.0, 0.0, 3, 1.0)
 
 
 def test_p_of_no_difference_is_uniform() -> None:

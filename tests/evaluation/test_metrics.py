@@ -196,6 +196,27 @@ def test_seeds_of_a_prompt_are_one_cluster() -> None:
     assert numbers['base/iou/low'] == pytest.approx(np.mean(ious) - half)
 
 
+def test_what_a_metric_gives_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN is refused by name; None does not count; an error says which samples were measured."""
+    def process(*values: Any) -> Any:
+        evaluated = metric('MaskIoU')
+        monkeypatch.setattr(evaluated, 'measure', lambda images, batch: [value() for value in values])
+        evaluated.process(data, generated(data, base=[image_of(SCENE)] * 2, adapted=[image_of(SCENE)] * 2))
+        return evaluated
+    data = batch([SCENE, SCENE])
+    with pytest.raises(UserError, match="MaskIoU: 'iou' of the image 'base' of sample 'test/1' is not finite"):
+        process(lambda: 0.5, lambda: float('nan'))
+    with pytest.raises(ZeroDivisionError) as raised:
+        process(lambda: 1 / 0)
+    assert raised.value.__notes__ == ['MaskIoU measured the images of test/0, test/1.']
+    evaluated = process(lambda: 0.5, lambda: None)
+    numbers = evaluated.evaluate(2)
+    assert numbers['base/iou'] == 0.5 and numbers['base/iou/num_samples'] == 1
+    assert numbers['adapted - base/iou'] == 0 and numbers['adapted - base/iou/num_samples'] == 1
+    assert evaluated.per_image() == {('test/0', 0, name): 0.5 for name in ('base', 'adapted')}
+    assert process(lambda: None, lambda: None).evaluate(2)['base/iou/num_samples'] == 0
+
+
 def test_no_results_are_no_numbers() -> None:
     assert metric('MaskIoU').compute_metrics([]) == {}
 

@@ -161,7 +161,8 @@ def test_what_is_no_network_is_refused(clip: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     dino = write_vision(tmp_path / 'dino', 'dino')
     (dino / 'preprocessor_config.json').unlink()
-    for model, said in ((tmp_path / 'clap', "There is no file or folder '.*clap'"),
+    (tmp_path / 'empty').mkdir()
+    for model, said in ((tmp_path / 'empty', 'it is empty'), (tmp_path / 'clap', "There is no file or folder '.*clap'"),
                         (dino, "dino' has no preprocessor_config.json, which says how"),
                         (shipped('diffengine_sdxl::shapes/base'), 'has no config.json')):
         with pytest.raises(UserError, match=said):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.evaluation import libraries, torchvision_networks
+from diffengine_sdxl.evaluation import libraries, networks, torchvision_networks
+from diffengine_sdxl.evaluation.torchvision_networks import InceptionFeatures
 from diffengine_sdxl.registry import METRICS
 
 
@@ -102,6 +103,28 @@ def test_lpips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         METRICS.build(dict(type='LPIPS')).check(3, 1)
     with pytest.raises(UserError, match=r"LPIPS: net='alx' is unknown.*'alex'"):
         METRICS.build(dict(type='LPIPS', net='alx'))
+
+
+def test_networks_leave_the_device_after_an_evaluation() -> None:
+    """Those of torchvision too."""
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places: list[str] = []
+
+        def to(self, device: Any) -> 'Moved':  # type: ignore[override]
+            self.places.append(str(device))
+            return self
+
+        def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.zeros(2, 1)
+    metric, features, meta = METRICS.build(dict(type='LPIPS')), InceptionFeatures('none.pth'), torch.device('meta')
+    metric._network, features._net, metric.device = Moved(), Moved(), meta
+    for _ in range(2):
+        metric.compare(torch.zeros(2, 3, 40, 40), torch.zeros(2, 3, 40, 40))
+        features(torch.zeros(2, 3, 40, 40), meta)
+    networks.release()
+    assert metric._network.places == features._net.places == ['meta', 'cpu']
 
 
 def test_a_pooling_branch_is_pooled_otherwise() -> None:

@@ -4,19 +4,21 @@ import errno
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
-from runs import assert_same_run, command, train
+from runs import CONFIG, assert_same_run, command, train
 
-from diffengine_sdxl import atomic_files
+from diffengine_sdxl import atomic_files, config
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.loading import checkpoint
+from diffengine_sdxl.loading.trained import apply_weights, load_export, resolve_checkpoint
 
 META = {'step': 0, 'position': 0, 'seed': 0, 'samples_per_iter': 1, 'identity': {}}
 
@@ -195,7 +197,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, run: Path, tmp_path: Path) -
         torch.save({'weights': 1} if damage == 'not a checkpoint' else {'x': Path('x')}, path)
     with pytest.raises(UserError, match='step3.pth') as caught:
         checkpoint.load(path)
-    assert '--resume PATH' in str(caught.value) or "no 'state_dict'" in str(caught.value)
+    assert str(caught.value).endswith('. Use that of another step.') or "no 'state_dict'" in str(caught.value)
     with pytest.raises(UserError, match='There is no checkpoint'):
         checkpoint.load(tmp_path / 'step4.pth')
 
@@ -204,9 +206,9 @@ def test_loading_is_strict(run: Path) -> None:
     """A key too few, one too many, another shape: each refused by name, and nothing is loaded."""
     module = torch.nn.Linear(2, 3)
     fits = {'weight': torch.ones(3, 2), 'bias': torch.ones(3)}
-    for state, words in (({'weight': fits['weight']}, "1 keys missing: bias"),
-                         ({**fits, 'more': torch.ones(1)}, '1 keys not in the model: more'),
-                         ({**fits, 'bias': torch.ones(4)}, r'1 keys of another shape: bias \(4,\) for \(3,\)')):
+    for state, words in (({'weight': fits['weight']}, r'1 key missing \(bias\)\.$'),
+                         ({**fits, 'more': torch.ones(1)}, r'1 key not in the model \(more\)'),
+                         ({**fits, 'bias': torch.ones(4)}, r'1 key of another shape \(bias \(4,\) for \(3,\)\)')):
         before = module.weight.detach().clone()
         with pytest.raises(UserError, match=words):
             checkpoint.load_strict(module, state, 'file.pth')
@@ -216,7 +218,7 @@ def test_loading_is_strict(run: Path) -> None:
 
 
 def test_load_from_takes_the_ema_weights(run: Path, tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """A new run begins with the averages, at step 0; one with other adapters is told which keys don't fit."""
+    """A new run begins with the averages, at step 0; one with other adapters is told which these are."""
     state = torch.load(run / 'step3.pth', weights_only=True)
     options = {**tiny, 'load_from': str(run / 'step3.pth')}
     runner = train(tmp_path / 'new', {**options, 'train_cfg.max_iters': 1, 'optim_wrapper.optimizer.lr': 0.0})
@@ -224,6 +226,47 @@ def test_load_from_takes_the_ema_weights(run: Path, tmp_path: Path, tiny: dict[s
     assert runner.iter == 1 and own.keys() == state['ema']['weights'].keys()
     assert all(torch.equal(own[k], v) for k, v in state['ema']['weights'].items())
     assert any(not torch.equal(own[k], v) for k, v in state['state_dict'].items())
-    with pytest.raises(UserError, match='keys missing: adapters.two.net') as caught:
+    with pytest.raises(UserError, match="the config trains T2IAdapter 'adapter', T2IAdapter 'two'") as caught:
         train(tmp_path / 'other', {**options, 'model.adapters.two': dict(type='T2IAdapter')})
     assert str(run / 'step3.pth') in str(caught.value)
+
+
+@pytest.mark.parametrize('name', ['step3.pth', '', 'step3', 'step3/adapter'])
+def test_weights_of_other_adapters(name: str, run: Path) -> None:
+    """Refused by what they are, before a model is built; of one adapter's folder only its type counts."""
+    apply_weights(config.load(CONFIG), str(run / name))  # its own
+    cfg = config.load('shapes_lora')
+    with pytest.raises(UserError, match=r"T2IAdapter 'adapter', and the config trains LoRA 'style'\. Use") as caught:
+        apply_weights(cfg, str(run / name))
+    assert ' ...' not in str(caught.value)
+    cfg.model.adapters = {'style': dict(type='T2IAdapter')}
+    with nullcontext() if name == 'step3/adapter' else pytest.raises(UserError, match="trains T2IAdapter 'style'"):
+        apply_weights(cfg, str(run / name))
+    cfg.model.adapters = None  # what loads them says which keys don't fit
+    apply_weights(cfg, str(run / name))
+
+
+def test_a_folder_that_no_adapter_reads(tmp_path: Path) -> None:
+    """Without a manifest that says what it is: which adapter, of which type, should take it."""
+    class Style:
+        def load(self, folder: Path) -> None:
+            raise UserError('no file named config.json.')
+    model: Any = SimpleNamespace(adapters={'style': Style()})
+    with pytest.raises(UserError, match=f"'{tmp_path}' does not fit adapter 'style' \\(Style\\): no file named"):
+        load_export(model, tmp_path)
+
+
+def test_the_best_step_by_name(tmp_path: Path) -> None:
+    """Only best.json says it, whatever else is called so."""
+    (tmp_path / 'step2.pth').touch()
+    with pytest.raises(UserError, match=f"'{tmp_path}' has no best.json, .*checkpoint.keep_best=METRIC"):
+        resolve_checkpoint(str(tmp_path / 'best'))
+    (tmp_path / 'best').mkdir()
+    (tmp_path / 'best.json').write_text('{"step": 2}')
+    assert resolve_checkpoint(str(tmp_path / 'best')) == tmp_path / 'step2.pth'
+    for text, words in (('{', "best.json' cannot be read: "), ('{"step": "x"}', r"best.json' is damaged \(ValueError"),
+                        ('{"step": 3}', 'names step 3')):
+        (tmp_path / 'best.json').write_text(text)
+        with pytest.raises(UserError, match=words) as caught:
+            resolve_checkpoint(str(tmp_path / 'best'))
+        assert 'UserError' not in str(caught.value)

@@ -70,7 +70,7 @@ def checkpoints(world: World, run: Path) -> None:
 
 @case('validation_steps', 'validation_prompt', 'validation_image', 'num_validation_images')
 def samples(world: World, run: Path) -> None:
-    assert sorted(p.name for p in (run / 'samples').iterdir()) == ['step2.png', 'step4.png']
+    assert sorted(p.name for p in (run / 'samples').glob('step[0-9].png')) == ['step2.png', 'step4.png']
     width, height = Image.open(run / 'samples' / 'step4.png').size
     # Cells of 128 pixels: condition and three images side by side, a row for each of two prompts.
     assert 4 * 128 < width < 5 * 128 and 2 * 128 < height < 3 * 128

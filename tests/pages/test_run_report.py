@@ -113,6 +113,7 @@ def test_it_shows_all_and_needs_nothing_else(folder: Path) -> None:
     links = page.all('a', 'href')
     assert links and all((folder / unquote(link)).exists() for link in links)
     assert "default-src 'none'" in page.all('meta', 'content')[1]
+    assert '--resume' not in page.text and '/x/step60.pth' not in page.text  # it was stopped
     first = page.source
     assert Page(write_report(folder)).source == first  # over an own one, and the same
 
@@ -131,6 +132,10 @@ def test_the_worst_and_the_best_images(folder: Path) -> None:
     lower = {'adapted': {'iou': result(1, 0, 2, -1)}}
     found, = examples.find_extremes(files, write.read_results(lower), Embedder(2**20))
     assert found.ends[0][1][0].facts.startswith('+0.5000 · sample key0')
+    with open(folder / 'test/samples.csv', 'a') as file:
+        file.writelines(f'\nkey{i},0,{i},compared,,p,{0.1 * (i == 3)}' for i in range(8))
+    found, = examples.find_extremes(files, write.read_results(METRICS), Embedder(2**20))
+    assert found.measure == 'adapted − compared' and 'key3' in found.ends[0][1][0].facts
 
 
 def test_files_of_all_kinds_of_damage(folder: Path, tmp_path: Path) -> None:
@@ -149,8 +154,12 @@ def test_files_of_all_kinds_of_damage(folder: Path, tmp_path: Path) -> None:
         file.write(f'\nk8,0,0,base,../../secret.png,,-5\nk8,0,0,adapted,{secret},,5\nk10,0,0,base,,,x\n'
                    'k9,0,0,base,images/link.png,,5\nk9,0,0,adapted,images/\0,,-5\n')
     os.mkfifo(folder / 'data_report.txt')
-    path = write_report(folder)
+    (folder / 'metrics.json').write_text('{"')
+    notes: list[str] = []
+    path = write_report(folder, notes.append)
     page = Page(path)
+    assert 'metrics.json of the test is damaged' in page.text and 'no results yet' not in page.text
+    assert notes and all(note in page.text for note in notes)
     for words in ("'curves.jsonl' has damaged lines (2)", "'best.json' is damaged", "'val/step20.json' is damaged",
                   'Not readable as images: samples/steps.png'):
         assert words in page.text, words

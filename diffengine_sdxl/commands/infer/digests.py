@@ -62,7 +62,7 @@ def _files(folder: Path) -> Iterator[str]:
     # Follow links: a base may be assembled from other bases' folders.
     for root, folders, names in os.walk(folder, followlinks=True):
         # The card of an export and its images are written again when the export has been measured.
-        card = ('README.md', 'images') if 'manifest.json' in names else ()
+        card = ('README.md', 'card-images') if 'manifest.json' in names else ()
         folders[:] = [name for name in folders if not name.startswith('.') and name not in card]
         for name in names:
             if not name.startswith('.') and name not in card:

@@ -109,6 +109,7 @@ class ModelMap(ConditionMap):
         super().__init__(**options)
         self.device = device
         self._model: Any = None
+        self._placed_on = ''
 
     def build(self) -> Any:
         """Build the model."""
@@ -116,12 +117,16 @@ class ModelMap(ConditionMap):
 
     @property
     def model(self) -> Any:
-        """Return the model; building it does not change the global random state."""
+        """Return the model, on `device`; building it does not change the global random state."""
         if self._model is None:
             with rng.fork('condition model'):
                 self._model = self.build()
+            self._placed_on = ''
             if isinstance(self._model, nn.Module):
-                self._model.eval().requires_grad_(False).to(self.device)
+                self._model.eval().requires_grad_(False)
+        if self._placed_on != self.device and hasattr(self._model, 'to'):
+            self._model = self._model.to(self.device)
+            self._placed_on = self.device
         return self._model
 
     def release(self) -> None:
@@ -218,7 +223,7 @@ class Preprocessor(ModelMap):
                 raise UserError(f'{shown} cannot be built with init={self.init}: {first_line(error)}') from error
         if not callable(function):
             raise UserError(f'{shown} is a {type(function).__name__}, which cannot be called.')
-        return function.to(self.device) if hasattr(function, 'to') else function
+        return function
 
     def made_of(self, file_digest: FileDigest) -> Any:
         """Return the version of the function's package; of a module without one, its content."""

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 
 from diffengine_sdxl import atomic_files
@@ -99,19 +98,19 @@ class CheckpointHook(Hook):
         if self.export:
             with runner.exported_weights():
                 export(runner, path.with_suffix(''), step, self.metadata)
-            model_card.update(runner, step)
         runner.save_checkpoint(path)
         self.saved = step
-        if is_main_process():
-            runner.logger.info(f"Saved '{path}'" + (f" and '{path.with_suffix('')}/'." if self.export else '.'))
-            self._prune(path.parent)
-        barrier()
+        runner.logger.info(f"Saved '{path}'" + (f" and '{path.with_suffix('')}/'." if self.export else '.'))
+        on_main_process(lambda: self._prune(path.parent))
 
     def after_step(self, runner: ExperimentRunner, step: int) -> None:
-        """Find the best step again when a step with a checkpoint has been validated; add the numbers to its card."""
+        """Find the best step again when a step with a checkpoint has been validated; write its card.
+
+        So a card has the step's samples and numbers, whichever of them there are.
+        """
         if step == self.saved:
             on_main_process(lambda: self._prune(Path(runner.work_dir), step))
-            if self.export and (Path(runner.work_dir) / 'val' / f'step{step}.json').is_file():
+            if self.export:
                 model_card.update(runner, step)
 
     def _prune(self, work_dir: Path, validated: int | None = None) -> None:

@@ -29,7 +29,7 @@ class PushToHubHook(Hook):
 
     The login and the repository, which is created if it does not exist, are checked before the first step. An upload
     that fails does not fail the finished training. The token is that of `hf auth login` or HF_TOKEN: one in a config
-    would end up in files. In the uploaded manifest.json, paths of this machine are reduced to their last part.
+    would end up in files. In the uploaded manifest.json, paths are reduced to their last part.
 
     Args:
         repo_id: 'owner/name'; without an owner it is the token's account's. True for the work_dir's name; None to
@@ -60,15 +60,18 @@ class PushToHubHook(Hook):
     def _writable(self, repo_id: str) -> str:
         from huggingface_hub import HfApi, constants, get_token
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise UserError(f"PushToHubHook: repo_id='{repo_id}' is no name for a repository: {first_line(error)}"
+                            ) from error
         # Not `whoami`: its rate limit would stop some of many runs that start together.
         if get_token() is None:
             raise UserError(f"PushToHubHook uploads to '{repo_id}', but nobody is logged in to the hub. {LOGIN}.")
         try:
             full_id: str = HfApi().create_repo(repo_id, private=self.private, exist_ok=True).repo_id
             HfApi().auth_check(full_id, write=True)
-        except HFValidationError as error:
-            raise UserError(f"PushToHubHook: repo_id='{repo_id}' is no name for a repository: {first_line(error)}"
-                            ) from error
         except HfHubHTTPError as error:
             raise UserError(f"PushToHubHook: the hub does not let you write to '{repo_id}': "
                             f'{_reason(error)} {LOGIN}; the token needs write access to that repository.') from error
@@ -112,7 +115,7 @@ def _files(folder: Path) -> list[CommitOperationAdd]:
     if not files:
         raise FileNotFoundError(f"There is no export '{folder}'.")
     if 'manifest.json' in files:
-        public = model_card.public_values(json.loads((folder / 'manifest.json').read_text()))
+        public = model_card.public_manifest(json.loads((folder / 'manifest.json').read_text()))
         files['manifest.json'] = f'{json.dumps(public, indent=1)}\n'.encode()
     return [CommitOperationAdd(name, content) for name, content in files.items()]
 

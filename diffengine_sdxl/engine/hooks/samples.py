@@ -17,8 +17,10 @@ from mmengine.hooks import Hook
 from PIL import Image
 from torch import Tensor
 
+from diffengine_sdxl.config.references import to_plain
 from diffengine_sdxl.datasets import Draw, collate
 from diffengine_sdxl.datasets.transforms.geometry import height_width
+from diffengine_sdxl.engine.eval_images import IGNORED_MODEL_KEYS
 from diffengine_sdxl.engine.hooks.step_grid import StepGrid
 from diffengine_sdxl.engine.run_summary import every
 from diffengine_sdxl.engine.runner import ExperimentRunner
@@ -41,7 +43,8 @@ class SampleHook(Hook):
     """Every `interval` optimizer steps, write a labelled grid `samples/step<N>.png`, also to the visualizer.
 
     The weights are the EMA's if there is an EMA. The seeds are the same every time, so only training changes the
-    images. `samples/images/` keeps each of them, and `samples/steps.png` shows the first seed's over the steps.
+    images. `samples/images/` keeps them, of at most about twenty steps beside those with an export, evenly chosen;
+    `samples/steps.png` shows the first seed's over the steps.
 
     Args:
         interval: optimizer steps; None for no images.
@@ -111,7 +114,9 @@ class SampleHook(Hook):
         except UserError as error:
             hint = ' Set default_hooks.samples.conditions.' if self.prompts else ''
             raise UserError(f'SampleHook: {error}{hint}') from error
-        self.grid = StepGrid(Path(runner.work_dir) / 'samples', self.batches, self.seed)
+        made_by = to_plain({key: value for key, value in runner.resolved.model.items()
+                            if key not in IGNORED_MODEL_KEYS})
+        self.grid = StepGrid(Path(runner.work_dir) / 'samples', self.batches, self.seed, made_by)
         self.grid.remove_after(runner.iter)
         if self.at_start and runner.iter == 0:
             self.draw(runner, 0)
@@ -156,6 +161,7 @@ class SampleHook(Hook):
         path = Path(runner.work_dir) / 'samples' / f'step{step}.png'
         grid.save(path)
         self.grid.draw([row[:len(conditions)] for _, row in rows], list(conditions))
+        self.grid.thin_out()
         runner.visualizer.add_image('samples', np.asarray(grid), step=step)
         now = time.perf_counter()
         self.seconds += now - began

@@ -17,6 +17,7 @@ from diffengine_sdxl.engine.model_card.loading import Loading, how_to_load
 from diffengine_sdxl.engine.model_card.metrics import Measured
 from diffengine_sdxl.errors import UserError, count_of, first_line
 from diffengine_sdxl.loading.trained import PIPELINE, read_manifest
+from diffengine_sdxl.pages.html import without_turns
 from diffengine_sdxl.pages.markdown import Markdown, code, render_markdown
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def write_card(work_dir: Path, step: int, test: Path | None = None, repo_id: str
 
     Args:
         work_dir: of the training.
-        test: metrics.json of a test of this export; None: that of `work_dir`, if it is of this step, else the numbers
+        test: metrics.json of a test of this export; None: that of `work_dir`, if it is of this export, else the numbers
             of the step's validation.
         repo_id: of the hub, for the examples; None: they name the folder.
 
@@ -57,16 +58,17 @@ def write_card(work_dir: Path, step: int, test: Path | None = None, repo_id: str
     """
     from huggingface_hub import ModelCard
     folder = work_dir / f'step{step}'
-    manifest = read_manifest(folder)
-    if manifest is None:
+    private = read_manifest(folder)
+    if private is None:
         raise UserError(f"'{folder}' has no manifest.json, so it is not an export of a training.")
+    manifest = facts.public_manifest(private)
     run = work_dir / 'run.json'
     try:
         recorded = json.loads(run.read_text()) if run.is_file() else {}
     except ValueError as error:
         raise UserError(f"'{run}' is damaged ({first_line(error)}).") from error
     found = metrics.measured(work_dir, manifest, test)
-    images = write_images(work_dir, step, None if found is None else found.folder)
+    images = write_images(work_dir, step, *((found.folder, found.own) if found is not None else (None,)))
     headers = {name: facts.header(folder / name) for name in manifest['contents']}
     parts = _parts(folder, manifest, headers, images, repo_id)
     title = _title(headers, f'{work_dir.resolve().name}, step {step}')
@@ -74,7 +76,7 @@ def write_card(work_dir: Path, step: int, test: Path | None = None, repo_id: str
                            **_text(manifest, recorded, headers, parts, found, repo_id or folder.name))
     card = ModelCard(f'---\n{_metadata(title, manifest, headers, parts, images, found).to_yaml()}\n---\n\n{text}')
     with atomic_files.replacing(folder / FILE) as temporary:
-        temporary.write_text(str(card), encoding='utf-8')
+        temporary.write_text(without_turns(str(card)), encoding='utf-8')
 
 
 def _title(headers: Mapping[str, Mapping[str, str]], default: str) -> str:
@@ -101,7 +103,8 @@ def _parts(folder: Path, manifest: Mapping[str, Any], headers: Mapping[str, Mapp
            repo_id: str | None) -> dict[str, Loading]:
     """Return how each part of the export is loaded, by its name."""
     adapters, on_hub = manifest['config']['model'].get('adapters') or {}, manifest.get('hub') or ()
-    base = facts.hub_id(manifest['base'].get('pretrained'), on_hub) or 'BASE'
+    pretrained = manifest['base'].get('pretrained')
+    base = pretrained if facts.in_package(pretrained) else facts.hub_id(pretrained, on_hub) or 'BASE'
     if PIPELINE in manifest['contents']:  # the hub loads no pipeline from a subfolder
         base = f'{folder.name}/{PIPELINE}' if repo_id is None else 'PIPELINE'
     prompt, words = next((pair.prompt for pair in images.pairs if pair.prompt), 'a photo'), _words(headers)
@@ -109,10 +112,10 @@ def _parts(folder: Path, manifest: Mapping[str, Any], headers: Mapping[str, Mapp
         prompt = ', '.join([*words[:1], prompt])
     parts = {}
     for name in manifest['contents']:
-        settings = adapters.get(name) or {}
-        if settings.get('image_encoder'):
-            settings = {**settings, 'image_encoder': facts.public_name(settings['image_encoder'], on_hub)}
-        parts[name] = how_to_load(folder, name, settings, base, repo_id, prompt)
+        parts[name] = how_to_load(folder, name, adapters.get(name) or {}, base, repo_id, prompt)
+        if facts.in_package(base):
+            parts[name].notes.append(f'`{base}` is a folder in the Python package of that name; diffusers needs its '
+                                     'path.')
         if base == 'PIPELINE' and name != PIPELINE:
             parts[name].notes.append(f'PIPELINE: the folder of the fine-tuned base, `{PIPELINE}/` of this repository.')
     return parts
@@ -146,7 +149,7 @@ def _text(manifest: Mapping[str, Any], run: Mapping[str, Any], headers: Mapping[
         'words': _words(headers), 'partners': partners,
         'together': ', '.join(parts) if len(parts) > 1 else '', 'recipe': facts.recipe(manifest, run),
         'versions': manifest.get('versions') or {}, 'commit': manifest.get('git_commit'),
-        'command': facts.public_text(manifest['command']) if manifest.get('command') else '',
+        'command': manifest['command'] or '',
         'infer': _infer(manifest, source), 'tested': found is not None and found.folder is not None,
         'license': _license_text(chosen, base_id), 'measured': metrics.table(found) if found else [],
         'compares': bool(found and metrics.compares(found)), 'measured_on': _measured_on(found, manifest, on_hub)}

@@ -66,7 +66,7 @@ def find_extremes(work_dir: WorkDir, results: Results, embed: Embedder) -> list[
 def _extremes(work_dir: WorkDir, samples: Sequence[_Sample], name: str, results: Results, embed: Embedder
               ) -> Extremes | None:
     """Return the ends of a metric; None if all samples are equal."""
-    for compared in (('adapted', 'base'), ('adapted', 'compared'), ('adapted',), ('base',)):
+    for compared in (('adapted', 'compared'), ('adapted', 'base'), ('adapted',), ('base',)):
         scored = [(score, sample) for sample in samples if (score := sample.score(compared, name)) is not None]
         if scored:
             break
@@ -87,7 +87,7 @@ def _extremes(work_dir: WorkDir, samples: Sequence[_Sample], name: str, results:
 def _example(work_dir: WorkDir, sample: _Sample, metric: str, compared: Sequence[str], score: float, embed: Embedder
              ) -> Example:
     first = next(iter(sample.rows.values()))
-    images, files = [], {}
+    files: dict[str, Path] = {}
     for image_set in sorted(sample.rows, key=lambda name: ('base', 'adapted', 'compared', name).index(name)):
         value = sample.value(image_set, metric)
         file = sample.rows[image_set].get('file', '')

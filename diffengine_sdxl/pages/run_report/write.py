@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -48,18 +48,23 @@ class Run(NamedTuple):
         max_steps: what the config asks for; None if unknown.
         config: the file of the dumped config, and its text.
         manifest: of the last export; {} for none.
+        stopped: why the run ended before its last step; None if it did not, or has gone on since.
     """
 
     step: int
     max_steps: int | None
     config: tuple[Path, str] | None
     manifest: Mapping[str, Any]
+    stopped: str | None
 
 
-def write_report(work_dir: Path) -> Path:
+def write_report(work_dir: Path, tell: Callable[[str], object] = lambda note: None) -> Path:
     """Write `<work_dir>/report.html` of what a training and its tests left there, also while they run.
 
     Files that are missing or damaged are left out. The page needs no other file and fetches nothing.
+
+    Args:
+        tell: called with each sentence on what is left out.
 
     Returns:
         Its path.
@@ -71,9 +76,11 @@ def write_report(work_dir: Path) -> Path:
     path = work_dir / NAME
     if os.path.lexists(path) and not html.is_ours(path):
         raise UserError(f"'{path}' was not written by diffengine_sdxl, and would be overwritten; move it.")
-    page = _page(WorkDir(work_dir))
+    page = _page(files := WorkDir(work_dir))
     with atomic_files.replacing(path) as temporary:
         temporary.write_bytes(page.encode('utf-8', 'replace'))
+    for note in files.notes:
+        tell(note)
     return path
 
 
@@ -107,9 +114,12 @@ def _read_run(files: WorkDir, validations: Mapping[int, Results]) -> Run:
     rows, _ = files.rows('curves.jsonl')
     config = _config(files, '.')
     settings = read_settings(config[1]) if config is not None else at(manifest, 'config')
-    longest = finite(at(settings, 'train_cfg', 'max_iters'))
+    longest = finite(at(settings, 'train_cfg', 'max_iters')) or finite(manifest.get('max_iters'))
     step = max([0, *validations, *exports, *files.steps(r'step(\d+)\.pth'), *(int(row['step']) for row in rows[-1:])])
-    return Run(step, None if longest is None else int(longest), config, manifest)
+    record = files.json('early_stop.json')
+    ended = finite(record.get('step'))
+    return Run(step, None if longest is None else int(longest), config, manifest,
+               str(record.get('reason', '')) if ended is not None and step <= ended else None)
 
 
 def _config(files: WorkDir, folder: str) -> tuple[Path, str] | None:
@@ -121,13 +131,11 @@ def _config(files: WorkDir, folder: str) -> tuple[Path, str] | None:
 def _status(files: WorkDir, run: Run, best: Mapping[str, Any], test: Results,
             test_config: tuple[Path, str] | None) -> list[str]:
     """Return how far the run is, in a few words each."""
-    lines, stopped = [], files.json('early_stop.json')
-    ended = finite(stopped.get('step'))
+    lines = []
     if run.step:
         total = '' if run.max_steps is None else f' of {run.max_steps:,}'
         lines.append(f'{run.step:,}{total} steps')
-        # A run that goes on after an early stop has later steps.
-        lines += [f'stopped early: {stopped.get("reason", "")}'] if ended is not None and run.step <= ended else []
+        lines += [] if run.stopped is None else [f'stopped early: {run.stopped}']
     elif run.config:
         lines.append('no step is logged yet')
     if (step := finite(best.get('step'))) is not None:
@@ -135,7 +143,8 @@ def _status(files: WorkDir, run: Run, best: Mapping[str, Any], test: Results,
         lines.append(f'best step {step:,g} by {best.get("metric", "")}'
                      f'{"" if value is None else f" ({format_number(value)})"}')
     if test_config is not None and not test:
-        lines.append('a test began and has no results yet')
+        damaged = files.inside('metrics.json') is not None
+        lines.append('metrics.json of the test is damaged' if damaged else 'a test began and has no results yet')
     return lines
 
 
@@ -171,16 +180,19 @@ def _commands(files: WorkDir, run: Run, test_config: tuple[Path, str] | None) ->
     folder = str(files.path)
     commands = []
     if isinstance(command := run.manifest.get('command'), str):
-        commands.append(('made this run', command))
+        commands.append(('made this run, from the folder in which it was started', command))
     if run.config is not None:
         again = ['diffengine-sdxl', 'train', str(run.config[0])]
         commands.append(('trains it again, with all settings of the config', shlex.join([*again, '--work-dir', 'NEW'])))
-        if run.step and run.max_steps is not None and run.step < run.max_steps:
+        if run.step and run.max_steps is not None and run.step < run.max_steps and run.stopped is None:
             commands.append(('continues it', shlex.join([*again, '--work-dir', folder, '--resume'])))
     settings = {} if test_config is None else read_settings(test_config[1])
     if test_config is not None and (weights := settings.get('load_from')):
+        weights = files.json('test', 'images', 'record.json').get('checkpoint') or weights
         compare = at(settings, 'test_cfg', 'compare')
-        commands.append(('repeats the test', shlex.join(
+        relative = any(not os.path.isabs(str(path)) for path in (weights, compare) if path)
+        where = ', from the folder in which it was started' if relative else ''
+        commands.append((f'repeats the test{where}', shlex.join(
             ['diffengine-sdxl', 'test', str(test_config[0]), '--checkpoint', str(weights),
              *(['--compare', str(compare)] if compare else []), '--work-dir', folder])))
     commands.append(('writes this report again', shlex.join(['diffengine-sdxl', 'report', folder])))

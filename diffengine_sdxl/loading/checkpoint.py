@@ -54,7 +54,8 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     except TORCH_LOAD_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f'The checkpoint {unreadable(path, error)} Use that of another step.') from error
+        raise UserError(f'The checkpoint {unreadable(path, error)} Use that of another step (in a training: '
+                        '--resume PATH).') from error
     entries = {'step', 'position', 'seed', 'samples_per_iter', 'identity'}
     meta = state.get('meta') if isinstance(state, dict) else None
     if not isinstance(meta, dict) or not entries <= meta.keys() or 'state_dict' not in state:

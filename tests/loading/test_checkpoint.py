@@ -197,7 +197,8 @@ def test_a_damaged_checkpoint_is_named(damage: str, run: Path, tmp_path: Path) -
         torch.save({'weights': 1} if damage == 'not a checkpoint' else {'x': Path('x')}, path)
     with pytest.raises(UserError, match='step3.pth') as caught:
         checkpoint.load(path)
-    assert str(caught.value).endswith('. Use that of another step (in a training: --resume PATH).') or "no 'state_dict'" in str(caught.value)
+    said = str(caught.value)
+    assert said.endswith('. Use that of another step (in a training: --resume PATH).') or "no 'state_dict'" in said
     with pytest.raises(UserError, match='There is no checkpoint'):
         checkpoint.load(tmp_path / 'step4.pth')
 

@@ -91,7 +91,7 @@ def best(args: argparse.Namespace) -> None:
     found = compare(folder, step, args.steps, args.folder / 'best_test', 200, 3)
     difference = found['adapted - compared']['iou']
     print(f'best step {step}: IoU {shown(found["adapted"]["iou"])}; step {args.steps}: '
-          f'{shown(found["compared"]["iou"])}; difference {shown(difference)}, p = {difference["p"]:.4f}')
+          f'{shown(found["compared"]["iou"])}; difference {shown(difference)}, p = {difference["p"]:.2g}')
 
 
 def stop(args: argparse.Namespace) -> None:

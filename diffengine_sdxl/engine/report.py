@@ -15,7 +15,7 @@ from diffengine_sdxl import atomic_files
 from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.evaluation.base import QUALIFIERS
 from diffengine_sdxl.images import labelled_grid
-from diffengine_sdxl.pages.numbers import format_number
+from diffengine_sdxl.pages.numbers import format_number, format_p
 
 #: image set (or difference of two) -> metric -> 'value' and the QUALIFIERS; None where a metric gives none.
 Results = dict[str, dict[str, dict[str, float | int | None]]]
@@ -75,7 +75,7 @@ def table(results: Results) -> str:
             interval = 'not given' if result['low'] is None and result['high'] is None else f'{low} to {high}'
             count, p = result['num_samples'], result['p']
             rows.append((image_set, name, value, interval, '?' if count is None else str(count),
-                         '' if p is None else format_number(p)))
+                         '' if p is None else format_p(p).removeprefix('= ')))
     if not any(row[-1] for row in rows[1:]):
         rows = [row[:-1] for row in rows]  # no difference was measured
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffengine_sdxl.pages.numbers import format_number
+from diffengine_sdxl.pages.numbers import format_number, format_p
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -47,5 +47,5 @@ def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / 'templates'), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters['number'] = format_number
+    environment.filters |= {'number': format_number, 'p': format_p}
     return environment

@@ -13,6 +13,11 @@ def format_number(value: float | int | None) -> str:
     return f'{value:.4f}' if 1e-3 <= abs(value) < 1e5 or value == 0 else f'{value:.4g}'
 
 
+def format_p(p: float) -> str:
+    """Format what follows 'p' of a difference: '= 0.0312', or '< 0.0001', as smaller ones say no more."""
+    return f'= {p:.4f}' if p >= 1e-4 else '< 0.0001'
+
+
 def finite(value: Any) -> float | None:
     """Return a number of a file as a float; None if it is none, NaN, infinite, or beyond what can be drawn."""
     if isinstance(value, bool) or not isinstance(value, int | float):

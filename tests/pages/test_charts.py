@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffengine_sdxl.pages.charts import MAX_POINTS, Series, line_chart, thinned, ticks
-from diffengine_sdxl.pages.numbers import finite, format_number
+from diffengine_sdxl.pages.numbers import finite, format_number, format_p
 
 
 @pytest.mark.parametrize(('low', 'high', 'expected'), [
@@ -49,6 +49,7 @@ def test_numbers_of_any_size(values: list[float]) -> None:
 
 
 def test_numbers() -> None:
+    assert [format_p(p) for p in (1.0, 0.0312, 1e-60)] == ['= 1.0000', '= 0.0312', '< 0.0001']
     assert [format_number(value) for value in (None, 0, 0.5, 1e-5, 123456.0)] == [
         'none', '0.0000', '0.5000', '1e-05', '1.235e+05']
     odd = (True, 'x', None, [], math.nan, -math.inf, 10 ** 400, 1e101)

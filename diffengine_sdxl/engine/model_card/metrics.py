@@ -18,7 +18,7 @@ from diffengine_sdxl.errors import UserError, first_line
 from diffengine_sdxl.evaluation.base import difference_name
 from diffengine_sdxl.loading.trained import PIPELINE
 from diffengine_sdxl.models.generate import ADAPTED, BASE, COMPARED
-from diffengine_sdxl.pages.numbers import format_number
+from diffengine_sdxl.pages.numbers import format_number, format_p
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _text(result: Mapping[str, Any] | None, sign: bool = False) -> str:
     plus = '+' if sign and result['value'] > 0 else ''
     interval = '' if _interval(result) is None else (
         f' ({format_number(result["low"])} to {format_number(result["high"])})')
-    chance = f', p = {result["p"]:.3g}' if result.get('p') is not None else ''
+    chance = f', p {format_p(result["p"])}' if result.get('p') is not None else ''
     return f'{plus}{format_number(result["value"])}{interval}{chance}'
 
 

@@ -1,6 +1,5 @@
-"""Pairs of kinds, in both orders where that differs."""
+"""Every pair of kinds, in both orders."""
 
-import os
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -17,25 +16,9 @@ def is_lora(kind: str) -> bool:
     return CASES[kind].config['type'] == 'LoRA'
 
 
-#: LoRAs of several parts differ from the others by what they are put into, as IP-Adapters do from one another.
-EVERYWHERE = ('lora_everywhere', 'dora_everywhere')
-
-
-def runs_here(first: str, second: str) -> bool:
-    """Whether a pair's code differs from that of every other pair here. `make parity` runs all of them."""
-    if not is_lora(second):  # one after the other in attention or at the UNet's blocks; else one order of names will do
-        return first <= second or {first, second} in ({'ip_adapter', 'ip_adapter_plus'}, {'t2i_adapter', 'controlnet'})
-    if is_lora(first):
-        return first <= second or not {first, second} & {*EVERYWHERE}
-    # What doesn't read the base's modules meets the same LoRA layers, whatever they compute.
-    return first == 'ip_adapter_plus' or second in EVERYWHERE or (first, second) == ('textual_inversion', 'lora')
-
-
 # LoRAs attach last, whatever their names; beside another kind, the other order of names is the same pair.
 PAIRS = [*((first, second) for first, second in permutations(CASES, 2) if is_lora(second) or not is_lora(first)),
          *((kind, kind) for kind in CASES)]
-if 'OTHER_KERNELS' not in os.environ:
-    PAIRS = [pair for pair in PAIRS if runs_here(*pair)]
 
 
 def pair_configs(first: str, second: str) -> dict[str, dict[str, Any]]:

@@ -97,6 +97,9 @@ class Denoiser(Components, Protocol):
     def frozen(self) -> AbstractContextManager[None]:
         """Let no weight require gradients inside."""
 
+    def only_adapter(self, name: str) -> AbstractContextManager[None]:
+        """Compute as a model with one adapter inside."""
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterate over all parameters with their full names."""
 
@@ -122,6 +125,10 @@ class Model(Denoiser, Protocol):
     @property
     def image_sets(self) -> tuple[str, ...]:
         """Return which images it can generate: 'base', and 'adapted' if there are adapters."""
+
+    @property
+    def only_sets(self) -> tuple[str, ...]:
+        """Return the image sets of each adapter alone."""
 
     def new_tokens(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return the adapters' new tokens for each text encoder: token -> its vectors, [n, D]."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -125,6 +124,7 @@ class Conditioning:
         channels: [B, C, h, w], concatenated to the latents of a UNet with more than 4 input channels (inpainting: the
             mask and the latents of the masked image).
         timestep_cond: [B, C], the embedded guidance scale of a UNet that takes it as an input (a distilled LCM).
+        strengths: in training, name of a partner -> [B, 3] on the CPU, see `models.partners`.
     """
 
     text: Tensor
@@ -134,6 +134,7 @@ class Conditioning:
     projected: bool = False
     channels: Tensor | None = None
     timestep_cond: Tensor | None = None
+    strengths: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, index: slice | Tensor) -> Conditioning:
         """Return the rows that `index` selects along the batch."""
@@ -196,6 +197,8 @@ class UNetCall:
             1 - t / T twice.
         text, pooled, time_ids, timestep_cond: as in Conditioning, without what adapters add.
         training: active ranges and scales multiply and never skip, so that the graph is always the same.
+        strengths: name of an adapter -> what was drawn for its rows, [B, 3] on the CPU: a factor of its scale, start
+            and end of the part of sampling in which it acts; adapters that are not in it act as they are.
     """
 
     sample: Tensor
@@ -206,6 +209,7 @@ class UNetCall:
     time_ids: Tensor
     training: bool = False
     timestep_cond: Tensor | None = None
+    strengths: Mapping[str, Tensor] = field(default_factory=dict)
     _residuals: list[Tensor] = field(default_factory=list)
     _control: list[Tensor] = field(default_factory=list)
     _images: dict[str, ImageTokens] = field(default_factory=dict)
@@ -214,13 +218,21 @@ class UNetCall:
     _text: list[Tensor] = field(default_factory=list)
     _pooled: list[Tensor] = field(default_factory=list)
 
-    def gate(self, active_range: tuple[float, float]) -> Tensor | None:
-        """Return 1 for rows whose step lies inside `active_range` (both bounds included), else 0, [B]; None: all do."""
-        if tuple(active_range) == (0, 1):
+    def gate(self, active_range: tuple[float, float], name: str = '') -> Tensor | None:
+        """Return the factor of each row's scale, [B]; None: 1 for all.
+
+        1 for rows whose step lies inside `active_range` (both bounds included), else 0; times what was drawn for the
+        adapter `name`.
+        """
+        drawn = self.strengths.get(name)
+        if tuple(active_range) == (0, 1) and drawn is None:
             return None
         inside = self._inside(active_range)
-        if bool(inside.all()) and not self.training:
+        if drawn is None and bool(inside.all()) and not self.training:
             return None
+        if drawn is not None:
+            factor, start, end = drawn.unbind(dim=1)
+            inside = factor * (inside & (self.progress[:, 0] >= start) & (self.progress[:, 1] <= end))
         return send(inside, self.sample.device).to(torch.promote_types(self.sample.dtype, torch.float32))
 
     def skips(self, scale: float, active_range: tuple[float, float]) -> bool:
@@ -384,17 +396,3 @@ def to_device(data: Data, device: torch.device | str) -> Data:
     if isinstance(data, Batch):
         return replace(data, **{f.name: move(f.name, getattr(data, f.name)) for f in fields(data)})
     return {name: move(name, value) for name, value in data.items()}
-
-
-def as_floats(pixels: Tensor, centred: bool = False) -> Tensor:
-    """Turn pixels of 8 bits into fp32 in [0, 1], or in [-1, 1] if `centred`; another tensor is returned as it is."""
-    # By a table from the CPU, so that all devices give the same bits: CUDA rounds a division by 255 otherwise.
-    if pixels.dtype != torch.uint8:
-        return pixels
-    return _levels(centred, pixels.device).index_select(0, pixels.flatten().int()).view(pixels.shape)
-
-
-@cache
-def _levels(centred: bool, device: torch.device) -> Tensor:
-    levels = torch.arange(256, dtype=torch.float32).div(255)
-    return send(levels.sub(0.5).div(0.5) if centred else levels, device)

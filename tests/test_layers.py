@@ -18,7 +18,7 @@ STOREYS = (
     ('errors',),
     ('limits', 'speed'),
     ('atomic_files', 'config_files', 'field_names', 'literals', 'versions', 'registry', 'rng', 'structures', 'images'),
-    ('noise_schedule', 'attention', 'settings', 'shapes', 'cache', 'pages'),
+    ('pixel_values', 'noise_schedule', 'attention', 'settings', 'shapes', 'cache', 'pages'),
     ('protocols', 'request'),
     ('config',),
     ('loading',),

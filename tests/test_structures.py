@@ -9,7 +9,8 @@ from parity import images, make_batch
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError
-from diffengine_sdxl.structures import Batch, Conditioning, ImageTokens, UNetCall, as_floats, to_device, where
+from diffengine_sdxl.pixel_values import as_floats
+from diffengine_sdxl.structures import Batch, Conditioning, ImageTokens, UNetCall, to_device, where
 
 
 def conditioning(num: int, start: float = 0.0, **kwargs: Any) -> Conditioning:

@@ -26,7 +26,7 @@ HEADER = '# Written by `python tools/make_model_index.py`.\n'
 
 def training_data(config: Any) -> list[str]:
     """Return the sources that a resolved config trains on, or the type of a data set that has none."""
-    dataset = config.get('train_dataloader', {}).get('dataset', {})
+    dataset = (config.get('train_dataloader') or {}).get('dataset', {})
     parts = [dataset[name] for name in ('instance', 'prior') if name in dataset] or [dataset]
     return [part.get('source') or part['type'] for part in parts if part]
 
@@ -41,13 +41,14 @@ def entry(path: Path) -> dict[str, Any]:
     from diffengine_sdxl.config_files import configs_folder, description
     resolved = config.resolve(config.read(path))
     model = resolved.model
-    tasks = {'train': 'train_cfg' in resolved, 'test': 'test_dataloader' in resolved, 'infer': 'sampler' in model}
+    tasks = {'train': bool(resolved.get('train_cfg')),
+             'test': 'test_dataloader' in resolved, 'infer': 'sampler' in model}
     metadata = {
         'Description': description(path),
         'Task': [task for task, there in tasks.items() if there],
-        'Architecture': sorted({adapter['type'] for adapter in model.get('adapters', {}).values()}),
+        'Architecture': sorted({adapter['type'] for adapter in model.get('adapters', {}).values() if adapter}),
         'Training Data': training_data(resolved),
-        'Iterations': resolved.get('train_cfg', {}).get('max_iters'),
+        'Iterations': (resolved.get('train_cfg') or {}).get('max_iters'),
     }
     return {
         'Name': path.stem,

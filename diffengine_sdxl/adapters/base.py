@@ -67,6 +67,8 @@ class Adapter(nn.Module):
         self.name = ''
         self.condition_key, self.weights, self.trainable = condition_key, weights, trainable
         self.ignore_keys = ignore_keys
+        #: Drawn factor of `scale`, see `set_strength`; 0: it does not act.
+        self._strength = 1.0
         self.scale = scale
         self.active_range = active_range  # type: ignore[assignment]
 
@@ -90,6 +92,21 @@ class Adapter(nn.Module):
 
     def _apply_scale(self) -> None:
         """Pass a new scale on to modules that hold a copy of it."""
+
+    def check_partner(self, scales: tuple[float, float]) -> None:
+        """Check that a training may draw whether it acts, and factors of its scale in `scales`.
+
+        Raises:
+            UserError: this kind cannot be drawn, or not with these factors.
+        """
+        for factor in scales:
+            self._check_scale(self.scale * factor)
+
+    def set_strength(self, strength: float) -> None:
+        """Multiply its scale by what was drawn for the coming pass; of kinds with `modifies_base`."""
+        if strength != self._strength:
+            self._strength = strength
+            self._apply_scale()
 
     @property
     def active_range(self) -> tuple[float, float]:
@@ -263,7 +280,7 @@ class Adapter(nn.Module):
 
     def _fixed_scale(self, call: UNetCall, rows: int) -> Tensor | float:
         """Scale times active range: a float, or [rows, 1, 1, 1] if only some rows are active."""
-        gate = call.gate(self.active_range)
+        gate = call.gate(self.active_range, self.name)
         return self.scale if gate is None else (self.scale * gate).view(rows, 1, 1, 1)
 
 

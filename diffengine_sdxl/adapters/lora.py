@@ -231,8 +231,9 @@ class LoRA(Adapter):
     def _apply_scale(self) -> None:
         """Set every layer's scaling, and whether the adapter acts there at all."""
         for part, name, wrapper in self._all_wrappers():
-            own, gate = self._ranks[part], self._gate if part == 'unet' else True
-            scale = self.scale * self._block_scale(part, name)
+            # A strength of 0 closes the gate in the UNet, where the graph must stay the same.
+            gate, strength = (self._gate, self._strength or 1.0) if part == 'unet' else (True, self._strength)
+            own, scale = self._ranks[part], self.scale * strength * self._block_scale(part, name)
             lora_layers.set_active(wrapper, self.name, scale != 0 and not self._disabled and gate is not False)
             wrapper.rows = gate if isinstance(gate, Tensor) else None
             if isinstance(wrapper, ChangedLayer):
@@ -260,10 +261,9 @@ class LoRA(Adapter):
 
         Nothing else changes it within a step, so gradient checkpointing recomputes what it computed.
         """
-        gate: bool | Tensor = False
-        if not call.skips(1.0, self.active_range):
-            rows = call.gate(self.active_range)
-            gate = True if rows is None else rows.bool()
+        skips = call.skips(1.0, self.active_range)
+        rows = None if skips else call.gate(self.active_range, self.name)
+        gate: bool | Tensor = not skips if rows is None else rows.bool()
         if isinstance(gate, Tensor) or gate is not self._gate:
             self._gate = gate
             self._apply_scale()

@@ -77,6 +77,11 @@ class TextualInversion(Adapter):
         self.init = init
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
 
+    def check_partner(self, scales: tuple[float, float]) -> None:
+        """Refuse draws: its word acts where a caption has it."""
+        raise UserError(f"model.partners.{self.name}: the word '{self.token}' acts where a caption has it; leave it "
+                        'out of a part of the captions (CaptionTagDrop) instead.')
+
     def _check_scale(self, scale: float) -> None:
         if scale not in (0, 1):
             raise UserError(f"scale={scale:g} of '{self.token}' must be 1, or 0 to read the word as ordinary text.")

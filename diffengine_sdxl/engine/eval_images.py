@@ -22,13 +22,14 @@ from diffengine_sdxl.cache.keys import digest
 from diffengine_sdxl.config.references import differences, to_plain
 from diffengine_sdxl.errors import UserError, count_of, first_line, listed
 from diffengine_sdxl.images import to_pil
-from diffengine_sdxl.models.generate import BASE, COMPARED
+from diffengine_sdxl.models.generate import BASE, COMPARED, ONLY
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.structures import Batch
 from diffengine_sdxl.versions import versions
 
 #: Keys of configs that change no image.
-IGNORED_MODEL_KEYS = ('gradient_checkpointing', 'cache_dir', 'lazy_encoders', 'objective', 'seed', 'trainable')
+IGNORED_MODEL_KEYS = ('gradient_checkpointing', 'cache_dir', 'lazy_encoders', 'objective', 'partners', 'seed',
+                      'trainable')
 #: What changes no row of a data set: where it keeps files, what it gives to metrics only, and where it ends.
 IGNORED_DATA_KEYS = ('cache_dir', 'extra_columns', 'truth', 'max_samples', 'length')
 #: Of the text in a PNG that says what made it, beside the record's settings.
@@ -191,13 +192,18 @@ def made_from(model: SDXL, data: Mapping[str, Any], row: int, seed: int, image_s
         those that adapters read, '' for none.
     """
     key = data['key'][row]
-    keys = [key for adapter in model.adapters.values() if image_set != BASE
+    keys = [key for name, adapter in model.adapters.items() if acts_in(name, image_set)
             for key in (adapter.condition_key, getattr(adapter, 'mask', None)) if key]
     # An image prompt may have its embeddings and its mask under longer names.
     read = {name: _digest(value[row]) for name, value in data.items()
             if isinstance(value, Tensor) and name.startswith(tuple(keys))}
     return {'key': key, 'prompt': data['text'][row], 'noise_seed': noise_seed(seed, key),
             'batch_size': len(data['key']), 'conditions': digest(read)[:16] if read else ''}
+
+
+def acts_in(adapter: str, image_set: str) -> bool:
+    """Return whether an adapter takes part in making an image set."""
+    return image_set != BASE and (not image_set.startswith(ONLY) or image_set == f'{ONLY}{adapter}')
 
 
 def image_records(model: SDXL, config: Mapping[str, Any], image_sets: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -215,11 +221,11 @@ def image_records(model: SDXL, config: Mapping[str, Any], image_sets: Iterable[s
     data = {k: v for k, v in loader['dataset'].items() if k not in IGNORED_DATA_KEYS}
     records = {}
     for image_set in image_sets:
-        # Without its adapters the model computes as one that has none.
-        alone = image_set == BASE
+        # Without some of its adapters the model computes as one that has not got them.
+        acting = {name: config for name, config in (settings.get('adapters') or {}).items() if acts_in(name, image_set)}
         records[image_set] = to_plain({
-            'weights': {BASE: weights[BASE]} if alone else weights,
-            'model': {k: v for k, v in settings.items() if not (alone and k == 'adapters')},
+            'weights': {name: d for name, d in weights.items() if name == BASE or acts_in(name, image_set)},
+            'model': {k: v for k, v in settings.items() if k != 'adapters'} | ({'adapters': acting} if acting else {}),
             'speed': config.get('speed'), 'dataset': data,
             'batch_size': loader.get('batch_size') or 1, 'versions': packages})
     return records

@@ -50,7 +50,7 @@ class EvalLoop(BaseLoop):
     Args:
         runner, dataloader, evaluator: from the runner.
         seeds: of the initial noise: a list, or a number n for 0 ... n - 1. Each sample is made once for each seed.
-        image_sets: 'adapted', 'base' (without the adapters) or both; None for those of `default_image_sets`.
+        image_sets: of 'adapted', 'base' (no adapters), 'only_<name>' (one of several); None: `default_image_sets`.
         num_pictures: number of samples, from the first one on, that `<work_dir>/<mode>/pictures.png` shows.
 
     Raises:
@@ -98,8 +98,9 @@ class EvalLoop(BaseLoop):
         names = [image_sets] if isinstance(image_sets, str) else list(image_sets)
         if not names:
             raise UserError(f'{key} is empty; leave it out, or choose from {", ".join(map(repr, IMAGE_SETS))}.')
+        available = (*available[:-1], *self.runner.bare_model.only_sets, *available[-1:])
         for name in names:
-            one_of(key, name, IMAGE_SETS)
+            one_of(key, name, dict.fromkeys((*IMAGE_SETS, *available)))
             if name not in available:
                 raise UserError(f"{key} names 'adapted', but the model has no adapters; its own images are 'base'.")
         return tuple(name for name in available if name in names)
@@ -151,8 +152,7 @@ class EvalLoop(BaseLoop):
         first = next(iter(self.dataloader.sampler), None)
         if first is None:  # fewer batches than processes
             return
-        batch = self._batch(collate([self.dataloader.dataset[first]]))
-        model = self.runner.bare_model
+        batch, model = self._batch(collate([self.dataloader.dataset[first]])), self.runner.bare_model
         try:
             output_size(batch, model)
             model.encode(batch)
@@ -204,6 +204,7 @@ class EvalLoop(BaseLoop):
         differences = difference_names(self.image_sets)
         results = report.group_by_image_set(metrics, (*self.image_sets, *differences))
         results = {name: found for name, found in results.items() if found or name not in differences}
+        results |= self.retention_results()
         self._hook('after_{}_epoch', metrics=metrics)
         self._report(results, sheet)
         self._hook('after_{}')
@@ -211,6 +212,9 @@ class EvalLoop(BaseLoop):
 
     def prepare(self) -> None:
         """Do what comes before the first batch is measured, with the weights that are evaluated."""
+
+    def retention_results(self) -> report.Results:
+        return {}  # see TestLoop
 
     def images(self, data: Mapping[str, Any], batch: Batch, rows: Sequence[int], seed: int
                ) -> dict[str, list[Image.Image]]:
@@ -379,11 +383,10 @@ class ValLoop(EvalLoop):
 
     def remove_results_after(self, step: int) -> None:
         """Remove the results of later steps, which an interrupted run left; they are made again."""
-        if is_main_process():
-            for suffix in ('.json', SAMPLES):
-                for later, path in report.step_files(self.path().parent, suffix).items():
-                    if later > step:
-                        path.unlink()
+        for suffix in ('.json', SAMPLES) if is_main_process() else ():
+            for later, path in report.step_files(self.path().parent, suffix).items():
+                if later > step:
+                    path.unlink()
 
 
 def metric_name(metric: ImageMetric) -> str:

@@ -47,9 +47,9 @@ def group_by_image_set(metrics: Mapping[str, Any], image_sets: Sequence[str]) ->
         at = next((i for i, part in enumerate(parts[:2]) if part in image_sets and i < len(parts) - 1), None)
         unnamed = image_sets[0] if len(image_sets) == 1 else UNNAMED
         image_set = unnamed if at is None else parts.pop(at)
-        found = {qualifier: _finite(numbers.get(f'{name}/{qualifier}')) for qualifier in QUALIFIERS}
+        found = {qualifier: finite(numbers.get(f'{name}/{qualifier}')) for qualifier in QUALIFIERS}
         results.setdefault(image_set, {})['/'.join(parts)] = {
-            'value': _finite(value), **{q: int(n) if n is not None and q in WHOLE else n for q, n in found.items()}}
+            'value': finite(value), **{q: int(n) if n is not None and q in WHOLE else n for q, n in found.items()}}
     return results
 
 
@@ -61,7 +61,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """Return None for NaN and infinity, which JSON lacks."""
     return value if value is not None and math.isfinite(value) else None
 

@@ -23,12 +23,14 @@ from diffengine_sdxl.engine.eval_images import (
     made_from,
     make_images,
 )
-from diffengine_sdxl.engine.eval_loop import PICTURES, EvalLoop
+from diffengine_sdxl.engine.eval_loop import PICTURES, EvalLoop, metric_name
 from diffengine_sdxl.engine.main_process import on_main_process
 from diffengine_sdxl.engine.runner import ExperimentRunner
-from diffengine_sdxl.errors import UserError, count_of, listed
+from diffengine_sdxl.errors import UserError, count_of, listed, one_of
+from diffengine_sdxl.evaluation.base import MeanMetric
+from diffengine_sdxl.evaluation.retention import retention
 from diffengine_sdxl.loading.trained import other_weights
-from diffengine_sdxl.models.generate import COMPARED
+from diffengine_sdxl.models.generate import ADAPTED, BASE, COMPARED, ONLY
 from diffengine_sdxl.registry import LOOPS
 from diffengine_sdxl.structures import Batch
 
@@ -48,6 +50,9 @@ class TestLoop(EvalLoop):
 
     Args:
         runner, dataloader, evaluator, seeds, image_sets, num_pictures: see EvalLoop.
+        retention: adapter -> name of a metric, or several, such as dict(layout='iou'): report how much of what it does
+            alone is left beside the others, see `evaluation.retention`; of each alone an image set is made. None as
+            the names leaves an adapter out.
         compare: a checkpoint or export, loaded strictly, that makes the image set 'compared'.
 
     Raises:
@@ -57,10 +62,13 @@ class TestLoop(EvalLoop):
     mode = 'test'
 
     def __init__(self, runner: ExperimentRunner, dataloader: Any, evaluator: Any, seeds: int | Sequence[int] = 1,
-                 image_sets: str | Sequence[str] | None = None, num_pictures: int = 8, compare: str | None = None
-                 ) -> None:
+                 image_sets: str | Sequence[str] | None = None, num_pictures: int = 8, compare: str | None = None,
+                 retention: Mapping[str, str | Sequence[str] | None] | None = None) -> None:
         self.compare, self._compared = compare, ''
+        self.retention = {adapter: [names] if isinstance(names, str) else list(names)
+                          for adapter, names in (retention or {}).items() if names is not None}
         super().__init__(runner, dataloader, evaluator, seeds, image_sets, num_pictures)
+        self._check_retention()
         self.folder = Path(runner.work_dir) / 'test'
         self.files = ImageFiles(self.folder / 'images')
 
@@ -73,6 +81,35 @@ class TestLoop(EvalLoop):
             names = [name for name in names if name != COMPARED]
         own = () if names == [] and self.compare is not None else super()._check_image_sets(names)
         return own if self.compare is None else (*own, COMPARED)
+
+    def default_image_sets(self) -> tuple[str, ...]:
+        """Return the base and all adapters, and each of them alone whose retention is measured."""
+        base, *adapted = super().default_image_sets()
+        return (base, *(f'{ONLY}{name}' for name in self.retention), *adapted)
+
+    def _check_retention(self) -> None:
+        metrics = {metric_name(metric): metric for metric in self.image_metrics}
+        for adapter, names in self.retention.items():
+            key, only = f'test_cfg.retention.{adapter}', self.runner.bare_model.only_sets
+            if f'{ONLY}{adapter}' not in only:
+                raise UserError(f'{key}: the model has no adapter of this name beside others; it has '
+                                f'{listed(self.runner.bare_model.adapters) or "none"}.')
+            for name in names:
+                one_of(key, name, metrics)
+                if not isinstance(metrics[name], MeanMetric):
+                    raise UserError(f"{key}: '{name}' has no score for each image, which retention is a ratio of.")
+            if missing := [s for s in (BASE, f'{ONLY}{adapter}', ADAPTED) if s not in self.image_sets]:
+                raise UserError(f"{key} needs the image set '{missing[0]}'; add it to test_cfg.image_sets, or leave "
+                                'image_sets out.')
+
+    def retention_results(self) -> report.Results:
+        """Return the retention of each adapter."""
+        if not self.retention or not is_main_process():
+            return {}
+        metrics = {metric_name(m): m for m in self.image_metrics if isinstance(m, MeanMetric)}
+        found = retention(metrics, self.retention, ADAPTED, BASE, ONLY)
+        return {'retention': {name: {**{key: report.finite(value) for key, value in one._asdict().items()},
+                                     'num_samples': one.num_samples, 'better': 1} for name, one in found.items()}}
 
     def prepare(self) -> None:
         """Make the images that are not there, with the tested weights and then with those to compare."""

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError, listed, whole_number
+from diffengine_sdxl.pixel_values import as_floats
 from diffengine_sdxl.registry import DATASETS
-from diffengine_sdxl.structures import as_floats
 
 #: Images of a data set that a network sees at once.
 BATCH_SIZE = 16

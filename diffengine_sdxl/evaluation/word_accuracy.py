@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError, did_you_mean, listed
+from diffengine_sdxl.evaluation.base import MeanMetric
 from diffengine_sdxl.evaluation.shapes_metric import ShapesMetric, observed
 from diffengine_sdxl.registry import METRICS
 from diffengine_sdxl.shapes.palette import NAMES
@@ -65,6 +66,35 @@ class GroundAccuracy(WordAccuracy):
     """Share of images whose ground has the wanted colour, whatever lies on it."""
 
     name, word, needs, known = 'ground_accuracy', 'ground', ('ground',), NAMES
+
+
+@METRICS.register_module()
+class CaptionAccuracy(MeanMetric):
+    """Share of images that show all that their caption says of shape, style, fill and ground.
+
+    A caption that says nothing of these ('', 'on wavy ground') does not count.
+    """
+
+    is_share, hint = True, ShapesMetric.hint
+    name, needs = 'caption_accuracy', ('shape', 'style', 'fill', 'ground', 'mentioned')
+
+    def measure(self, images: Tensor, batch: Mapping[str, Any]) -> Sequence[float | None]:
+        """Return 1, 0 or None of each image."""
+        said = [[word for word in str(words).split() if word != 'texture'] for words in batch['mentioned']]
+        return [float(all(getattr(observed(image), word) == batch[word][i] for word in said[i])) if said[i] else None
+                for i, image in enumerate(images)]
+
+
+@METRICS.register_module()
+class CleanShape(ShapesMetric):
+    """Share of images on which a shape of the world is found, whichever it is."""
+
+    is_share = True
+    name = 'clean_shape'
+
+    def score(self, image: Tensor, sample: Mapping[str, Any]) -> float:
+        """Return 1 if the foreground is a shape, else 0."""
+        return float(observed(image).shape is not None)
 
 
 @METRICS.register_module()

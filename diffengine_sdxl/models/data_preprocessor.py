@@ -7,8 +7,9 @@ from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
 from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.pixel_values import as_floats
 from diffengine_sdxl.registry import MODELS
-from diffengine_sdxl.structures import Batch, as_floats, to_device
+from diffengine_sdxl.structures import Batch, to_device
 
 #: Required fields of a Batch -> what adds them to a sample.
 SOURCES = {'text': 'a caption', 'time_ids': 'ComputeTimeIds among the transforms',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from diffengine_sdxl.errors import one_of
@@ -12,6 +12,8 @@ from diffengine_sdxl.structures import Batch
 
 #: Images of the base without adapters, and of the model with all of them.
 BASE, ADAPTED = IMAGE_SETS = ('base', 'adapted')
+#: Begins the name of the images of one adapter alone.
+ONLY = 'only_'
 #: Images of the model with the weights of a second checkpoint, in a test that compares two.
 COMPARED = 'compared'
 
@@ -24,7 +26,7 @@ def generate(model: Model, batch: Batch, image_sets: Sequence[str] | None = None
     Args:
         model: has a sampler.
         batch: B samples.
-        image_sets: of `model.image_sets`; None generates the last of them, with all adapters.
+        image_sets: of `model.image_sets` and `model.only_sets`; None generates the last of them, with all adapters.
 
     Raises:
         UserError: an image set is unknown; or see Sampler.
@@ -32,8 +34,15 @@ def generate(model: Model, batch: Batch, image_sets: Sequence[str] | None = None
     assert model.sampler is not None, 'the runner checks that a model that samples has a sampler'
     images = {}
     for image_set in model.image_sets[-1:] if image_sets is None else image_sets:
-        one_of('image_sets', image_set, model.image_sets)
-        with model.disable_adapters() if image_set == BASE and model.adapters else nullcontext():
+        one_of('image_sets', image_set, (*model.image_sets, *model.only_sets))
+        with _adapters_of(model, image_set):
             images[image_set] = model.decode(model.sampler(model, batch))
     return [{'key': batch.key[i], 'seed': int(batch.seed[i]), 'prompt': batch.text[i],
              'images': {image_set: images[image_set][i] for image_set in images}} for i in range(len(batch))]
+
+
+def _adapters_of(model: Model, image_set: str) -> AbstractContextManager[None]:
+    """Let only the adapters act that an image set is made with."""
+    if image_set == BASE and model.adapters:
+        return model.disable_adapters()
+    return model.only_adapter(image_set.removeprefix(ONLY)) if image_set in model.only_sets else nullcontext()

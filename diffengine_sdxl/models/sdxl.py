@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from diffengine_sdxl.attention import probed, set_backend
 from diffengine_sdxl.errors import UserError, error_prefix, one_of, whole_number
 from diffengine_sdxl.loading import base as loading
 from diffengine_sdxl.loading.deferred import Deferred
+from diffengine_sdxl.models.adapter_sets import AdapterSetsMixin
 from diffengine_sdxl.models.cache_plan import CacheMixin
 from diffengine_sdxl.models.components import PRECISIONS, check_adapter_name, component_dtypes
 from diffengine_sdxl.models.components import shared_components as shared
 from diffengine_sdxl.models.data_preprocessor import BatchPreprocessor
 from diffengine_sdxl.models.diffusers_pipeline import to_diffusers
-from diffengine_sdxl.models.generate import IMAGE_SETS, generate
+from diffengine_sdxl.models.generate import generate
+from diffengine_sdxl.models.partners import check_partners
 from diffengine_sdxl.models.prompt_branches import ENCODERS, PromptMixin, encode_text
 from diffengine_sdxl.models.summary import summary
 from diffengine_sdxl.models.text_encoders import check_chunks
@@ -33,7 +35,7 @@ from diffengine_sdxl.structures import AttentionProbes, Batch, Conditioning, UNe
 
 
 @MODELS.register_module()
-class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
+class SDXL(AdapterSetsMixin, CacheMixin, VAEMixin, PromptMixin, BaseModel):
     """SDXL: UNet, VAE, two text encoders (a refiner: one), and a dict of adapters by name.
 
     Args:
@@ -44,6 +46,8 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         tokenizer: folder or hub id with folders 'tokenizer' and 'tokenizer_2'; None for the base's.
         config: folder of component configs for random weights or a single file; None for SDXL base 1.0's.
         adapters: name -> config of an adapter; None as a config removes the adapter.
+        partners: name of an adapter -> dict(prob=0.5, scale=(0.5, 1.0), start=0.0, end=1.0): in training it acts on a
+            part of the samples only, see `models.partners`. Frozen or training.
         objective, sampler: configs of the training objective and of the sampler.
         trainable: components that train, of unet, vae, text_encoder, text_encoder_2; the others are frozen.
         mixed_precision: 'no', 'fp16' or 'bf16': dtype of frozen weights, and of autocast around components that train
@@ -77,8 +81,6 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
     adapters: Any
     #: Frozen image encoders, which adapters share.
     shared_encoders: nn.ModuleDict
-    #: Set inside `disable_adapters`.
-    adapters_disabled = False
     #: Set by inference.offload, which keeps idle components in the CPU's memory.
     execution_device: torch.device | None = None
     #: Set by `speed.compile='graph'`: calls the UNet through CUDA graphs, see models.cuda_graph.
@@ -87,7 +89,8 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
     def __init__(self, pretrained: str | None = None, vae: str | None = None, unet: str | None = None,
                  revision: str | None = None, variant: str | None = None, cache_dir: str | None = None,
                  config: str | None = None, tokenizer: str | None = None,
-                 adapters: Mapping[str, Any] | None = None, objective: Any = None, sampler: Any = None,
+                 adapters: Mapping[str, Any] | None = None, partners: Mapping[str, Any] | None = None,
+                 objective: Any = None, sampler: Any = None,
                  trainable: Sequence[str] = (), mixed_precision: str = 'no',
                  dtype: str | Mapping[str, str] | None = None, attention: str = 'sdpa',
                  gradient_checkpointing: bool = False, prediction_type: str | None = None,
@@ -126,6 +129,9 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         set_backend(self.unet, attention)
         self.objective = OBJECTIVES.build(objective) if objective else None
         self._attach(adapters or {})
+        self.partners = check_partners(partners, dict(self.adapters.items()))
+        if remember := getattr(self.objective, 'remember', None):
+            remember(self)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             for part in ENCODERS:
@@ -156,6 +162,11 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         self._trained = [parameter for parameters in self.trainables().values() for _, parameter in parameters]
         for parameter in self._trained:
             parameter.requires_grad_(True)
+        self._note_adapted()
+        self.register_state_dict_post_hook(_keep_trained)
+
+    def _note_adapted(self) -> None:
+        """Note which components the adapters change, and how."""
         parts = [part for part in ENCODERS if self.is_loaded(part)]
         weights = [p for part in parts for p in getattr(self, part).parameters()]
         of_adapters = {id(p) for adapter in self.adapters.values() for p in adapter.all_parameters()}
@@ -163,7 +174,6 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         self.mixed_parts = {p for p in ('unet', *parts) if is_mixed(getattr(self, p), self.adapters.values())}
         self.text_trains = any(p.requires_grad for p in weights) or any(adapter.trainables() for adapter in tokens)
         self.text_adapted = any(id(p) in of_adapters for p in weights) or bool(tokens)
-        self.register_state_dict_post_hook(_keep_trained)
 
     def trainables(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Return what trains: component or adapter -> its parameters with their full names, in a fixed order."""
@@ -223,11 +233,6 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         """Return what sides of images must be divisible by, in pixels."""
         return math.lcm(self.vae_factor, *(a.size_divisor for a in self.adapters.values()))
 
-    @property
-    def image_sets(self) -> tuple[str, ...]:
-        """Return which images it can generate: 'base', a fine-tuned one too, and 'adapted' if it has adapters."""
-        return IMAGE_SETS if self.adapters else IMAGE_SETS[:1]
-
     def __repr__(self) -> str:
         """Describe the base, and the adapters in a table."""
         return summary(self)
@@ -244,19 +249,6 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         for part in self.deferred.values():
             part.load()
         return to_diffusers(self, task)
-
-    @contextmanager
-    def disable_adapters(self) -> Iterator[None]:
-        """Compute inside, bitwise, as a model built without adapters. For sampling, not for training."""
-        before = self.adapters_disabled
-        with ExitStack() as stack:
-            for adapter in () if before else self.adapters.values():
-                stack.enter_context(adapter.disabled())
-            self.adapters_disabled = True
-            try:
-                yield
-            finally:
-                self.adapters_disabled = before
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -303,6 +295,7 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         """
         assert project or len(branches) == 1, 'several branches are for sampling'
         by_row = not project if by_row is None else by_row
+        strengths = self._draw_partners(batch)
         encoded = {branch: encode_text(self, batch, branch, by_row) for branch in branches if branch != 'perturbed'}
         rows = [encoded['cond' if branch == 'perturbed' else branch] for branch in branches]
         text, pooled, time_ids = (torch.cat([row[i] for row in rows]) for i in range(3))
@@ -319,7 +312,7 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
                 with self.autocast(True):
                     tensors = adapter.expand(tensors, branches)
             adapters[name] = tensors
-        return Conditioning(text, pooled, time_ids, adapters, projected=project)
+        return Conditioning(text, pooled, time_ids, adapters, projected=project, strengths=strengths)
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning, progress: Tensor,
                 probes: AttentionProbes | None = None) -> Tensor:
@@ -341,7 +334,8 @@ class SDXL(CacheMixin, VAEMixin, PromptMixin, BaseModel):
         dtype = self.unet_weight.dtype
         call = UNetCall(sample=x.to(dtype), timestep=t, progress=progress, text=conditioning.text.to(dtype),
                         pooled=conditioning.pooled.to(dtype), time_ids=conditioning.time_ids,
-                        training=torch.is_grad_enabled(), timestep_cond=conditioning.timestep_cond)
+                        training=torch.is_grad_enabled(), timestep_cond=conditioning.timestep_cond,
+                        strengths=conditioning.strengths)
         for name, tensors in conditioning.adapters.items():
             adapter = self.adapters[name]
             with self.autocast(True):

@@ -57,16 +57,7 @@ class Denoise:
             UserError: the VAE trains, or the batch has no image.
         """
         schedule = model.schedule
-        if 'vae' in model.trainable_parts:
-            raise UserError("Denoise cannot train the VAE, whose latents are its target; remove 'vae' from "
-                            'model.trainable.')
-        latents = model.latents(batch)
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        drawn = batch.drawn or self.draw(rng.Draws(batch.seed, batch.key, batch.epoch), tuple(latents.shape[1:]),
-                                         schedule)
-        noise = send(drawn['noise'], latents.device).to(latents.dtype)
-        noise_in = send(drawn['noise_in'], latents.device).to(latents.dtype) if 'noise_in' in drawn else noise
-        t, prediction, target = denoise(model, batch, latents, noise, noise_in, drawn['timestep'])
+        t, prediction, target = denoise(model, batch, *self.inputs(model, batch))
         loss = self.loss(prediction, target, t, schedule)
         if batch.mask is not None:
             loss = loss * mask_of_latents(batch.mask, loss)
@@ -74,6 +65,23 @@ class Denoise:
         if batch.weight is not None:
             loss = loss * batch.weight
         return {'loss': loss.mean(), **sums_by_set(loss, batch.data_set, self.data_sets)}
+
+    def inputs(self, model: Denoiser, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return latents, noise of the target and of the input, [B, C, h, w], and timesteps [B] on the CPU.
+
+        Raises:
+            UserError: see `__call__`.
+        """
+        if 'vae' in model.trainable_parts:
+            raise UserError("Denoise cannot train the VAE, whose latents are its target; remove 'vae' from "
+                            'model.trainable.')
+        latents = model.latents(batch)
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        drawn = batch.drawn or self.draw(rng.Draws(batch.seed, batch.key, batch.epoch), tuple(latents.shape[1:]),
+                                         model.schedule)
+        noise = send(drawn['noise'], latents.device).to(latents.dtype)
+        noise_in = send(drawn['noise_in'], latents.device).to(latents.dtype) if 'noise_in' in drawn else noise
+        return latents, noise, noise_in, drawn['timestep']
 
 
 def denoise(model: Denoiser, batch: Batch, latents: Tensor, noise: Tensor, noise_in: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -32,6 +32,12 @@ MIN_CONTRAST = 30.0
 TEMPLATES = ('{a} {look} on {ground}', '{look} on {ground}', '{a} {look} on {a_ground} background',
              'a picture of {a} {look} on {ground}', '{look}, {ground} background', 'a drawing of {a} {look} on '
              '{a_ground} ground', '{a} {look} in front of {ground}', 'one {look} on a background of {ground}')
+#: What a caption may name, and a partial one leave out.
+ATTRIBUTES = ('style', 'fill', 'shape', 'ground', 'texture')
+#: Wordings of captions that name no ground or texture, and of those that name nothing else.
+LOOK_TEMPLATES = ('{a} {look}', '{look}', 'a picture of {a} {look}', 'a drawing of {a} {look}', 'one {look}')
+GROUND_TEMPLATES = ('on {ground}', '{ground} background', '{a_ground} background', 'on {a_ground} ground',
+                    'in front of {ground}', 'on a background of {ground}')
 #: The words of all captions without WITHHELD_STYLES: what the base was trained on, and its tokenizers declare as
 #: `closed_vocabulary`.
 WORDS = tuple(dict.fromkeys([*SHAPES, *palette.NAMES, *BASE_STYLES, *TEXTURES, 'a', 'an', *re.findall(
@@ -69,6 +75,29 @@ class Scene:
         ground = self.ground if self.texture == 'plain' and not self.wordy else f'{self.texture} {self.ground}'
         return TEMPLATES[self.template].format(a=_article(look), look=look, ground=ground,
                                                a_ground=f'{_article(ground)} {ground}')
+
+    def partial_caption(self, named: Collection[str]) -> str:
+        """Describe the scene by some of its attributes: 'a star', 'striped on blue', 'on a wavy ground', ''.
+
+        Of the possible wordings the first one, from `template` on, that is no caption of the split 'test'; the first of
+        all where there is none, as of a single word.
+
+        Args:
+            named: of ATTRIBUTES; each is named, also a flat style and a plain ground.
+        """
+        look = ' '.join(getattr(self, name) for name in ('style', 'fill', 'shape') if name in named)
+        ground = ' '.join(getattr(self, name) for name in ('texture', 'ground') if name in named)
+        if not look and not ground:
+            return ''
+        templates = TEMPLATES if look and ground else LOOK_TEMPLATES if look else GROUND_TEMPLATES
+        # Without a noun an article would stand alone: 'a red on blue'; and so would a texture: 'on wavy'.
+        ground += ' ground' if ground and 'ground' not in named else ''
+        fitting = [t for t in templates if ('shape' in named or '{a}' not in t) and (
+            'ground' in named or 'background' not in t and '} ground' not in t)]
+        start = self.template % len(fitting)
+        words = dict(a=_article(look or ' '), look=look, ground=ground, a_ground=f'{_article(ground or " ")} {ground}')
+        texts = [template.format(**words) for template in (*fitting[start:], *fitting[:start])]
+        return next((text for text in texts if not is_test_caption(text)), texts[0])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -127,6 +156,12 @@ def _draw(draws: np.random.Generator, styles: Sequence[str], pairs: Sequence[tup
     texture = str(draws.choice(TEXTURES, p=(0.5, 0.25, 0.25)))
     return Scene(shape, style, fill, ground, texture, x, y, radius, int(draws.integers(len(TEMPLATES))),
                  bool(draws.random() < 0.5))
+
+
+def draw_named(seed: int, index: int, split: str = 'train') -> tuple[str, ...]:
+    """Return the attributes that a partial caption of sample `index` names: each with probability 1/2."""
+    draws = np.random.default_rng(rng.key_seed('shapes partial caption', seed, split, index))
+    return tuple(name for name, named in zip(ATTRIBUTES, draws.random(len(ATTRIBUTES)) < 0.5, strict=True) if named)
 
 
 @cache

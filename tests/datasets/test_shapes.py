@@ -13,7 +13,7 @@ from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models.data_preprocessor import images_to_floats, pack
 from diffengine_sdxl.registry import DATASETS
 from diffengine_sdxl.shapes import draw
-from diffengine_sdxl.shapes.scene import BASE_STYLES, HELD_OUT, STYLES, draw_scene, reference
+from diffengine_sdxl.shapes.scene import ATTRIBUTES, BASE_STYLES, HELD_OUT, STYLES, draw_scene, reference
 
 PACK = [dict(type='ComputeTimeIds'), dict(type='PackInputs')]
 CROP = [dict(type='Crop', size=32, mode='random'), *PACK]
@@ -160,3 +160,28 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         Shapes(**options)
     assert 'Shapes' in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_captions_name_what_is_asked() -> None:
+    """All of them the same attributes, or a share of them some; and the truth says which."""
+    full, shapes = Shapes(length=60, truth=True), Shapes(length=60, truth=True, mentions=['shape'])
+    for i in range(60):
+        sample = shapes[i]
+        assert sample['mentioned'] == 'shape' and sample['shape'] in sample['text'].split() and sample['fill']
+        assert sample['fill'] not in sample['text'] and np.array_equal(sample['img'], full[i]['img'])
+        words = full[i]['text'].replace(',', '').split()
+        assert full[i]['mentioned'].split() == [name for name in ATTRIBUTES if full[i][name] in words]
+    assert {Shapes(length=9, mentions=[])[i]['text'] for i in range(9)} == {''}
+    some = Shapes(length=400, truth=True, partial_captions=0.6)
+    texts = [some.texts(i, Draw(0, 0, 0))['text'] for i in range(400)]
+    same_text = sum(text == full.texts(i, Draw(0, 0, 0))['text'] for i, text in enumerate(texts))
+    assert 0.3 * 400 < same_text < 0.5 * 400 and 5 <= texts.count('') <= 30
+
+
+@pytest.mark.parametrize(('settings', 'words'), [
+    (dict(mentions='shape'), "mentions='shape' must be a list"), (dict(mentions=['colour']), 'mentions.*colour'),
+    (dict(partial_captions=1.5), r'partial_captions=1.5 must be a number in \[0, 1\]'),
+    (dict(mentions=['shape'], partial_captions=0.5), 'None beside partial_captions=0.5')])
+def test_invalid_captions_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Shapes(**settings)

@@ -229,3 +229,21 @@ def test_a_variant_that_only_some_samples_have() -> None:
     numbers = evaluated.evaluate(2)
     assert (numbers['base/fill_accuracy/num_samples'], numbers['adapted/fill_accuracy/num_samples']) == (2, 1)
     assert (numbers['base/fill_accuracy'], numbers['adapted/fill_accuracy']) == (1, 0)
+
+
+def test_a_caption_counts_by_what_it_says() -> None:
+    """All that it says is right, or not; a caption that says nothing that can be observed does not count."""
+    said = ['shape', 'shape fill', 'texture', '', 'ground texture', 'style']
+    data = {**batch([SCENE] * 6), 'mentioned': said}
+    drawn = [WRONG['FillAccuracy'], WRONG['FillAccuracy'], SCENE, SCENE, WRONG['GroundAccuracy'], SCENE]
+    evaluated = metric('CaptionAccuracy')
+    evaluated.process(data, generated(data, adapted=[image_of(scene) for scene in drawn]))
+    results = evaluated.evaluate(6)
+    assert results['adapted/caption_accuracy'] == 0.5 and results['adapted/caption_accuracy/num_samples'] == 4
+
+
+def test_a_clean_shape_is_any_of_the_world() -> None:
+    data, evaluated = batch([SCENE] * 3), metric('CleanShape')
+    smear = torch.rand((3, 64, 64), generator=torch.Generator().manual_seed(0))
+    evaluated.process(data, generated(data, base=[image_of(WRONG['ShapeAccuracy']), smear, torch.zeros(3, 64, 64)]))
+    assert evaluated.evaluate(3)['base/clean_shape'] == pytest.approx(1 / 3)

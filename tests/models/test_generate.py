@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity import PROMPTS, images, make_batch, picture_batch, t2i
+from kinds import CASES, build, conditions, shaken
+from parity import PROMPTS, assert_same, images, make_batch, picture_batch, t2i
 from torch import Tensor, nn
 
 from diffengine_sdxl.adapters.base import Adapter
@@ -149,3 +150,37 @@ def test_sampling_does_not_change_gradients(tiny_base: Path) -> None:
     model(batch(), mode='predict', image_sets=model.image_sets)
     after = gradients()
     assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+def test_images_of_one_adapter_are_those_of_a_model_that_has_no_other(tiny_base: Path, precision: str) -> None:
+    """Bitwise, of every kind in a set of four; the set itself, and the base, are as before."""
+    kinds = ('controlnet', 'ip_adapter', 'lora_everywhere', 't2i_adapter')
+    configs = {kind: {**CASES[kind].config, 'trainable': False} for kind in kinds}
+    sampler = dict(type='Sampler', num_inference_steps=2)
+
+    def built(*names: str) -> SDXL:
+        model = build(tiny_base, {name: {**configs[name], 'trainable': True} for name in names}, sampler=sampler)
+        values = {n: p.detach().clone() for n, p in shaken(model, *(CASES[n] for n in names)).named_parameters()
+                  if p.requires_grad}
+        frozen = build(tiny_base, {name: configs[name] for name in names}, sampler=sampler, mixed_precision=precision)
+        with torch.no_grad():
+            for name, parameter in frozen.named_parameters():
+                if name in values:
+                    parameter.copy_(values[name])
+        return frozen.eval()
+    model = built(*kinds)
+    batch = picture_batch(['a red circle', ''], [4, 2], conditions=conditions(*configs.values()))
+
+    def made(of: SDXL, *image_sets: str) -> dict[str, Tensor]:
+        with torch.no_grad():
+            rows = of(batch, mode='predict', image_sets=list(image_sets))
+        return {name: torch.stack([row['images'][name] for row in rows]) for name in image_sets}
+    assert set(model.only_sets) == {f'only_{kind}' for kind in kinds}
+    before = made(model, 'base', 'adapted')
+    for kind in kinds:
+        alone = made(model, f'only_{kind}')[f'only_{kind}']
+        assert torch.equal(alone, made(built(kind), 'adapted')['adapted'])
+        assert not torch.equal(alone, before['base']) and not torch.equal(alone, before['adapted'])
+    assert_same(made(model, 'base', 'adapted'), before)
+    assert built('lora_everywhere').only_sets == ()

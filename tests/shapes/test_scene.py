@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from diffengine_sdxl.shapes import palette
+from diffengine_sdxl.shapes import scene as scene_module
 from diffengine_sdxl.shapes.scene import (
+    ATTRIBUTES,
     BASE_STYLES,
     HELD_OUT,
     MIN_CONTRAST,
@@ -20,9 +22,12 @@ from diffengine_sdxl.shapes.scene import (
     TEST,
     TEXTURES,
     WITHHELD_STYLES,
+    WORDS,
     Scene,
+    draw_named,
     draw_scene,
     grounds,
+    is_test_caption,
     reference,
 )
 
@@ -164,3 +169,40 @@ def test_facts_are_plain_and_give_the_scene_back(scenes: list[Scene]) -> None:
     for scene in scenes[:100]:
         assert {type(value) for value in scene.facts.values()} == {str, float, int, bool}
         assert Scene(**json.loads(json.dumps(scene.facts))) == scene
+
+
+def test_partial_captions_say_what_they_name_and_nothing_else() -> None:
+    """Every subset of attributes, in words of the closed vocabulary, with all that is named and no other word of it."""
+    said = set()
+    for i, named in enumerate(itertools.product((False, True), repeat=len(ATTRIBUTES))):
+        names = {name for name, is_named in zip(ATTRIBUTES, named, strict=True) if is_named}
+        for j in range(12):
+            scene = draw_scene(0, 12 * i + j, BASE_STYLES)
+            words = re.findall(r'\w+', scene.partial_caption(names))
+            others = [*SHAPES, *palette.NAMES, *BASE_STYLES, *TEXTURES]
+            assert sorted(w for w in words if w in others) == sorted(getattr(scene, name) for name in names)
+            assert set(words) <= set(WORDS) and (words == []) == (not names)
+            said.add(' '.join(words))
+    assert {'', 'a star', 'on blue', 'circle'} <= said
+
+
+@pytest.mark.parametrize(('named', 'caption'), [
+    ((), ''), (('shape',), 'a star'), (('ground',), 'on blue'), (('texture',), 'on wavy ground'),
+    (('fill', 'ground'), 'red on blue'), (('style', 'shape', 'texture'), 'a striped star on wavy ground')])
+def test_partial_captions_read_well(named: tuple[str, ...], caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scene_module, 'is_test_caption', lambda caption: False)
+    scene = Scene('star', 'striped', 'red', 'blue', 'wavy', 0.5, 0.5, 0.3)
+    assert scene.partial_caption(named) == caption
+
+
+def test_partial_captions_avoid_those_of_the_test_split() -> None:
+    """Where another wording says the same."""
+    texts = [draw_scene(0, i).partial_caption(('fill', 'shape', 'ground')) for i in range(300)]
+    assert sum(map(is_test_caption, texts)) <= 1
+
+
+def test_parts_are_named_half_of_the_time() -> None:
+    named = [draw_named(0, i) for i in range(1000)]
+    for name in ATTRIBUTES:
+        assert 0.45 < sum(name in names for names in named) / len(named) < 0.55
+    assert named[3] == draw_named(0, 3) and named != [draw_named(1, i) for i in range(1000)]

@@ -11,8 +11,8 @@ from torch import Tensor
 from diffengine_sdxl.datasets.transforms.geometry import FILTERS, GEOMETRY_KEYS, images_in, probability
 from diffengine_sdxl.errors import UserError, one_of
 from diffengine_sdxl.images import clip_pixels
+from diffengine_sdxl.pixel_values import as_floats
 from diffengine_sdxl.registry import TRANSFORMS
-from diffengine_sdxl.structures import as_floats
 
 
 def pixels_of(image: Image.Image) -> Tensor:

@@ -82,7 +82,7 @@ class FirstStepsHook(Hook):
                         optimizer.register_step_post_hook(self._after_step).remove]
         for watched in self.watched:
             if watched.name in model.adapters:
-                self._note_active_range(watched, model.adapters[watched.name])
+                self._note_active_range(watched, model.adapters[watched.name], watched.name in model.partners)
 
     def before_train_iter(self, runner: ExperimentRunner, batch_idx: int, data_batch: Any = None) -> None:
         """Forget the step before."""
@@ -166,17 +166,18 @@ class FirstStepsHook(Hook):
                 watched.rows &= torch.tensor([model.reads_word(text, words) for text in batch.text])
             if bool(watched.rows.any()):
                 self.batch = batch
-                watched.alive |= adapter is None or adapter.active_range == (0, 1)  # else see _note_active_range
+                always = adapter is None or adapter.active_range == (0, 1) and watched.name not in model.partners
+                watched.alive |= always  # else see _note_active_range
 
-    def _note_active_range(self, watched: WatchedParameters, adapter: Adapter) -> None:
+    def _note_active_range(self, watched: WatchedParameters, adapter: Adapter, is_drawn: bool) -> None:
         """Let a step count only if some row lies in the adapter's active range: note what `contribute` asks."""
-        if adapter.active_range == (0, 1):
+        if adapter.active_range == (0, 1) and not is_drawn:
             return
         contribute = adapter.contribute
 
         def noted(call: Any, tensors: Any) -> None:
             if call.training and watched.rows is not None:
-                watched.alive |= bool((call.gate(adapter.active_range).bool().cpu() & watched.rows).any())
+                watched.alive |= bool((call.gate(adapter.active_range, adapter.name).bool().cpu() & watched.rows).any())
             contribute(call, tensors)
         adapter.contribute = noted  # type: ignore[method-assign]
         self._remove.append(lambda: adapter.__dict__.pop('contribute', None))

@@ -88,7 +88,7 @@ def _example(work_dir: WorkDir, sample: _Sample, metric: str, compared: Sequence
              ) -> Example:
     first = next(iter(sample.rows.values()))
     files: dict[str, Path] = {}
-    for image_set in sorted(sample.rows, key=lambda name: ('base', 'adapted', 'compared', name).index(name)):
+    for image_set in sorted(sample.rows, key=lambda name: ('base', name, 'adapted', 'compared').index(name)):
         value = sample.value(image_set, metric)
         file = sample.rows[image_set].get('file', '')
         if file and (path := work_dir.inside('test', file)) is not None:

@@ -1,0 +1,5 @@
+"""Repair a LoRA and a T2I-Adapter that disturb each other: train both, each held to what it does alone."""
+_base_ = ['stable_diffusion_xl_t2i_adapter_beside_lora.py']
+model = dict(adapters=dict(style=dict(trainable=True), adapter=dict(weights='TencentARC/t2i-adapter-sketch-sdxl-1.0')),
+             objective=dict(_delete_=True, type='JointDistill'))
+train_cfg = dict(max_iters=500)

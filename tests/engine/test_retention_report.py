@@ -1,0 +1,73 @@
+"""`mim test` with `retention`: image sets of each adapter alone, the numbers in all files, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import build
+
+from diffengine_sdxl.engine import report
+from diffengine_sdxl.errors import UserError
+
+#: Two adapters that do something, of random weights, on 6 samples of the shapes world.
+OPTIONS: dict[str, Any] = {
+    'model.adapters.style': None, 'model.adapters.ip.weights': None, 'model.adapters.layout.weights': None,
+    'model.partners': None, 'test_cfg.retention': dict(layout='iou', ip=['fill_accuracy'], style=None),
+    'model.sampler.num_inference_steps': 2, 'test_dataloader.dataset.length': 6, 'test_dataloader.batch_size': 3,
+    'test_cfg.seeds': 2}
+
+
+@pytest.fixture(scope='module')
+def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work_dir of such a test."""
+    folder = tmp_path_factory.mktemp('retention')
+    build(folder, OPTIONS, name='shapes_composition').test()
+    return folder
+
+
+def test_retention_is_reported_beside_the_scores(tested: Path) -> None:
+    """In JSON, CSV and the page; by hand from the table of images."""
+    results = json.loads((tested / 'metrics.json').read_text())
+    assert list(results) == ['base', 'only_ip', 'only_layout', 'adapted', 'adapted - base', 'retention']
+    assert [*results['retention']] == ['ip/fill_accuracy', 'layout/iou', 'harmonic_mean']
+    rows = report.read_samples(tested / 'test' / 'samples.csv')
+    assert len(rows) == 6 * 2 * 4 and all((tested / 'test' / row['file']).is_file() for row in rows)
+    means = {name: np.mean([float(row['iou']) for row in rows if row['image_set'] == name])
+             for name in ('base', 'only_layout', 'adapted')}
+    assert results['only_layout']['iou']['value'] == pytest.approx(means['only_layout'])
+    for entry in results['retention'].values():
+        assert entry.keys() == results['base']['iou'].keys() and entry['p'] is None
+    found = results['retention']['layout/iou']['value']
+    ratio = (means['adapted'] - means['base']) / (means['only_layout'] - means['base'])
+    assert found is None or found == pytest.approx(ratio)
+    assert 'retention,layout/iou,' in (tested / 'metrics.csv').read_text()
+    page = (tested / 'report.html').read_text()
+    assert 'only_layout' in page and 'retention' in page
+
+
+def test_an_adapter_alone_is_made_once(tested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later test at another scale of one adapter makes the others' images alone not again."""
+    made: list[str] = []
+    from diffengine_sdxl.engine import test_loop
+    original = test_loop.make_images
+
+    def noted(model: Any, batch: Any, seed: int, image_set: str) -> Any:
+        made.append(image_set)
+        return original(model, batch, seed, image_set)
+    monkeypatch.setattr(test_loop, 'make_images', noted)
+    build(tested, {**OPTIONS, 'model.adapters.ip.scale': 0.5}, name='shapes_composition').test()
+    assert set(made) == {'only_ip', 'adapted'}
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'test_cfg.retention': dict(other='iou', style=None)}, 'retention.other: the model has no adapter of this name'),
+    ({'test_cfg.retention': dict(ip='colour', style=None)}, "retention.ip.*colour"),
+    ({'test_cfg.image_sets': ['base', 'adapted']}, "needs the image set 'only_ip'"),
+    ({'test_cfg.image_sets': ['only_lay']}, "image_sets.*only_lay"),
+    ({'model.adapters.ip': None,
+      'test_cfg.retention': dict(layout='iou', ip=None, style=None)}, 'no adapter of this name beside others')])
+def test_invalid_settings_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build(tmp_path, {**OPTIONS, **changes}, name='shapes_composition').test()

@@ -1,5 +1,6 @@
 """Shapes: rows drawn by code when they are read; nothing is stored on the disk."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ class Shapes(MapDataset):
         text = scene.caption if named is None else scene.partial_caption(named)
         if not self.truth:
             return {'text': text}
-        mentioned = {*text.split()} if named is None else {getattr(scene, name) for name in named}
+        mentioned = {*re.findall(r'\w+', text)} if named is None else {getattr(scene, name) for name in named}
         words = {name: getattr(scene, name) for name in ATTRIBUTES}
         return {'text': text, **words, 'mentioned': ' '.join(name for name in words if words[name] in mentioned)}
 

@@ -74,9 +74,9 @@ def test_a_drawn_seed_is_kept(tmp_path: Path, tiny: dict[str, Any]) -> None:
     assert identity.read(tmp_path / 'a')['seed'] == seeds[0]
 
 
-@pytest.mark.parametrize('kind', ['fp16', 'mmengine', 'stream', 'adafactor'])
+@pytest.mark.parametrize('kind', ['fp16', 'mmengine', 'stream', 'adafactor', 'partners'])
 def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """With fp16's gradient scaler, mmengine's schedules, a stream, another optimizer."""
+    """With fp16's gradient scaler, mmengine's schedules, a stream, another optimizer, drawn adapters held to former ones."""
     options = {**tiny, 'train_cfg.max_iters': 6, 'default_hooks.checkpoint.export': False, **{
         # The first steps overflow and are left out, then the scale grows every two steps.
         'fp16': {'mixed_precision': 'fp16', 'optim_wrapper.accumulative_counts': 2,
@@ -85,6 +85,8 @@ def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
             dict(type='LinearLR', start_factor=0.1, end=3), dict(type='CosineAnnealingLR', begin=3, T_max=3)]},
         'stream': {'train_dataloader.dataset.type': 'HFStream', 'train_dataloader.dataset.buffer_size': 5,
                    'train_dataloader.num_workers': 2, 'train_dataloader.sampler': None},
+        'partners': {'model.adapters.style': dict(type='LoRA', rank=2), 'model.partners': dict(
+            style=dict(prob=0.5, scale=(0.5, 1.0)), adapter=dict(prob=0.5, scale=(0.5, 1.0), start=(0.0, 0.3)))},
         'adafactor': {'optim_wrapper.optimizer': dict(_delete_=True, type='Adafactor', lr=1e-3)},
     }[kind]}
     check_resume(tmp_path, options, 6, die_at=5)

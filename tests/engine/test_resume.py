@@ -76,7 +76,7 @@ def test_a_drawn_seed_is_kept(tmp_path: Path, tiny: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize('kind', ['fp16', 'mmengine', 'stream', 'adafactor', 'partners'])
 def test_of_every_kind(kind: str, tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """With fp16's gradient scaler, mmengine's schedules, a stream, another optimizer, drawn adapters held to former ones."""
+    """With fp16's gradient scaler, mmengine's schedules, a stream, another optimizer, partners that are drawn."""
     options = {**tiny, 'train_cfg.max_iters': 6, 'default_hooks.checkpoint.export': False, **{
         # The first steps overflow and are left out, then the scale grows every two steps.
         'fp16': {'mixed_precision': 'fp16', 'optim_wrapper.accumulative_counts': 2,

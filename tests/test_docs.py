@@ -181,7 +181,8 @@ def train(arguments: list[str], place: Path) -> None:
         own += ['model.sampler.num_inference_steps=2']
     if args.config.startswith('shapes'):
         own += ['train_dataloader.batch_size=2', 'default_hooks.samples=None']
-        own += ['load_from=work_dirs/pretrain/step2.pth'] if 'fine' in args.config else []
+        starts = {'shapes_pretrain_fine': 'pretrain', 'shapes_pretrain_partial': 'fine'}
+        own += [f'load_from=work_dirs/{starts[args.config]}/step2.pth'] if args.config in starts else []
     elif not args.config.startswith('tiny'):
         own += on_tiny_base(args.config)
     if 'condition' in config.load(args.config):

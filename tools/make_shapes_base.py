@@ -132,8 +132,9 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
     """Write the trained components to `folder` as fp16, with a manifest; at most 20 MB.
 
     Args:
-        runs: 'vae', 'decoder', 'pretrain', 'unet', 'image_encoder' -> exports (step<N>); 'unet' and 'image_encoder'
-            are copied, the others only recorded (the VAE is in `folder` already).
+        runs: 'vae', 'decoder', 'pretrain', 'fine', 'unet', 'image_encoder' -> exports (step<N>); 'unet' and
+            'image_encoder' are copied, the others only recorded (the VAE is in `folder` already). Runs that are not
+            among them stay recorded as the folder's manifest has them.
     """
     import torch
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
@@ -155,14 +156,16 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
                      feature_extractor=['transformers', 'CLIPImageProcessor'])
     (folder / 'model_index.json').write_text(json.dumps(dict(sorted(index.items())), indent=2) + '\n')
     for config in folder.glob('*/config.json'):
-        # transformers loads in the config's dtype, diffusers in fp32: make them agree.
+        # transformers loads in the config's dtype, diffusers in fp32: make them agree; and forget the machine's paths.
         values = json.loads(config.read_text())
-        if 'dtype' in values:
-            config.write_text(json.dumps({**values, 'dtype': 'float32'}, indent=2) + '\n')
+        values.pop('_name_or_path', None)
+        config.write_text(json.dumps(values | ({'dtype': 'float32'} if 'dtype' in values else {}), indent=2) + '\n')
+    file = folder / 'manifest.json'
+    before = json.loads(file.read_text())['runs'] if file.is_file() else {}
     manifest = {'what': 'a tiny SDXL of the shapes world, trained by this package (docs/shapes.md)',
                 'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'put_together_at': git_commit(),
-                'runs': {name: record(path) for name, path in runs.items()}}
-    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1) + '\n')
+                'runs': {**before, **{name: record(path) for name, path in runs.items()}}}
+    file.write_text(json.dumps(manifest, indent=1) + '\n')
     size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
     assert size < 20e6, f'{folder} has {size / 1e6:.1f} MB, more than 20'
     print(f'{folder}: {size / 1e6:.1f} MB')
@@ -178,11 +181,12 @@ def main() -> int:
         command = commands.add_parser(name, help=help_text)
         command.add_argument('folder', type=Path, help='the base')
         if name != 'components':
-            command.add_argument('--vae', type=Path, required=True, help='export (step<N>) of shapes_vae')
+            command.add_argument('--vae', type=Path, required=name == 'vae', help='export (step<N>) of shapes_vae')
         if name == 'assemble':
             command.add_argument('--decoder', type=Path, help='export of shapes_vae_decoder, for the manifest')
             command.add_argument('--pretrain', type=Path, help='export of shapes_pretrain, for the manifest')
-            command.add_argument('--unet', type=Path, required=True, help='export of shapes_pretrain_fine')
+            command.add_argument('--fine', type=Path, help='export of shapes_pretrain_fine, for the manifest')
+            command.add_argument('--unet', type=Path, required=True, help='export of shapes_pretrain_partial')
             command.add_argument('--image-encoder', type=Path, help='export of shapes_image_encoder')
     args = parser.parse_args()
     if args.command == 'components':
@@ -190,7 +194,7 @@ def main() -> int:
     elif args.command == 'vae':
         take_vae(args.vae, args.folder)
     else:
-        runs = {name: getattr(args, name) for name in ('vae', 'decoder', 'pretrain', 'unet', 'image_encoder')}
+        runs = {name: getattr(args, name) for name in ('vae', 'decoder', 'pretrain', 'fine', 'unet', 'image_encoder')}
         assemble(args.folder, {name: path for name, path in runs.items() if path})
     return 0
 

@@ -65,8 +65,10 @@ class TestLoop(EvalLoop):
                  image_sets: str | Sequence[str] | None = None, num_pictures: int = 8, compare: str | None = None,
                  retention: Mapping[str, str | Sequence[str] | None] | None = None) -> None:
         self.compare, self._compared = compare, ''
+        # With `--checkpoint none` the config's adapters are gone, and with them what they keep.
+        measured = (retention or {}) if runner.bare_model.adapters else {}
         self.retention = {adapter: [names] if isinstance(names, str) else list(names)
-                          for adapter, names in (retention or {}).items() if names is not None}
+                          for adapter, names in measured.items() if names is not None}
         super().__init__(runner, dataloader, evaluator, seeds, image_sets, num_pictures)
         self._check_retention()
         self.folder = Path(runner.work_dir) / 'test'

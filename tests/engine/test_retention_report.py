@@ -71,3 +71,10 @@ def test_an_adapter_alone_is_made_once(tested: Path, monkeypatch: pytest.MonkeyP
 def test_invalid_settings_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         build(tmp_path, {**OPTIONS, **changes}, name='shapes_composition').test()
+
+
+def test_the_base_alone_has_no_retention(tmp_path: Path) -> None:
+    """`--checkpoint none` on a config that asks for it."""
+    build(tmp_path, {**OPTIONS, 'model.adapters.ip': None, 'model.adapters.layout': None, 'test_cfg.seeds': 1,
+                     'test_dataloader.dataset.length': 2}, name='shapes_composition').test()
+    assert list(json.loads((tmp_path / 'metrics.json').read_text())) == ['base']

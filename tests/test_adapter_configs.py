@@ -19,7 +19,8 @@ TRAINED = {
     'stable_diffusion_xl_ip_adapter': ['ip'], 'stable_diffusion_xl_ip_adapter_plus': ['ip'],
     'stable_diffusion_xl_controlnet_fill50k': ['control'], 'stable_diffusion_xl_textual_inversion': ['word'],
     'stable_diffusion_xl_lora_t2i_adapter': ['adapter', 'style'],
-    'stable_diffusion_xl_t2i_adapter_beside_lora': ['adapter']}
+    'stable_diffusion_xl_t2i_adapter_beside_lora': ['adapter'],
+    'stable_diffusion_xl_t2i_adapter_partners': ['adapter'], 'stable_diffusion_xl_repair': ['adapter', 'style']}
 
 
 @pytest.fixture(scope='module')
@@ -28,6 +29,8 @@ def parts(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('parts')
     case = CASES['lora']
     shaken(build(tiny_base, {'style': case.config}), case).adapters['style'].save(folder / 'style')
+    case = CASES['t2i_adapter']
+    shaken(build(tiny_base, {'layout': case.config}), case).adapters['layout'].save(folder / 'layout')
     write_tiny_image_encoder(folder / 'encoder')
     return folder
 
@@ -67,8 +70,10 @@ def test_a_config_trains(name: str, tiny_base: Path, circles: Path, parts: Path,
     if 'image_prompt_size' in cfg:
         options |= {'image_prompt_size': 64, 'model.adapters.ip.image_encoder': str(parts / 'encoder'),
                     'model.adapters.ip.image_encoder_subfolder': None}
-    if 'beside_lora' in name:
+    if 'weights' in (cfg.model.adapters.get('style') or {}) and cfg.model.adapters.style.weights:
         options['model.adapters.style.weights'] = str(parts / 'style')
+    if name.endswith('repair'):
+        options['model.adapters.adapter.weights'] = str(parts / 'layout')
     train(tmp_path, options, name=name)
     assert 'The first steps train all of' in next(tmp_path.glob('*/*.log')).read_text()
     assert sorted(p.name for p in (tmp_path / 'step6').iterdir() if p.is_dir()) == TRAINED[name]

@@ -323,7 +323,7 @@ class LoRA(Adapter):
         if self.method == 'oft' or self._gate is not True:
             return []
         scale, idle = self.scale, list[str]()
-        self.scale = scale * LARGE_SCALE
+        self.scale = scale * LARGE_SCALE ** 2  # a LoHa's or LoKr's change is a product of two
         try:
             for part, name, wrapper in self._all_wrappers():
                 layer, weights = wrapper.get_base_layer(), lora_layers.weights(wrapper, self.name)

@@ -68,5 +68,5 @@ def _scores(metric: MeanMetric, *image_sets: str) -> _Scores:
     if not rows:
         return _Scores(values, [], False)
     gain = metric.difference(rows, image_sets[1], image_sets[2])
-    better = gain.low > 0 if metric.better >= 0 else gain.high < 0
+    better = metric.better >= 0 and gain.low > 0 or metric.better <= 0 and gain.high < 0
     return _Scores(values, [row.key for row in rows], better)

@@ -56,12 +56,15 @@ class Denoise:
         Raises:
             UserError: the VAE trains, or the batch has no image.
         """
-        schedule = model.schedule
-        t, prediction, target = denoise(model, batch, *self.inputs(model, batch))
-        loss = self.loss(prediction, target, t, schedule)
+        return self.losses(model, batch, self.inputs(model, batch))
+
+    def losses(self, model: Denoiser, batch: Batch, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        """Return what `__call__` does, from what `inputs` returned."""
+        t, prediction, target = denoise(model, batch, *inputs)
+        loss = self.loss(prediction, target, t, model.schedule)
         if batch.mask is not None:
             loss = loss * mask_of_latents(batch.mask, loss)
-        loss = loss.mean(dim=(1, 2, 3)) * self.weighting(t, schedule)
+        loss = loss.mean(dim=(1, 2, 3)) * self.weighting(t, model.schedule)
         if batch.weight is not None:
             loss = loss * batch.weight
         return {'loss': loss.mean(), **sums_by_set(loss, batch.data_set, self.data_sets)}

@@ -69,20 +69,20 @@ class JointDistill(Denoise):
         if getattr(model.unet, 'is_gradient_checkpointing', False):
             raise UserError('JointDistill cannot be used with gradient checkpointing, which would recompute one pass '
                             "with another's adapters; set model.gradient_checkpointing=False.")
+        inputs = self.inputs(model, batch)
         # First, as the pass of all adapters leaves them as drawn.
-        return {'loss_alone': self.alone * self._distance(model, batch), **super().__call__(model, batch)}
+        return {'loss_alone': self.alone * self._distance(model, batch, inputs), **self.losses(model, batch, inputs)}
 
-    def _distance(self, model: Denoiser, batch: Batch) -> Tensor:
+    def _distance(self, model: Denoiser, batch: Batch, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """Return the loss of one adapter alone against its former self, []."""
         names = [*self._former]
         first = int(batch.seed[0]), batch.key[0], int(batch.epoch[0])
         name = names[rng.key_seed('joint distillation', *first) % len(names)]
         own = replace(batch, drop={k: rows for k, rows in batch.drop.items() if k in ('text', name)})
-        latents, noise, noise_in, timesteps = self.inputs(model, batch)
         with model.only_adapter(name):
             with torch.no_grad(), self._as_it_was(name):
-                target = denoise(model, own, latents, noise, noise_in, timesteps)[1]
-            t, prediction, _ = denoise(model, own, latents, noise, noise_in, timesteps)
+                target = denoise(model, own, *inputs)[1]
+            t, prediction, _ = denoise(model, own, *inputs)
         loss = self.loss(prediction, target, t, model.schedule).mean(dim=(1, 2, 3))
         return (loss * self.weighting(t, model.schedule)).mean()
 

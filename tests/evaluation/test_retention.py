@@ -42,6 +42,10 @@ def test_values_by_hand() -> None:
     assert all(low < value < high for value, low, high in found.values())
     distances = scored([0.4, 0.2] * 20, [0.0, 0.0] * 20, [0.9, 0.7] * 20, better=-1)
     assert measured(d=distances)['a/d'][0] == pytest.approx(0.5 / 0.8)
+    distances.better = 0
+    assert measured(d=distances)['a/d'][0] == pytest.approx(0.5 / 0.8)
+    distances.better = 1
+    assert math.isnan(measured(d=distances)['a/d'][0])
 
 
 def test_what_wins_on_one_side_only_does_not_win() -> None:

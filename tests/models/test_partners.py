@@ -35,9 +35,9 @@ def beside(base: Path, kind: str, own: float | None = None, **partner: Any) -> S
     model = build(base, dict(partner={**config, 'trainable': False}, learner=LEARNER),
                   **({'partners': dict(partner=partner)} if partner else {}))
     with torch.no_grad():
-        own = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         for name, value in weights.items():
-            own[name].copy_(value)
+            parameters[name].copy_(value)
     return model
 
 

@@ -96,6 +96,10 @@ def test_gradients_of_the_second_term_reach_the_drawn_adapter_only(
     batch = make_batch(2, conditions=conditions(*CONFIGS.values()))
     model(batch, mode='loss')['loss_alone'].backward()
     name = KINDS[rng.key_seed('joint distillation', 11, batch.key[0], 3) % 3]
+    # At its own strength, also where partners are drawn off.
+    alone = model(batch, mode='loss')['loss_alone']
+    drawn = moved(repairing(tiny_base, trained, partners={kind: dict(prob=0.0) for kind in KINDS}))
+    assert torch.equal(drawn(batch, mode='loss')['loss_alone'], alone) and alone > 0
     with_gradient = {kind for kind, parameters in model.trainables().items()
                      for _, p in parameters if p.grad is not None and p.grad.any()}
     assert with_gradient == {name}

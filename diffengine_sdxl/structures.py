@@ -141,7 +141,8 @@ class Conditioning:
         adapters = {name: {k: t[index] for k, t in tensors.items()} for name, tensors in self.adapters.items()}
         channels, timestep_cond = (None if t is None else t[index] for t in (self.channels, self.timestep_cond))
         return replace(self, text=self.text[index], pooled=self.pooled[index], time_ids=self.time_ids[index],
-                       adapters=adapters, channels=channels, timestep_cond=timestep_cond)
+                       adapters=adapters, channels=channels, timestep_cond=timestep_cond,
+                       strengths={name: drawn[index] for name, drawn in self.strengths.items()})
 
 
 def where(drop: Tensor, null: Tensor, value: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class UNetCall:
     _text: list[Tensor] = field(default_factory=list)
     _pooled: list[Tensor] = field(default_factory=list)
 
-    def gate(self, active_range: tuple[float, float], name: str = '') -> Tensor | None:
+    def gate(self, active_range: tuple[float, float], name: str) -> Tensor | None:
         """Return the factor of each row's scale, [B]; None: 1 for all.
 
         1 for rows whose step lies inside `active_range` (both bounds included), else 0; times what was drawn for the

@@ -74,6 +74,7 @@ def test_a_config_trains(name: str, tiny_base: Path, circles: Path, parts: Path,
         options['model.adapters.style.weights'] = str(parts / 'style')
     if name.endswith('repair'):
         options['model.adapters.adapter.weights'] = str(parts / 'layout')
+        options['model.partners'] = dict(adapter=dict(prob=0.9))
     train(tmp_path, options, name=name)
     assert 'The first steps train all of' in next(tmp_path.glob('*/*.log')).read_text()
     assert sorted(p.name for p in (tmp_path / 'step6').iterdir() if p.is_dir()) == TRAINED[name]

@@ -21,6 +21,8 @@ from diffengine_sdxl.protocols import AdapterHost
 from diffengine_sdxl.structures import Batch, UNetCall
 
 Tensors = dict[str, Tensor]
+#: (low, high).
+Range = tuple[float, float]
 #: A scale at which the change of a weight by 1e-7 is seen in bf16.
 LARGE_SCALE = 2.0**17
 #: File of the weights of a kind that has no format of its own.
@@ -93,14 +95,18 @@ class Adapter(nn.Module):
     def _apply_scale(self) -> None:
         """Pass a new scale on to modules that hold a copy of it."""
 
-    def check_partner(self, scales: tuple[float, float]) -> None:
-        """Check that a training may draw whether it acts, and factors of its scale in `scales`.
+    def check_partner(self, scales: Range, start: Range, end: Range) -> None:
+        """Check that a training may draw whether it acts, a factor of its scale, and where it starts and ends to act.
+
+        Args:
+            scales, start, end: (low, high).
 
         Raises:
-            UserError: this kind cannot be drawn, or not with these factors.
+            UserError: this kind cannot be drawn, or not within these bounds.
         """
         for factor in scales:
             self._check_scale(self.scale * factor)
+        self._check_active_range((start[1], end[0]))
 
     def set_strength(self, strength: float) -> None:
         """Multiply its scale by what was drawn for the coming pass; of kinds with `modifies_base`."""

@@ -24,15 +24,14 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from diffengine_sdxl import rng
-from diffengine_sdxl.adapters import lora_layers
-from diffengine_sdxl.adapters.base import LARGE_SCALE, Adapter, Tensors
+from diffengine_sdxl.adapters import lora_checks, lora_layers
+from diffengine_sdxl.adapters.base import LARGE_SCALE, Adapter, Range, Tensors
 from diffengine_sdxl.adapters.changed_layer import ChangedLayer
 from diffengine_sdxl.adapters.formats import peft_lora
 from diffengine_sdxl.adapters.formats.files import refuse
 from diffengine_sdxl.adapters.formats.layer_names import Modules
 from diffengine_sdxl.adapters.formats.lora import read_lora, write_lora
 from diffengine_sdxl.adapters.formats.lora_weights import MIXED, PARTS, TITLES, LoRAWeights, PartWeights
-from diffengine_sdxl.adapters.lora_checks import check_arguments, check_blocks, check_factors, check_loaded, describe
 from diffengine_sdxl.adapters.lora_function import ComputeCopies
 from diffengine_sdxl.adapters.lora_inject import inject_weights, stored_dtype
 from diffengine_sdxl.adapters.lora_words import Words
@@ -88,12 +87,12 @@ class LoRA(Adapter):
                  init: bool | str = 'gaussian', parts: Sequence[str] | None = None,
                  targets: Sequence[str] | None = None, blocks: Mapping[str, Any] | None = None,
                  ignore_keys: Sequence[str] = ()) -> None:
-        check_arguments(kind or 'lora', init, rank, alpha, dropout if trainable else 0.0, parts, targets, blocks)
+        dropout = dropout if trainable else 0.0
+        lora_checks.check_arguments(kind or 'lora', init, rank, alpha, dropout, parts, targets, blocks)
         self.requested: dict[str, Any] = {'kind': kind, 'rank': rank, 'alpha': alpha, 'rslora': rslora, 'parts':
                                           None if parts is None else tuple(p for p in PARTS if p in parts)}
         self.method, self.blocks = kind or 'lora', dict(blocks or {})
-        self._title = TITLES[self.method]
-        self._disabled = False
+        self._title, self._disabled = TITLES[self.method], False
         #: Whether the active range is open, for all rows (bool) or for each (bool [B]).
         self._gate: bool | Tensor = True
         self._parts: dict[str, nn.Module] = {}
@@ -106,12 +105,16 @@ class LoRA(Adapter):
         self.words = Words({}, '', {})
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
         self.targets = None if targets is None else list(targets)
-        self.dropout, self.init = float(dropout) if trainable else 0.0, init
+        self.dropout, self.init = float(dropout), init
 
     def _check_scale(self, scale: float) -> None:
         scales = [scale, *(block['scale'] for block in self.blocks.values() if block and 'scale' in block)]
         if self.method == 'oft' and any(s not in (0, 1) for s in scales):
             raise UserError(f'The scale of an OFT, a rotation, must be 0 or 1, not {scales}.')
+
+    def check_partner(self, scales: Range, start: Range, end: Range) -> None:
+        super().check_partner(scales, start, end)
+        lora_checks.check_draws(self.name, self.method, scales, self.words.names)
 
     def _check_active_range(self, active_range: tuple[float, float]) -> None:
         words = [f"the word '{word}'" for word in self.words.names] if self._ranks else []
@@ -137,7 +140,7 @@ class LoRA(Adapter):
         bases = {part: getattr(model, part) for part in PARTS if getattr(model, part) is not None}
         self._parts = {part: deferred.skeleton(module) for part, module in bases.items()}
         modules = self._plain_layers(norms=True)
-        check_blocks(self.blocks, modules, self.name)
+        lora_checks.check_blocks(self.blocks, modules, self.name)
         if self.weights is None:
             loaded = self._fresh(model, modules)
         else:
@@ -161,7 +164,7 @@ class LoRA(Adapter):
         # The penultimate layer of the first text encoder is read; later layers never get a gradient.
         self._never_read = {(part, name) for part, name, _ in self._all_wrappers()
                             if model.never_read(part, f'{name}.')}
-        self.attach_point = describe(self._wrappers, self._ranks, self.rslora)
+        self.attach_point = lora_checks.describe(self._wrappers, self._ranks, self.rslora)
         self._copies = ComputeCopies([*self._wrappers.get('unet', {}).values()], self.name, self.trainable)
         self._apply_scale()
 
@@ -204,19 +207,14 @@ class LoRA(Adapter):
 
     def _check_loaded(self, loaded: LoRAWeights, modules: Modules, model: AdapterHost) -> None:
         """Refuse weights that contradict the arguments."""
-        check_loaded(self.requested, loaded, modules, self.name, self._block)
+        lora_checks.check_loaded(self.requested, loaded, modules, self.name, self._block)
         if self.dropout and loaded.kind == MIXED:
             raise UserError(f"Adapter '{self.name}' has dropout={self.dropout}, which is not possible for "
                             f"{loaded.title()} in one file, as in '{self.weights}'; leave it out.")
-        if self.targets is None:
-            return
-        targets = lora_layers.find_layers(self.targets, {part: self._parts[part] for part in loaded.parts}, self.name)
-        for part, names in targets.items():
-            differing = set(names) ^ set(loaded.parts[part].by_layer())
-            # A file may hold layers that never train or not; a fresh adapter leaves them out.
-            if differing := {name for name in differing if not model.never_read(part, f'{name}.')}:
-                raise UserError(f"The targets of adapter '{self.name}' and '{self.weights}' differ in {len(differing)} "
-                                f"layers of {part}, as '{min(differing)}'. Leave them out to use those of the file.")
+        if self.targets is not None:
+            targets = lora_layers.find_layers(self.targets, {p: self._parts[p] for p in loaded.parts}, self.name)
+            lora_checks.check_targets(targets, loaded, model.never_read,
+                                      f"of adapter '{self.name}' and '{self.weights}'")
 
     def detach(self, model: AdapterHost) -> None:
         """Remove its wrappers from the base, whatever other adapters' are nested around them."""
@@ -231,18 +229,20 @@ class LoRA(Adapter):
     def _apply_scale(self) -> None:
         """Set every layer's scaling, and whether the adapter acts there at all."""
         for part, name, wrapper in self._all_wrappers():
-            # A strength of 0 closes the gate in the UNet, where the graph must stay the same.
+            # A strength of 0 closes the gate in the UNet, and multiplies in text encoders: so the graph stays the same.
             gate, strength = (self._gate, self._strength or 1.0) if part == 'unet' else (True, self._strength)
-            own, scale = self._ranks[part], self.scale * strength * self._block_scale(part, name)
-            lora_layers.set_active(wrapper, self.name, scale != 0 and not self._disabled and gate is not False)
+            own, scale = self._ranks[part], self.scale * self._block_scale(part, name)
+            lora_layers.set_active(wrapper, self.name, scale != 0 and not self._disabled and gate is not False and (
+                strength != 0 or self.trainable))
             wrapper.rows = gate if isinstance(gate, Tensor) else None
-            if isinstance(wrapper, ChangedLayer):
-                wrapper.scaling[self.name] = scale
-            elif self.method != 'oft':
+            wrapper.copies, scale = None, scale * strength
+            if not isinstance(wrapper, ChangedLayer):
+                if self.method == 'oft':
+                    continue
                 # In peft's and so in diffusers' order of operations.
-                rank = math.sqrt(own.rank[name]) if self.rslora else own.rank[name]
-                wrapper.scaling[self.name] = scale * own.alpha[name] / rank
-            wrapper.copies = None
+                scale = scale * own.alpha[name] / (math.sqrt(own.rank[name]) if self.rslora else own.rank[name])
+            # Compiled code holds a number as it is, and would be compiled again for each that is drawn.
+            wrapper.scaling[self.name] = scale if strength == 1 else torch.tensor(scale, dtype=torch.float64)
         self._copies.stale = True
 
     def encode(self, batch: Batch) -> Tensors:
@@ -392,7 +392,7 @@ class LoRA(Adapter):
         refuse(source, unknown=sorted(new.keys() - current.keys()), missing=sorted(current.keys() - new.keys()),
                of_another_rank=[k for k in current if k in new and current[k].numel() != new[k].numel()])
         if self.method != 'oft':
-            check_factors(loaded, self._ranks, self.rslora, source, self.name)
+            lora_checks.check_factors(loaded, self._ranks, self.rslora, source, self.name)
         self.words.load(loaded.words, source)
         with torch.no_grad():
             for key, parameter in current.items():

@@ -9,7 +9,7 @@ from typing import Any
 from diffengine_sdxl.adapters.formats import peft_lora
 from diffengine_sdxl.adapters.formats.layer_names import Modules
 from diffengine_sdxl.adapters.formats.lora_weights import KINDS, PARTS, LoRAWeights, PartWeights
-from diffengine_sdxl.errors import UserError, did_you_mean, one_of
+from diffengine_sdxl.errors import UserError, did_you_mean, listed, one_of
 
 
 def check_arguments(kind: str, init: bool | str, rank: Any, alpha: Any, dropout: Any, parts: Sequence[str] | None,
@@ -89,6 +89,20 @@ def check_loaded(requested: Mapping[str, Any], loaded: LoRAWeights, modules: Mod
                 compare('rank', size, 'blocks of another size')
 
 
+def check_targets(targets: Mapping[str, Iterable[str]], loaded: LoRAWeights, never_read: Callable[[str, str], bool],
+                  whose: str) -> None:
+    """Check that the targets, part -> layers, are the layers of a file.
+
+    Raises:
+        UserError: they differ, in more than layers that are never read, which a fresh adapter leaves out.
+    """
+    for part, names in targets.items():
+        differing = {*names} ^ {*loaded.parts[part].by_layer()}
+        if differing := {name for name in differing if not never_read(part, f'{name}.')}:
+            raise UserError(f"The targets {whose} differ in {len(differing)} layers of {part}, as '{min(differing)}'. "
+                            'Leave them out to use those of the file.')
+
+
 def check_blocks(blocks: Iterable[str], modules: Modules, adapter: str) -> None:
     """Refuse keys of `blocks` that are not the beginning of a layer's full name.
 
@@ -117,6 +131,19 @@ def check_factors(loaded: LoRAWeights, ranks: Mapping[str, PartWeights], rslora:
         name = differing[0]
         raise UserError(f"'{source}' scales '{name}' ({len(differing)} in all) by alpha / rank = "
                         f"{theirs[name]:g}; adapter '{adapter}' by {ours[name]:g}. Set the file's alpha.")
+
+
+def check_draws(adapter: str, kind: str, scales: tuple[float, float], words: Iterable[str]) -> None:
+    """Check that a training may draw factors of its scale in `scales` (low, high).
+
+    Raises:
+        UserError: it is a rotation, or brings words.
+    """
+    if kind == 'oft' and scales[0] != scales[1]:
+        raise UserError(f'model.partners.{adapter}.scale={scales}: an OFT, a rotation, has one scale, 1 or 0.')
+    if words := listed(words):
+        raise UserError(f'model.partners.{adapter}: the words of its file ({words}) act where a caption has them, and '
+                        'cannot be drawn.')
 
 
 def describe(wrappers: Mapping[str, Mapping[str, Any]], ranks: Mapping[str, PartWeights], rslora: bool) -> str:

@@ -73,7 +73,7 @@ class ComputeCopies:
         """Give the wrappers current copies, if they compute by this file."""
         if not self.wrappers or not used_on(weight := self.wrappers[0].weight):
             return
-        factors = [1.0] * len(self.wrappers) + [wrapper.scaling[self.adapter] for wrapper in self.wrappers]
+        factors = [1.0] * len(self.wrappers) + [float(wrapper.scaling[self.adapter]) for wrapper in self.wrappers]
         moved = not self._memory or self._memory[0].device != weight.device or self._memory[0].dtype != weight.dtype
         if torch.is_grad_enabled() and any(w.requires_grad for w in self.weights):
             copies = precision.cast(self.weights, weight.dtype, factors)

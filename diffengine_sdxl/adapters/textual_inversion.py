@@ -14,7 +14,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from diffengine_sdxl.adapters.base import Adapter, Tensors
+from diffengine_sdxl.adapters.base import Adapter, Range, Tensors
 from diffengine_sdxl.adapters.formats.files import refuse
 from diffengine_sdxl.adapters.formats.textual_inversion import (
     KEYS,
@@ -77,7 +77,7 @@ class TextualInversion(Adapter):
         self.init = init
         self.source = {'subfolder': subfolder, 'weight_name': weight_name, 'revision': revision}
 
-    def check_partner(self, scales: tuple[float, float]) -> None:
+    def check_partner(self, scales: Range, start: Range, end: Range) -> None:
         """Refuse draws: its word acts where a caption has it."""
         raise UserError(f"model.partners.{self.name}: the word '{self.token}' acts where a caption has it; leave it "
                         'out of a part of the captions (CaptionTagDrop) instead.')

@@ -137,7 +137,7 @@ def _model_config(config: Config, name: str | None) -> tuple[dict[str, Any], str
     dtype = 'float64' if model.get('dtype') == 'float64' else None
     adapters = {n: _without_use(a) if n == name else a for n, a in adapters.items()}
     return {'seed': int((cfg.get('randomness') or {}).get('seed') or 0), **model, 'adapters': adapters,
-            'mixed_precision': 'no', 'dtype': dtype, 'objective': None, 'sampler': None}, name
+            'mixed_precision': 'no', 'dtype': dtype, 'partners': None, 'objective': None, 'sampler': None}, name
 
 
 def _without_use(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,12 +109,14 @@ class Shapes(MapDataset):
         """Return the caption, and the words of the truth."""
         scene = self.scene(index)
         named = self._named(index)
-        text = scene.caption if named is None else scene.partial_caption(named)
+        text = scene.caption if named is None else scene.partial_caption(named, self.split)
         if not self.truth:
             return {'text': text}
-        mentioned = {*re.findall(r'\w+', text)} if named is None else {getattr(scene, name) for name in named}
         words = {name: getattr(scene, name) for name in ATTRIBUTES}
-        return {'text': text, **words, 'mentioned': ' '.join(name for name in words if words[name] in mentioned)}
+        if named is None:
+            said = {*re.findall(r'\w+', text)}
+            named = [name for name in words if words[name] in said]
+        return {'text': text, **words, 'mentioned': ' '.join(name for name in words if name in named)}
 
     def content(self, index: int, draw: Draw, file_digest: FileDigest) -> Any:
         """Return what is drawn, and by which code."""

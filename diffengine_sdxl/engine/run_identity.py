@@ -80,8 +80,9 @@ def describe_split(old: Mapping[str, int], new: Mapping[str, int]) -> str | None
         return None
     before, now = (' x '.join(f'{name}={number}' for name, number in split.items()) for split in (old, new))
     return (f'The {math.prod(new.values())} samples of a step were split as {before}, and are now as {now}. The run '
-            'goes on with the same samples, noise and timesteps; but sums are rounded in another order and dropout '
-            'draws other numbers, so it is not bitwise the run that was not stopped.')
+            'goes on with the same samples, noise and timesteps; but sums are rounded in another order, and dropout '
+            '(and what is drawn for a whole micro-batch) draws other numbers, so it is not bitwise the run that was '
+            'not stopped.')
 
 
 def _samples(identity: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
+from diffengine_sdxl.errors import UserError
 from diffengine_sdxl.models import measured
 from diffengine_sdxl.models.sdxl import SDXL
 from diffengine_sdxl.speed import Memory, Speed, image_size
@@ -42,7 +43,10 @@ def choose(speed: Speed, config: Config, model: SDXL, steps: int,
     """
     same_device = recorded is not None and recorded['device'] == model.device.type
     before = {name: recorded[name] for name in asdict(speed)} if recorded is not None else {}
-    memory = _memory(config, model) if steps and model.device.type == 'cuda' else None
+    if steps:
+        check_checkpointing(speed.checkpointing, model)
+    counted = steps and model.device.type == 'cuda' and allows_checkpointing(model)
+    memory = _memory(config, model) if counted else None
     chosen = speed.resolve(model.device.type, model.unet_weight.dtype, steps=steps, attention=model.attention,
                            deterministic=_deterministic(config), memory=memory,
                            recorded=before if same_device else None)
@@ -51,6 +55,22 @@ def choose(speed: Speed, config: Config, model: SDXL, steps: int,
     return chosen, None if not changed else (
         f'speed: {", ".join(changed)}. The run goes on, but sums may be rounded in another order, so it is not bitwise '
         'the run that was not stopped.')
+
+
+def allows_checkpointing(model: SDXL) -> bool:
+    """Return whether the objective lets activations be recomputed; those of a user's own do if they don't say."""
+    return bool(getattr(model.objective, 'allows_checkpointing', True))
+
+
+def check_checkpointing(mode: str, model: SDXL) -> None:
+    """Check that the objective allows this `speed.checkpointing`.
+
+    Raises:
+        UserError: it does not.
+    """
+    if mode not in ('auto', 'off') and not allows_checkpointing(model):
+        raise UserError(f"speed.checkpointing='{mode}' cannot be used with {type(model.objective).__name__}: the "
+                        "backward pass would recompute with other adapters than the forward pass had. Set 'off'.")
 
 
 def record(speed: Speed, device: torch.device) -> dict[str, str]:

@@ -96,6 +96,8 @@ class TestLoop(EvalLoop):
             if f'{ONLY}{adapter}' not in only:
                 raise UserError(f'{key}: the model has no adapter of this name beside others; it has '
                                 f'{listed(self.runner.bare_model.adapters) or "none"}.')
+            if not names:
+                raise UserError(f'{key} names no metric; name one of {listed(metrics)}, or None to leave it out.')
             for name in names:
                 one_of(key, name, metrics)
                 if not isinstance(metrics[name], MeanMetric):

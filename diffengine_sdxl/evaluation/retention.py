@@ -34,7 +34,8 @@ def retention(metrics: Mapping[str, MeanMetric], measured: Mapping[str, Sequence
 
     (score together - base) / (score alone - base), of the same samples and noise, with a jackknife over samples. It is
     undefined (NaN) where the 95 % interval of (alone - base) holds 0 or what is worse: there is nothing to retain. In
-    the harmonic mean, which one low value pulls down, negative ones count as 0; it is undefined if one of them is.
+    the harmonic mean, which one low value pulls down, negative ones count as 0; it is undefined if one of them is. Its
+    interval is a jackknife too; where that of a retention reaches 0, it is 0 to the harmonic mean of all upper ends.
 
     Args:
         metrics: name -> a metric that has been evaluated.
@@ -57,8 +58,12 @@ def retention(metrics: Mapping[str, MeanMetric], measured: Mapping[str, Sequence
         some = {key for key, keep in zip(keys, kept, strict=True) if keep}
         values = [max(one.retention(np.array([key in some for key in one.keys])), 0.0) for one in scores.values()]
         return 0.0 if 0.0 in values else float(len(values) / sum(1 / value for value in values))
-    mean = interval.jackknife(harmonic, keys, (0.0, np.inf))._replace(p=None)
-    return {**found, HARMONIC_MEAN: mean._replace(num_samples=max(len(one.keys) for one in scores.values()))}
+    mean = interval.jackknife(harmonic, keys, (0.0, np.inf))._replace(
+        p=None, num_samples=max(len(one.keys) for one in scores.values()))
+    if min(one.low for one in found.values()) <= 0:
+        # A jackknife does not see past the kink at 0: take the mean of all upper ends.
+        mean = mean._replace(low=0.0, high=len(found) / sum(1 / max(one.high, 1e-12) for one in found.values()))
+    return {**found, HARMONIC_MEAN: mean}
 
 
 def _scores(metric: MeanMetric, *image_sets: str) -> _Scores:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from diffengine_sdxl.errors import UserError, did_you_mean, listed
+from diffengine_sdxl.errors import UserError, did_you_mean, listed, one_of
 from diffengine_sdxl.evaluation.base import MeanMetric
 from diffengine_sdxl.evaluation.shapes_metric import ShapesMetric, observed
 from diffengine_sdxl.registry import METRICS
 from diffengine_sdxl.shapes.palette import NAMES
-from diffengine_sdxl.shapes.scene import SHAPES, STYLES
+from diffengine_sdxl.shapes.scene import ATTRIBUTES, SHAPES, STYLES
 
 
 class WordAccuracy(ShapesMetric):
@@ -79,7 +79,14 @@ class CaptionAccuracy(MeanMetric):
     name, needs = 'caption_accuracy', ('shape', 'style', 'fill', 'ground', 'mentioned')
 
     def measure(self, images: Tensor, batch: Mapping[str, Any]) -> Sequence[float | None]:
-        """Return 1, 0 or None of each image."""
+        """Return 1, 0 or None of each image.
+
+        Raises:
+            UserError: 'mentioned' names something else.
+        """
+        for words in batch['mentioned']:
+            for word in str(words).split():
+                one_of(f'{type(self).__name__}: an entry of `mentioned`', word, ATTRIBUTES)
         said = [[word for word in str(words).split() if word != 'texture'] for words in batch['mentioned']]
         return [float(all(getattr(observed(image), word) == batch[word][i] for word in said[i])) if said[i] else None
                 for i, image in enumerate(images)]

@@ -121,7 +121,7 @@ class UNetGraphs:
         model, weight = self.model, self.model.unet_weight
         if self.failed or torch.is_grad_enabled() or torch.is_autocast_enabled('cuda'):
             return None
-        constants = [adapter.constants() for adapter in model.adapters.values()]
+        constants = {name: adapter.constants() for name, adapter in model.adapters.items()}
         if tensors_in(constants):
             return None
         return _form(arguments, weight.device), _form(constants), model.adapters_disabled, weight.data_ptr()

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from diffengine_sdxl import rng
+from diffengine_sdxl.adapters.base import Range
 from diffengine_sdxl.errors import UserError, did_you_mean, listed
 from diffengine_sdxl.structures import Batch
-
-Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ def check_partners(configs: Mapping[str, Any] | None, adapters: Mapping[str, Any
     Args:
         configs: name -> dict with `prob`, `scale`, `start` and `end`; ranges are (low, high) or one number. None as a
             value removes a partner that a config inherited.
+        adapters: name -> adapter; None for one that the config has taken out, whose partner is left out, too.
 
     Raises:
         UserError: one names no adapter, has an unknown key or an invalid value, or is of a kind that cannot be drawn.
@@ -54,6 +54,8 @@ def check_partners(configs: Mapping[str, Any] | None, adapters: Mapping[str, Any
         if name not in adapters:
             raise UserError(f"{key}: no adapter has this name; model.adapters has {listed(adapters) or 'none'}."
                             f'{did_you_mean(name, list(adapters))}')
+        if adapters[name] is None:
+            continue
         if not isinstance(config, Mapping):
             raise UserError(f'{key}={config!r} must be a dict such as dict(prob=0.5, scale=(0.5, 1.0)).')
         defaults = {'prob': 0.5, 'scale': 1.0, 'start': 0.0, 'end': 1.0}
@@ -69,7 +71,7 @@ def check_partners(configs: Mapping[str, Any] | None, adapters: Mapping[str, Any
         if partner.start[1] >= partner.end[0]:
             raise UserError(f'{key}: every start must come before every end; start={values["start"]!r} and '
                             f'end={values["end"]!r} overlap.')
-        adapters[name].check_partner(partner.scale)
+        adapters[name].check_partner(partner.scale, partner.start, partner.end)
         partners[name] = partner
     return partners
 

@@ -129,14 +129,14 @@ class SDXL(AdapterSetsMixin, CacheMixin, VAEMixin, PromptMixin, BaseModel):
         set_backend(self.unet, attention)
         self.objective = OBJECTIVES.build(objective) if objective else None
         self._attach(adapters or {})
-        self.partners = check_partners(partners, dict(self.adapters.items()))
-        if remember := getattr(self.objective, 'remember', None):
-            remember(self)
+        self.partners = check_partners(partners, {**(adapters or {}), **dict(self.adapters.items())})
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             for part in ENCODERS:
                 if part in self.trainable_parts:
                     getattr(self, part).gradient_checkpointing_enable()
+        if remember := getattr(self.objective, 'remember', None):
+            remember(self)
         self.sampler: Any = SAMPLERS.build(sampler) if sampler else None
 
     def _attach(self, configs: Mapping[str, Any]) -> None:

@@ -27,6 +27,8 @@ class Denoise:
 
     #: It reads latents only, so a cache of the VAE's outputs does for it.
     reads_images: ClassVar[bool] = False
+    #: Whether activations may be recomputed in the backward pass (`speed.checkpointing`).
+    allows_checkpointing: ClassVar[bool] = True
     #: Names of the data sets whose losses are reported; the training loop sets them.
     data_sets: Sequence[str] = ()
 

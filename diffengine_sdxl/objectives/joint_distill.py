@@ -20,7 +20,7 @@ from diffengine_sdxl.structures import Batch
 
 @OBJECTIVES.register_module()
 class JointDistill(Denoise):
-    """Denoise with all adapters, plus the distance of one adapter alone from what it was before this training.
+    """Denoise with all adapters, plus the distance of one adapter alone from what its `weights` in the config make.
 
     loss = Denoise + alone * mean of w(t) * loss(model with adapter i now, model with adapter i as it was), where i is
     drawn for each micro-batch from its first sample's key (distillation of the output, Hinton et al. 2015).
@@ -33,8 +33,11 @@ class JointDistill(Denoise):
 
     Raises:
         UserError: an adapter that trains has no `weights`, so there is nothing to be held to; nothing but adapters may
-            train; or gradient checkpointing is on, which would recompute with other adapters than the pass had.
+            train; or gradient checkpointing is on.
     """
+
+    #: It would recompute the pass of one adapter with all of them.
+    allows_checkpointing = False
 
     def __init__(self, alone: float = 1.0, noise: Any = None, timesteps: Any = None, weighting: Any = None,
                  loss: Any = None) -> None:
@@ -45,7 +48,7 @@ class JointDistill(Denoise):
         self._former: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def remember(self, model: Any) -> None:
-        """Keep the weights that the adapters start from; before a resumed run's are loaded.
+        """Keep the weights that the config names; before a resumed run's, or those of `load_from`, are loaded.
 
         Raises:
             UserError: see the class.
@@ -54,21 +57,17 @@ class JointDistill(Denoise):
             raise UserError(f'JointDistill trains adapters only; remove {list(model.trainable_parts)} from '
                             'model.trainable.')
         trained = {name: adapter for name, adapter in model.adapters.items() if adapter.trainables()}
-        if fresh := [name for name, adapter in trained.items() if not adapter.weights]:
+        if model.unet.is_gradient_checkpointing:
+            raise UserError('JointDistill cannot be used with gradient checkpointing, which would recompute the pass '
+                            'of one adapter with all of them; set model.gradient_checkpointing=False.')
+        if fresh := [name for name, adapter in trained.items() if not adapter.weights and model.device.type != 'meta']:
             raise UserError(f"JointDistill holds each adapter to what it does alone, and '{fresh[0]}' starts from "
                             f'nothing; set model.adapters.{fresh[0]}.weights to a trained one, or trainable=False.')
         self._former = {name: [(p, p.detach().clone()) for p in adapter.trainables()]
                         for name, adapter in sorted(trained.items())}
 
     def __call__(self, model: Denoiser, batch: Batch) -> dict[str, Tensor]:
-        """Return {'loss': [], 'loss_alone': []}; see Denoise.
-
-        Raises:
-            UserError: see the class.
-        """
-        if getattr(model.unet, 'is_gradient_checkpointing', False):
-            raise UserError('JointDistill cannot be used with gradient checkpointing, which would recompute one pass '
-                            "with another's adapters; set model.gradient_checkpointing=False.")
+        """Return {'loss': [], 'loss_alone': []}; see Denoise."""
         inputs = self.inputs(model, batch)
         # First, as the pass of all adapters leaves them as drawn.
         return {'loss_alone': self.alone * self._distance(model, batch, inputs), **self.losses(model, batch, inputs)}
@@ -80,21 +79,24 @@ class JointDistill(Denoise):
         name = names[rng.key_seed('joint distillation', *first) % len(names)]
         own = replace(batch, drop={k: rows for k, rows in batch.drop.items() if k in ('text', name)})
         with model.only_adapter(name):
-            with torch.no_grad(), self._as_it_was(name):
+            with torch.no_grad(), self._as_it_was(name, model.adapters[name]):
                 target = denoise(model, own, *inputs)[1]
             t, prediction, _ = denoise(model, own, *inputs)
         loss = self.loss(prediction, target, t, model.schedule).mean(dim=(1, 2, 3))
         return (loss * self.weighting(t, model.schedule)).mean()
 
     @contextmanager
-    def _as_it_was(self, name: str) -> Iterator[None]:
-        """Give an adapter its former weights inside."""
+    def _as_it_was(self, name: str, adapter: Any) -> Iterator[None]:
+        """Give an adapter its former weights inside, without dropout."""
         now: Sequence[Tensor] = [parameter.data for parameter, _ in self._former[name]]
         self._former[name] = [(p, before.to(p.device)) for p, before in self._former[name]]
+        training = adapter.training
+        adapter.eval()
         for parameter, before in self._former[name]:
             parameter.data = before
         try:
             yield
         finally:
+            adapter.train(training)
             for (parameter, _), data in zip(self._former[name], now, strict=True):
                 parameter.data = data

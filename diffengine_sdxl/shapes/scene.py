@@ -76,11 +76,11 @@ class Scene:
         return TEMPLATES[self.template].format(a=_article(look), look=look, ground=ground,
                                                a_ground=f'{_article(ground)} {ground}')
 
-    def partial_caption(self, named: Collection[str]) -> str:
-        """Describe the scene by some of its attributes: 'a star', 'striped on blue', 'on a wavy ground', ''.
+    def partial_caption(self, named: Collection[str], split: str = 'train') -> str:
+        """Describe the scene by some of its attributes: 'a star', 'striped on blue', 'in front of wavy ground', ''.
 
-        Of the possible wordings the first one, from `template` on, that is no caption of the split 'test'; the first of
-        all where there is none, as of a single word.
+        Of the possible wordings the first one, from `template` on, that is a caption of the split 'test' if `split` is
+        that one, else none of it; the first of all where there is none, as of a single word.
 
         Args:
             named: of ATTRIBUTES; each is named, also a flat style and a plain ground.
@@ -97,7 +97,7 @@ class Scene:
         start = self.template % len(fitting)
         words = dict(a=_article(look or ' '), look=look, ground=ground, a_ground=f'{_article(ground or " ")} {ground}')
         texts = [template.format(**words) for template in (*fitting[start:], *fitting[:start])]
-        return next((text for text in texts if not is_test_caption(text)), texts[0])
+        return next((text for text in texts if is_test_caption(text) == (split == TEST)), texts[0])
 
     @property
     def facts(self) -> dict[str, Any]:

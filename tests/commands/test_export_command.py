@@ -155,7 +155,8 @@ def test_a_lora_of_a_checkpoint_beside_others(tmp_path: Path, tiny: dict[str, An
     """Trained together with another kind around the same layers: each comes out alone."""
     options = {**tiny, 'model.adapters.adapter': None,
                'model.adapters.style': dict(LORA, blocks={'unet.mid_block': dict(rank=2, scale=0.5)}),
-               'model.adapters.other': dict(type='LoRA', kind='loha', rank=2), 'train_cfg.max_iters': 2}
+               'model.adapters.other': dict(type='LoRA', kind='loha', rank=2), 'train_cfg.max_iters': 2,
+               'model.partners': dict(other=dict(prob=0.5))}
     train(tmp_path / 'W', options)
     for i, way in enumerate(('step2.pth', 'step2')):
         out = tmp_path / f'{i}.safetensors'

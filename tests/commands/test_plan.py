@@ -38,6 +38,19 @@ def plan(options: dict[str, Any]) -> Plan:
     return make_plan(config.load(CONFIG, options), 'RTX3090')
 
 
+def test_an_objective_that_allows_no_checkpointing(options: dict[str, Any]) -> None:
+    """It is counted without, with its second pass; and refused where the config asks for it."""
+    repair = {**options, 'speed.checkpointing': 'auto',
+              'model.adapters.style': dict(type='LoRA', rank=4, weights='a/b')}
+    joint = make_plan(config.load('stable_diffusion_xl_repair', repair), 'RTX3090')
+    plain = make_plan(config.load('stable_diffusion_xl_repair', {**repair, 'model.objective': dict(
+        _delete_=True, type='Denoise'), 'speed.checkpointing': 'off'}), 'RTX3090')
+    assert [*joint.counts.at_one] == ['off'] and joint.own.checkpointing == 'off'
+    assert joint.counts.at_one['off'].flop > 1.5 * plain.counts.at_one['off'].flop
+    with pytest.raises(UserError, match="speed.checkpointing='full' cannot be used with JointDistill"):
+        make_plan(config.load('stable_diffusion_xl_repair', {**repair, 'speed.checkpointing': 'full'}), 'RTX3090')
+
+
 # Counts
 
 def test_counted_kernels() -> None:

@@ -88,6 +88,8 @@ def results(tmp_path_factory: pytest.TempPathFactory, base_options: dict[str, An
     cases['ema']['options']['train_dataloader.dataset.source'] = str(stretched(folder / 'stretched'))
     cases['kinds'] = {'work_dir': str(folder / 'kinds-two'), 'resume': False, 'options': {
         **base_options, 'model.dtype': 'float64', 'train_dataloader.dataset.transforms': PROMPTED,
+        # Drawn for each sample; those inside the base are drawn for a micro-batch, of which two processes have two.
+        'model.partners': {name: dict(prob=0.5, scale=(0.5, 1.0)) for name in ('control', 'ip', 't2i')},
         'model.adapters': kinds_together(write_tiny_image_encoder(folder / 'encoder'))}}
     cases['resumed'] = {**cases['ema'], 'resume': True,
                         # Its first two steps had batches of two.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 from runs import build
 
 from diffengine_sdxl.engine import report
-from diffengine_sdxl.errors import UserError
+from diffengine_sdxl.errors import UserError, run_command
 from diffengine_sdxl.evaluation.base import Measured
 
 #: Two adapters that do something, of random weights, on 6 samples of the shapes world.
 OPTIONS: dict[str, Any] = {
     'model.adapters.style': None, 'model.adapters.ip.weights': None, 'model.adapters.layout.weights': None,
-    'model.partners': None, 'test_cfg.retention': dict(layout='iou', ip=['fill_accuracy'], style=None),
+    'test_cfg.retention': dict(layout='iou', ip=['fill_accuracy'], style=None),
     'model.sampler.num_inference_steps': 2, 'test_dataloader.dataset.length': 6, 'test_dataloader.batch_size': 3,
     'test_cfg.seeds': 2}
 
@@ -76,6 +77,7 @@ def test_an_adapter_alone_is_made_once(tested: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(('changes', 'words'), [
     ({'test_cfg.retention': dict(other='iou', style=None)}, 'retention.other: the model has no adapter of this name'),
     ({'test_cfg.retention': dict(ip='colour', style=None)}, "retention.ip.*colour"),
+    ({'test_cfg.retention': dict(ip=[], style=None)}, 'retention.ip names no metric; name one of'),
     ({'test_cfg.image_sets': ['base', 'adapted']}, "needs the image set 'only_ip'"),
     ({'test_cfg.image_sets': ['only_lay']}, "image_sets.*only_lay"),
     ({'model.adapters.ip': None,
@@ -86,7 +88,10 @@ def test_invalid_settings_are_refused(tmp_path: Path, changes: dict[str, Any], w
 
 
 def test_the_base_alone_has_no_retention(tmp_path: Path) -> None:
-    """`--checkpoint none` on a config that asks for it."""
-    build(tmp_path, {**OPTIONS, 'model.adapters.ip': None, 'model.adapters.layout': None, 'test_cfg.seeds': 1,
-                     'test_dataloader.dataset.length': 2}, name='shapes_composition').test()
+    """`--checkpoint none` on a config that asks for it, and trains with partners."""
+    few = {'test_cfg.seeds': 1, 'test_dataloader.dataset.length': 2, 'model.sampler.num_inference_steps': 2}
+    options = [f'{key}={value}' for key, value in few.items()]
+    args = SimpleNamespace(config='shapes_lora_partners', checkpoint='none', compare=None, work_dir=str(tmp_path),
+                           launcher='none', cfg_options=options)
+    assert run_command('test', args) == 0
     assert list(json.loads((tmp_path / 'metrics.json').read_text())) == ['base']

@@ -118,6 +118,19 @@ def test_graphs_of_a_training_step(tiny_base: Path, graphs: Graphs, monkeypatch:
     undo()
 
 
+def test_drawn_scales_are_no_new_graphs(tiny_base: Path, graphs: Graphs) -> None:
+    """In fp32, where the scale of a LoRA is not in a copy of its weights."""
+    drawn = dict(lora=dict(prob=1, scale=(0.2, 1.0)))
+    model = shaken(build(tiny_base, dict(lora=CASES['lora'].config), partners=drawn), CASES['lora'])
+    undo, batch, found = compile_blocks(model.unet, graphs), make_batch(2), []
+    for i in range(3):
+        batch.key = [f'{i}/0', f'{i}/1']
+        found.append(grads(model, batch)[0])
+        assert graphs.new() == 0 or i == 0
+    undo()
+    assert len(set(map(float, found))) == 3
+
+
 def test_a_failing_compiler_leaves_the_blocks_as_they_are(monkeypatch: pytest.MonkeyPatch, graphs: Graphs) -> None:
     """One line says why, though every block fails, in the forward pass or in compiling the backward pass."""
     lines: list[str] = []

@@ -103,6 +103,9 @@ def test_samples_are_those_of_the_unet(everything: SDXL) -> None:
     assert not model.unet_graphs.failed and len(model.unet_graphs.calls) <= MOST
     with model.disable_adapters():
         compare(model, batch())
+    for name in model.adapters:
+        with model.only_adapter(name):
+            compare(model, batch())
     replayed = Tape.replayed
     compare(model, batch(), Sampler(num_inference_steps=2, guidances=[dict(type='PAG', scale=3.0)]))
     assert Tape.replayed == replayed  # attention is probed

@@ -138,13 +138,14 @@ def test_draws_depend_on_the_sample_only(tiny_base: Path) -> None:
 
 def test_partners_may_train(tiny_base: Path) -> None:
     """All that trains has a gradient in every step, also one that does not act: it is 0."""
-    configs: dict[str, Any] = {name: CASES[name].config for name in ('t2i_adapter', 'lora', 'ip_adapter')}
+    configs: dict[str, Any] = {name: CASES[name].config for name in ('t2i_adapter', 'lora_everywhere', 'ip_adapter')}
     for prob in (0.0, 1.0):
         model = shaken(build(tiny_base, configs, partners={name: dict(prob=prob) for name in configs}),
                        *(CASES[name] for name in sorted(configs)))
         found = grads(model, make_batch(2, conditions=conditions(*configs.values())))[1]
         for parameters in model.trainables().values():
-            assert all(bool(found[name].any()) == (prob == 1) or 'bias' in name for name, _ in parameters)
+            assert all(bool(found[name].any()) == (prob == 1) for name, _ in parameters
+                       if prob == 0 or 'bias' not in name)
 
 
 @pytest.mark.parametrize(('partners', 'words'), [
@@ -162,12 +163,18 @@ def test_invalid_partners_are_refused(tiny_base: Path, partners: dict[str, Any],
         build(tiny_base, dict(one=t2i()), partners=partners)
 
 
-@pytest.mark.parametrize(('kind', 'words'), [
-    ('textual_inversion', 'acts where a caption has it'), ('oft', 'The scale of an OFT')])
-def test_kinds_that_cannot_be_drawn_are_refused(tiny_base: Path, kind: str, words: str) -> None:
+@pytest.mark.parametrize(('kind', 'partner', 'words'), [
+    ('textual_inversion', dict(), 'acts where a caption has it'), ('oft', dict(scale=0.5), 'The scale of an OFT'),
+    ('oft', dict(scale=(0, 1)), 'a rotation, has one scale'),
+    ('lora_everywhere', dict(start=(0.0, 0.3)), 'prompts are encoded once'),
+    ('lora_everywhere', dict(end=(0.5, 1.0)), 'prompts are encoded once')])
+def test_what_cannot_be_drawn_is_refused(tiny_base: Path, kind: str, partner: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        build(tiny_base, dict(one=CASES[kind].config), partners=dict(one=dict(scale=0.5)))
+        build(tiny_base, dict(one=CASES[kind].config), partners=dict(one=partner))
 
 
 def test_none_removes_an_inherited_partner(tiny_base: Path) -> None:
+    """And an adapter that the config takes out takes its partner with it."""
     assert build(tiny_base, dict(one=t2i()), partners=dict(one=None)).partners == {}
+    assert SDXL(pretrained=str(tiny_base), adapters=dict(one=t2i(), two=None),
+                partners=dict(two=dict(prob=0.5))).partners == {}

@@ -14,7 +14,9 @@ from diffengine_sdxl.commands.plan.devices import Device
 from diffengine_sdxl.commands.plan.estimate import Training, Weights, propose, setting
 from diffengine_sdxl.commands.plan.table import Plan, report
 from diffengine_sdxl.config import load, resolve
+from diffengine_sdxl.engine.speed_choice import allows_checkpointing, check_checkpointing
 from diffengine_sdxl.errors import UserError, error_prefix, whole_number
+from diffengine_sdxl.models.compiled import CHECKPOINTING
 from diffengine_sdxl.samplers.sampler import check_size
 from diffengine_sdxl.speed import Memory, Speed, image_size
 
@@ -67,7 +69,9 @@ def make_plan(config: Any, device: str | None = None) -> Plan:
     size = _size(config, model.size_divisor)
     speed = Speed.of(config.get('speed'), config.model)
     own = speed.checkpointing
-    counts = step_counts.count(model, size, training.batch_size, target.rates, 'off' if own == 'auto' else own)
+    check_checkpointing(own, model)
+    modes = CHECKPOINTING if allows_checkpointing(model) else ('off',)
+    counts = step_counts.count(model, size, training.batch_size, target.rates, 'off' if own == 'auto' else own, modes)
     weights = Weights.of(model, training, counts)
     if own == 'auto':
         own = _automatic(config, target, weights, training, size, model)
@@ -103,7 +107,7 @@ def _training(config: Any, checkpointing: str) -> Training:
 def _automatic(config: Any, device: Device, weights: Weights, training: Training, size: tuple[int, int],
                model: Any) -> str:
     """Return what speed.checkpointing='auto' will be, by the same estimate as the training's."""
-    if device.type != 'cuda':
+    if device.type != 'cuda' or not allows_checkpointing(model):
         return 'off'
     loaded = weights.base + weights.adapters + (0 if training.cached else weights.encoders)
     dtype = model.compute_dtype or model.unet_weight.dtype

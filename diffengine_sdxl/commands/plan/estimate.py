@@ -187,7 +187,7 @@ def propose(counts: StepCounts, weights: Weights, device: Device, training: Trai
     samples = training.batch_size * training.accumulation
     cached = training.cached or bool(counts.encoders)
     settings = [setting(counts, weights, device, training, batch_size=size, checkpointing=mode, cached=cached)
-                for mode in MODES for size in range(1, samples + 1) if samples % size == 0]
+                for mode in counts.at_one for size in range(1, samples + 1) if samples % size == 0]
     fitting = [s for s in settings if s.fits(device)]
     return min(fitting, default=None, key=lambda s: (float(f'{s.seconds:.3g}'), MODES.index(s.checkpointing),
                                                      s.batch_size))

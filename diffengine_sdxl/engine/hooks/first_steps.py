@@ -177,7 +177,8 @@ class FirstStepsHook(Hook):
 
         def noted(call: Any, tensors: Any) -> None:
             if call.training and watched.rows is not None:
-                watched.alive |= bool((call.gate(adapter.active_range, adapter.name).bool().cpu() & watched.rows).any())
+                gate = call.gate(adapter.active_range, adapter.name)  # None in a pass that draws no partners
+                watched.alive |= bool((watched.rows if gate is None else gate.bool().cpu() & watched.rows).any())
             contribute(call, tensors)
         adapter.contribute = noted  # type: ignore[method-assign]
         self._remove.append(lambda: adapter.__dict__.pop('contribute', None))
@@ -300,7 +301,8 @@ def _check_watched(watched: WatchedParameters, runner: ExperimentRunner) -> None
 
 def _nothing_to_learn(watched: WatchedParameters) -> str:
     return (f"'{watched.name}' had nothing to learn in {watched.waited} steps: its input was dropped in all rows, no "
-            'step lay in its active range, no caption has its word, or its learning rate is 0')
+            'step lay in its active range, model.partners drew it off, no caption has its word, or its learning rate '
+            'is 0')
 
 
 def _stopped(runner: ExperimentRunner, why: str) -> UserError:

@@ -171,11 +171,19 @@ def recipe(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str
         'learning rate': f'{rate}' if rate is not None else '',
         'schedule': ', '.join(_call(one) for one in (schedule if isinstance(schedule, list) else [schedule])),
         'optimizer': _call(optimizer), 'objective': _call((config.get('model') or {}).get('objective') or {}),
+        'partners': '; '.join(_partner(name, drawn) for name, drawn in (
+            (config.get('model') or {}).get('partners') or {}).items() if drawn is not None),
         'resolution': ' x '.join(map(str, reversed(size))) if resolution else '',
         'precision': 'fp32' if precision == 'no' else precision,
         'weights': 'averages (EMA)' if manifest.get('ema') else 'as trained', 'seed': f'{manifest.get("seed")}',
         'speed': ', '.join(f'{key} {value}' for key, value in speed.items())}
     return {name: value for name, value in found.items() if value}
+
+
+def _partner(name: str, drawn: Mapping[str, Any]) -> str:
+    """Say on how much of the samples an adapter acted, and what was drawn for it."""
+    values = [f'{key} {value}' for key, value in drawn.items() if key != 'prob']
+    return ', '.join([f'{name} on {drawn.get("prob", 0.5):.0%} of the samples', *values])
 
 
 def _call(config: Mapping[str, Any]) -> str:

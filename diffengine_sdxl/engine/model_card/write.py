@@ -137,16 +137,16 @@ def _text(manifest: Mapping[str, Any], run: Mapping[str, Any], headers: Mapping[
             facts.data_sets(manifest.get('dataset'), on_hub)]
     base_id = facts.hub_id(base, on_hub)
     chosen = _first(headers, 'license')
-    partners = [{'name': name, 'title': adapter.get('type'), 'scale': adapter.get('scale', 1.0),
-                 'weights': facts.public_name(adapter['weights'], on_hub) if adapter.get('weights') else ''}
-                for name, adapter in (config['model'].get('adapters') or {}).items()
-                if adapter and name not in manifest['contents']]
+    beside = [{'name': name, 'title': adapter.get('type'), 'scale': adapter.get('scale', 1.0),
+               'weights': facts.public_name(adapter['weights'], on_hub) if adapter.get('weights') else ''}
+              for name, adapter in (config['model'].get('adapters') or {}).items()
+              if adapter and name not in manifest['contents']]
     return {
         'what': what[:1].upper() + what[1:], 'base': _shown(facts.public_name(base, on_hub), base_id),
         'vae': facts.public_name(vae, on_hub) if vae else '', 'data': sets,
         'rows': f'{manifest["rows"]:,}' if manifest.get('rows') else '',
         **{key: _first(headers, key) for key in ('description', 'author', 'usage_hint')},
-        'words': _words(headers), 'partners': partners,
+        'words': _words(headers), 'beside': beside,
         'together': ', '.join(parts) if len(parts) > 1 else '', 'recipe': facts.recipe(manifest, run),
         'versions': manifest.get('versions') or {}, 'commit': manifest.get('git_commit'),
         'command': manifest['command'] or '',

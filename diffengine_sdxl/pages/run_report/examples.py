@@ -88,9 +88,9 @@ def _example(work_dir: WorkDir, sample: _Sample, metric: str, compared: Sequence
              ) -> Example:
     first = next(iter(sample.rows.values()))
     files: dict[str, Path] = {}
-    for image_set in sorted(sample.rows, key=lambda name: ('base', name, 'adapted', 'compared').index(name)):
+    for image_set, row in sample.rows.items():
         value = sample.value(image_set, metric)
-        file = sample.rows[image_set].get('file', '')
+        file = row.get('file', '')
         if file and (path := work_dir.inside('test', file)) is not None:
             files[image_set if value is None else f'{image_set} {format_number(value)}'] = path
     conditions = _conditions(work_dir, first.get('file', ''))

@@ -10,9 +10,10 @@ model = dict(
                 image_encoder='diffengine_sdxl::shapes/base', image_encoder_subfolder='image_encoder'),
         layout=dict(_base_.t2i_adapter, weights='work_dirs/shapes_t2i_adapter/step500/adapter', trainable=False)),
     objective=_base_.objective)
-train_dataloader = dict(dataset=dict(reference=True, partial_captions=0.7, transforms=[
+cache = 'work_dirs/shapes_cache'
+train_dataloader = dict(dataset=dict(reference=True, partial_captions=0.7, length=10000, transforms=[
     dict(type='ImagePrompt', key='reference', size=64),
-    dict(type='CaptionDrop', prob=0.1),
+    dict(type='JointDrop', adapters=['ip'], image=0.05, text=0.1, both=0.05),
     dict(type='ComputeTimeIds'),
     dict(type='PackInputs'),
 ]))

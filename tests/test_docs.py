@@ -182,7 +182,8 @@ def train(arguments: list[str], place: Path) -> None:
     if args.config.startswith('shapes'):
         own += ['train_dataloader.batch_size=2', 'default_hooks.samples=None']
         starts = {'shapes_pretrain_fine': 'pretrain', 'shapes_pretrain_partial': 'fine'}
-        own += [f'load_from=work_dirs/{starts[args.config]}/step2.pth'] if args.config in starts else []
+        if args.config in starts and 'load_from' not in ' '.join(args.cfg_options):
+            own += [f'load_from=work_dirs/{starts[args.config]}/step2.pth']
     elif not args.config.startswith('tiny'):
         own += on_tiny_base(args.config)
     if 'condition' in config.load(args.config):

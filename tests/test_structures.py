@@ -57,9 +57,9 @@ def test_a_step_is_inside_when_it_begins_and_ends_inside(active_range: tuple[flo
                                                          inside: bool) -> None:
     """Both bounds are included, though progress is fp32 and ranges are not."""
     progress = torch.tensor([[begin, end]]).expand(2, 2)
-    gate = call(progress=progress).gate(active_range)
+    gate = call(progress=progress).gate(active_range, 'one')
     assert gate is None if inside else gate is not None and gate.tolist() == [0, 0]
-    training = call(progress=progress, training=True).gate(active_range)
+    training = call(progress=progress, training=True).gate(active_range, 'one')
     assert training is not None and training.tolist() == [float(inside)] * 2 and training.dtype == torch.float32
 
 
@@ -68,8 +68,8 @@ def test_gates_of_each_row() -> None:
     progress = torch.tensor([[0.1, 0.1], [0.5, 0.5], [0.9, 0.9]])
     for training in (True, False):
         one = call(3, progress=progress, training=training)
-        assert one.gate((0.0, 1.0)) is None
-        gate = one.gate((0.4, 1.0))
+        assert one.gate((0.0, 1.0), 'one') is None
+        gate = one.gate((0.4, 1.0), 'one')
         assert gate is not None and gate.tolist() == [0, 1, 1]
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def record(export: Path) -> dict[str, Any]:
     folders = {str(export.resolve().parents[1]): 'work_dirs', str(Path(__file__).resolve().parents[1]) + '/': ''}
     for folder, name in folders.items():
         text = text.replace(folder, name)
-    run = json.loads(text)
+    run = json.loads(re.sub(r'"/[^"]*?/?([^/"]+/[^/"]+)"', r'"work_dirs/\1"', text))
     seconds = 0.0
     for log in sorted(export.parent.glob('*/vis_data/scalars.json')):
         logged = [json.loads(line) for line in log.read_text().splitlines()]
@@ -133,8 +134,8 @@ def assemble(folder: Path, runs: dict[str, Path]) -> None:
 
     Args:
         runs: 'vae', 'decoder', 'pretrain', 'fine', 'unet', 'image_encoder' -> exports (step<N>); 'unet' and
-            'image_encoder' are copied, the others only recorded (the VAE is in `folder` already). Runs that are not
-            among them stay recorded as the folder's manifest has them.
+            'image_encoder' are copied, the others only recorded (the VAE is in `folder` already), also 'unet, run 1'
+            and so on. Runs that are not among them stay recorded as the folder's manifest has them.
     """
     import torch
     from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
@@ -187,6 +188,8 @@ def main() -> int:
             command.add_argument('--pretrain', type=Path, help='export of shapes_pretrain, for the manifest')
             command.add_argument('--fine', type=Path, help='export of shapes_pretrain_fine, for the manifest')
             command.add_argument('--unet', type=Path, required=True, help='export of shapes_pretrain_partial')
+            command.add_argument('--earlier', type=Path, nargs='*', default=[],
+                                 help='exports of earlier runs of shapes_pretrain_partial, for the manifest')
             command.add_argument('--image-encoder', type=Path, help='export of shapes_image_encoder')
     args = parser.parse_args()
     if args.command == 'components':
@@ -195,6 +198,7 @@ def main() -> int:
         take_vae(args.vae, args.folder)
     else:
         runs = {name: getattr(args, name) for name in ('vae', 'decoder', 'pretrain', 'fine', 'unet', 'image_encoder')}
+        runs |= {f'unet, run {i}': path for i, path in enumerate(args.earlier, 1)}
         assemble(args.folder, {name: path for name, path in runs.items() if path})
     return 0
 

@@ -4,8 +4,8 @@ model = dict(
     adapters=dict(ip=dict(
         _base_.ip_adapter, image_encoder='diffengine_sdxl::shapes/base', image_encoder_subfolder='image_encoder')),
     objective=_base_.objective)
-# Most captions name some attributes only, and often nothing is left of them: then the image says what to make.
 cache = 'work_dirs/shapes_cache'
+# Most captions name some attributes only, and often nothing is left of them: then the image says what to make.
 train_dataloader = dict(dataset=dict(conditioning=None, reference=True, partial_captions=0.8, length=10000, transforms=[
     dict(type='ImagePrompt', key='reference', size=64),
     dict(type='JointDrop', adapters=['ip'], image=0.05, text=0.2, both=0.05),

@@ -5,7 +5,7 @@ model = dict(
     objective=_base_.objective)
 # Half of the captions name some attributes only, and one in ten is empty, so that the style comes without being named, too.
 proportion_empty_prompts = 0.1
-# Images are encoded once, which is half of the time of a step.
+# Images are encoded once, not in each step.
 cache = 'work_dirs/shapes_cache'
 train_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None, partial_captions=0.5, length=10000))
 test_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None))

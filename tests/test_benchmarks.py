@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
+from diffengine_sdxl.shapes import BASE
+from diffengine_sdxl.testing.adapters import write_tiny_adapter
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / 'benchmarks'
+LORA = {'type': 'LoRA', 'rank': 2}
+IP_ADAPTER = {'type': 'IPAdapter', 'image_encoder': BASE, 'image_encoder_subfolder': 'image_encoder'}
+T2I_ADAPTER = {'type': 'T2IAdapter'}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -93,6 +100,37 @@ def test_ours_and_the_recipe_have_the_same_loss(kind: str, path: None) -> None:
     import train_step
     row = train_step.measure_recipe(kind, pairs=2, block=1, size=1, warm_up=0)
     assert row['losses'][0] == pytest.approx(row['losses'][1], rel=1e-5) and 0 < row['ratio'] < 10
+
+
+def test_sets_of_adapters_are_compared(path: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    """A set that lacks an adapter is left out; the last step of each config counts; what is measured already stands."""
+    import together
+    kinds = {'style': LORA, 'ip': IP_ADAPTER, 'layout': T2I_ADAPTER}
+    for run, steps in (('apart', (1, 20)), ('repaired', (3,))):
+        for name, (config, subfolder) in together.SETS[run].items():
+            for step in steps:
+                write_tiny_adapter(tmp_path / f'{config}/step{step}/{subfolder}', BASE, kinds[name])
+    out = tmp_path / 'out'
+    monkeypatch.setattr(sys, 'argv', ['together.py', str(tmp_path), '--out', str(out), '--num-samples', '2',
+                                      '--seeds', '1'])
+    together.main()
+    said = capsys.readouterr()
+    assert "shapes_lora_partners' has no step*/style" in said.err
+    rows = [line.strip('| ').split(' | ') for line in said.out.splitlines() if line.startswith('| ')]
+    assert [row[:2] for row in rows if row[0] in together.SETS] == [
+        *([run, what] for run in ('apart', 'repaired') for what in (
+            'style: style_score', 'ip: fill_accuracy', 'ip: ground_accuracy', 'layout: iou', 'harmonic mean')),
+        *(['repaired', f'{name}: {metric}'] for name, metric in together.MEASURES)]
+    [dumped] = (out / 'apart').glob('*/vis_data/config.py')
+    assert 'shapes_lora/step20/style' in dumped.read_text()
+    with Image.open(out / 'together.png') as sheet:
+        assert sheet.width > 8 * 128
+    monkeypatch.setattr(together, 'evaluate', None)
+    together.main()
+    with pytest.raises(SystemExit, match='holds no complete set'):
+        monkeypatch.setattr(sys, 'argv', ['together.py', str(out), '--out', str(tmp_path / 'none')])
+        together.main()
 
 
 def test_metrics_are_timed(path: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ train_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None, parti
 test_dataloader = dict(dataset=dict(styles=['dotted'], conditioning=None))
 test_evaluator = [dict(type='StyleScore'), dict(type='ShapeAccuracy'), dict(type='FillAccuracy'),
                   dict(type='GroundAccuracy')]
-train_cfg = dict(max_iters=3000)
+train_cfg = dict(max_iters=4000)
 optim_wrapper = dict(optimizer=dict(lr=5e-3, weight_decay=0.0))
 default_hooks = dict(
     samples=dict(interval=1000, num_images=6, prompts=[

@@ -74,9 +74,9 @@ def _striped(x: Array, y: Array, d: Array, pixel: float) -> Array:
 
 
 def _dotted(x: Array, y: Array, d: Array, pixel: float) -> Array:
-    step = 0.56
-    place = np.hypot(np.mod(x + step / 2, step) - step / 2, np.mod(y + step / 2, step) - step / 2)
-    return _cover(place - 0.155, pixel)
+    step = 0.9
+    place = np.hypot(np.mod(x, step) - step / 2, np.mod(y, step) - step / 2)
+    return _cover(place - 0.28, pixel)
 
 
 def _ringed(x: Array, y: Array, d: Array, pixel: float) -> Array:

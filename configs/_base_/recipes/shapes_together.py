@@ -5,7 +5,7 @@ The leaf lets one or all of them train further.
 _base_ = ['shapes.py', '../adapters/ip_adapter.py', '../adapters/t2i_adapter.py', '../objectives/denoise.py']
 model = dict(
     adapters=dict(
-        style=dict(type='LoRA', weights='work_dirs/shapes_lora/step3000/style', trainable=False, scale=1.0),
+        style=dict(type='LoRA', weights='work_dirs/shapes_lora/step4000/style', trainable=False, scale=1.0),
         ip=dict(_base_.ip_adapter, weights='work_dirs/shapes_ip_adapter/step4000/ip', trainable=False,
                 image_encoder='diffengine_sdxl::shapes/base', image_encoder_subfolder='image_encoder'),
         layout=dict(_base_.t2i_adapter, weights='work_dirs/shapes_t2i_adapter/step500/adapter', trainable=False)),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from diffengine_sdxl.errors import one_of
 from diffengine_sdxl.protocols import Model
+from diffengine_sdxl.samplers.sampler import output_size
 from diffengine_sdxl.structures import Batch
 
 #: Images of the base without adapters, and of the model with all of them.
@@ -32,6 +34,8 @@ def generate(model: Model, batch: Batch, image_sets: Sequence[str] | None = None
         UserError: an image set is unknown; or see Sampler.
     """
     assert model.sampler is not None, 'the runner checks that a model that samples has a sampler'
+    # Of all adapters: without an image prompt's own, its image would pass for one that sets the size.
+    batch = replace(batch, size=output_size(batch, model))
     images = {}
     for image_set in model.image_sets[-1:] if image_sets is None else image_sets:
         one_of('image_sets', image_set, (*model.image_sets, *model.only_sets))

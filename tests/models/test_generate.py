@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,17 @@ def test_images_of_one_adapter_are_those_of_a_model_that_has_no_other(
         assert not torch.equal(alone, before['base']) and not torch.equal(alone, before['adapted'])
     assert_same(made(model, 'base', 'adapted'), before)
     assert built('t2i_adapter').only_sets == ()
+
+
+def test_one_adapter_alone_makes_images_as_large_as_all_of_them(tiny_base: Path) -> None:
+    """An image prompt, which another adapter reads, does not set the size."""
+    kinds = ('ip_adapter', 't2i_adapter')
+    configs = {kind: CASES[kind].config for kind in kinds}
+    model = build(tiny_base, configs, sampler=dict(type='Sampler', num_inference_steps=1)).eval()
+    given = conditions(*configs.values(), num=1)
+    given[configs['t2i_adapter']['condition_key']] = images(1, (96, 128))
+    with torch.no_grad():
+        [made] = model(replace(picture_batch([''], [1], size=(96, 128), conditions=given), size=None),
+                       mode='predict', image_sets=['adapted', *model.only_sets])
+    assert {name: tuple(image.shape[1:]) for name, image in made['images'].items()} == dict.fromkeys(
+        ('adapted', *model.only_sets), (96, 128))

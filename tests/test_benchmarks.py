@@ -16,7 +16,8 @@ from diffengine_sdxl.testing.adapters import write_tiny_adapter
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / 'benchmarks'
 LORA = {'type': 'LoRA', 'rank': 2}
-IP_ADAPTER = {'type': 'IPAdapter', 'image_encoder': BASE, 'image_encoder_subfolder': 'image_encoder'}
+IP_ADAPTER = {'type': 'IPAdapter', 'architecture': 'plus', 'image_encoder': BASE,
+              'image_encoder_subfolder': 'image_encoder'}
 T2I_ADAPTER = {'type': 'T2IAdapter'}
 
 

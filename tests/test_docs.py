@@ -190,7 +190,12 @@ def train(arguments: list[str], place: Path) -> None:
         own += ['condition.detection_resolution=32']
         if 'depth' in args.config:
             return  # needs a depth model; tests/test_configs.py runs the variants' transforms
-    args.cfg_options = [*(args.cfg_options or []), *own]
+    asked = args.cfg_options or []
+    for name, adapter in (config.load(args.config).model.get('adapters') or {}).items():
+        key, weights = f'model.adapters.{name}.weights', str((adapter or {}).get('weights'))
+        if weights.startswith('work_dirs/') and not [option for option in asked if option.startswith(key)]:
+            own += [f'{key}={re.sub(r"step[0-9]+", "step2", weights)}']
+    args.cfg_options = [*asked, *own]
     work_dir = load_config(args).work_dir
     run = (args.config, *args.cfg_options)
     if run in _RUNS and not args.resume:  # of another page, on the same base and data
@@ -202,7 +207,7 @@ def train(arguments: list[str], place: Path) -> None:
     exported = place / work_dir / f'step{steps}'
     assert (exported / 'manifest.json').is_file()
     assert any((exported / name).is_file() for name in (
-        'adapter/config.json', 'pipeline/model_index.json', 'image_encoder/config.json',
+        'adapter/config.json', 'layout/config.json', 'pipeline/model_index.json', 'image_encoder/config.json',
         'style/pytorch_lora_weights.safetensors', 'ip/ip_adapter.safetensors'))
 
 

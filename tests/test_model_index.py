@@ -51,7 +51,7 @@ def test_mim_searches() -> None:
     assert found(models=['T2I-Adapter']) == sorted(p.stem for p in paths if p.parent.name == 't2i_adapter')
     assert found(training_datasets=['data/instance']) == ['stable_diffusion_xl_textual_inversion']
     assert found(models=['shapes'], filter_conditions='iterations>3000') == [
-        'shapes_ip_adapter', 'shapes_ip_adapter_partners', 'shapes_pretrain', 'shapes_pretrain_partial']
+        'shapes_ip_adapter', 'shapes_lora', 'shapes_pretrain', 'shapes_pretrain_partial']
     shown = search.get_model_info(NAME, configs=[FILL50K], to_dict=True)[FILL50K]
     assert {key: shown[key] for key in ('model', 'task', 'architecture', 'training_data', 'iterations', 'config')} == {
         'model': 't2i-adapter', 'task': 'train,test,infer', 'architecture': 't2iadapter',

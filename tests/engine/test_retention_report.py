@@ -43,7 +43,7 @@ def test_retention_is_reported_beside_the_scores(tested: Path) -> None:
         assert entry.keys() == results['base']['iou'].keys() and entry['p'] is None
     assert 'retention,layout/iou,' in (tested / 'metrics.csv').read_text()
     page = (tested / 'report.html').read_text()
-    assert 'only_layout' in page and 'retention' in page
+    assert 'only_layout' in page and page.count('>retention <small>') == 1 and '>layout/iou</td>' in page
 
 
 def test_the_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from diffengine_sdxl.pages import embed as embedding
 from diffengine_sdxl.pages.embed import Embedder
 from diffengine_sdxl.pages.run_report import examples, write, write_report
 from diffengine_sdxl.pages.run_report.files import WorkDir, read_settings
-from diffengine_sdxl.pages.run_report.metrics import Number
+from diffengine_sdxl.pages.run_report.metrics import Number, by_metric, read_results
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>\' & \udcff 東京 {{ 7 * 7 }}'
 CONFIG = f"model = dict(type='SDXL')\ntrain_cfg = dict(max_iters=60, val_interval=20)\nname = {HOSTILE!r}\n"
@@ -201,6 +201,17 @@ def test_images_have_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (-0.2, -0.1, 0, 'lower'), (None, 0.2, 1, '')])
 def test_verdicts(low: float | None, high: float | None, better: int, verdict: str) -> None:
     assert Number(0.1, low, high, 3, None, better).verdict == verdict
+
+
+def test_retentions_share_an_axis_from_0() -> None:
+    """What differs between them is seen: 1 lies as far from 0 in each row."""
+    results = read_results({'adapted': {'iou': dict(value=0.8, low=0.7, high=0.9)}, 'retention': {
+        'layout/iou': dict(value=1.0, low=0.9, high=1.1), 'style/style_score': dict(value=0.5, low=0.4, high=2.0)}})
+    iou, retention = by_metric(results)
+    assert iou.name == 'iou' and [row.label for row in iou.rows] == ['adapted']
+    assert retention.name == 'retention' and retention.direction == 'higher is better'
+    assert [(row.label, row.bar and (row.bar.zero, row.bar.at), row.verdict) for row in retention.rows] == [
+        ('layout/iou', (3, 50), ''), ('style/style_score', (3, 26.5), '')]
 
 
 def test_a_config_is_read_without_running_it() -> None:

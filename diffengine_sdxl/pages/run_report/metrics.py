@@ -9,6 +9,8 @@ from diffengine_sdxl.pages.numbers import finite, format_number
 
 #: Between the image sets of a difference.
 MINUS = ' - '
+#: The group of what adapters keep of themselves beside the others.
+RETENTION = 'retention'
 BETTER, WORSE, HIGHER, LOWER, SAME = 'better', 'worse', 'higher', 'lower', 'no difference seen'
 #: `better` of a metric -> what the reader is told.
 DIRECTIONS = {1: 'higher is better', -1: 'lower is better', 0: ''}
@@ -92,22 +94,31 @@ def is_difference(image_set: str) -> bool:
 
 
 def by_metric(results: Results) -> list[Metric]:
-    """Return the results metric by metric, the sets on one axis and the differences on another, around 0."""
-    names = dict.fromkeys(name for metrics in results.values() for name in metrics)
+    """Return the results metric by metric, the sets on one axis and the differences on another, around 0.
+
+    The retentions, each of a metric of its own, follow together, on one axis from 0.
+    """
+    compared = {image_set: metrics for image_set, metrics in results.items() if image_set != RETENTION}
     found = []
-    for name in names:
-        numbers = {image_set: metrics[name] for image_set, metrics in results.items() if name in metrics}
+    for name in dict.fromkeys(name for metrics in compared.values() for name in metrics):
+        numbers = {image_set: metrics[name] for image_set, metrics in compared.items() if name in metrics}
         better = next((number.better for number in numbers.values() if number.better), 0)
-        rows = []
-        for differences in (False, True):
-            part = {label: n for label, n in numbers.items() if is_difference(label) == differences}
-            ends = [e for n in part.values() for e in (n.value, n.low, n.high) if e is not None]
-            ends += [0.0] if differences else []
-            low, high = min(ends, default=0), max(ends, default=0)
-            rows += [Row(label.replace(MINUS, ' − '), n, _bar(n, low, high, differences),
-                         n.verdict if differences else '') for label, n in part.items()]
-        found.append(Metric(name, DIRECTIONS[better], rows))
+        sets, differences = ({label: n for label, n in numbers.items() if is_difference(label) == is_one}
+                             for is_one in (False, True))
+        found.append(Metric(name, DIRECTIONS[better], [
+            *_rows(sets, from_zero=False),
+            *(row._replace(verdict=row.number.verdict) for row in _rows(differences, from_zero=True))]))
+    if RETENTION in results:
+        found.append(Metric(RETENTION, DIRECTIONS[1], _rows(results[RETENTION], from_zero=True)))
     return found
+
+
+def _rows(numbers: Mapping[str, Number], from_zero: bool) -> list[Row]:
+    """Return numbers on one axis."""
+    ends = [e for n in numbers.values() for e in (n.value, n.low, n.high) if e is not None]
+    ends += [0.0] if from_zero else []
+    low, high = min(ends, default=0), max(ends, default=0)
+    return [Row(label.replace(MINUS, ' − '), n, _bar(n, low, high, from_zero), '') for label, n in numbers.items()]
 
 
 def _bar(number: Number, low: float, high: float, with_zero: bool) -> Bar | None:

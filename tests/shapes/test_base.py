@@ -44,9 +44,7 @@ def test_no_json_holds_a_path_of_the_machine() -> None:
 
 
 def test_the_manifest_tells_how_it_was_trained() -> None:
-    text = (BASE / 'manifest.json').read_text()
-    assert '"/' not in text, 'a path of the machine'
-    manifest = json.loads(text)
+    manifest = json.loads((BASE / 'manifest.json').read_text())
     runs = manifest['runs']
     assert manifest['machine'] and manifest['put_together_at'] and set(runs) >= {'vae', 'unet', 'image_encoder'}
     for run in runs.values():
